@@ -1,0 +1,88 @@
+"""What a backend offers: the four operations of a program, and optionally the fused meta-step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MetaStep:
+    """One call of the fused meta-step: K inner steps, the query loss and the exact adjoint.
+
+    ``theta [P]``, ``phi [Q]``; support and query ``[T, N, ...]``. ``rates``: per-parameter factors
+    ``[P]`` on ``rate``, or None.
+    """
+
+    theta: Tensor
+    phi: Tensor
+    buffers: Sequence[Tensor]
+    support_x: Tensor
+    support_y: Tensor
+    query_x: Tensor | None
+    query_y: Tensor | None
+    steps: int
+    loss: str
+    rate: float
+    rates: Tensor | None = None
+    first_order: bool = False
+    gradient: bool = True
+    shared_gradient: bool = False
+    rates_gradient: bool = False
+
+
+@dataclass
+class MetaStepResult:
+    """``losses [T]``; means over tasks ``theta_grad [P]``, ``phi_grad [Q]``, ``rates_grad [P]``;
+    ``adapted [T, P]``; ``predictions [T, N_query, ...]``; ``statistics [T, steps + 1, S]``."""
+
+    losses: Tensor
+    adapted: Tensor
+    predictions: Tensor | None
+    statistics: Tensor | None
+    theta_grad: Tensor | None = None
+    phi_grad: Tensor | None = None
+    rates_grad: Tensor | None = None
+
+
+class Executor(Protocol):
+    """A program on one backend.
+
+    T tasks, N examples, ``theta [T, P]`` (expanded where all tasks share it), ``phi [Q]``,
+    ``x [T, N, ...]``. States are opaque to callers. None stands for a zero direction on the way
+    in and for "not asked for" on the way out.
+    """
+
+    name: str
+
+    def forward(
+        self, theta: Tensor, phi: Tensor, buffers: Sequence[Tensor], x: Tensor, *, keep: bool
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        """``(y, statistics [T, S] or None, state)``; the state only where ``keep``."""
+
+    def backward(
+        self, state: Any, gy: Tensor, *, want_phi: bool, want_x: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Any]:
+        """``(gtheta [T, P], gphi [Q], gx, gradient state)``."""
+
+    def tangent(
+        self, state: Any, dtheta: Tensor, dphi: Tensor | None, dx: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        """``(dy, tangent state)``."""
+
+    def backward_tangent(
+        self,
+        state: Any,
+        gradient: Any,
+        tangent: Any,
+        dgy: Tensor | None,
+        *,
+        want_phi: bool,
+        want_x: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """``(dgtheta [T, P], dgphi [Q], dgx)``."""
+
+    meta_step: Callable[[MetaStep], MetaStepResult]

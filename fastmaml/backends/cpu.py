@@ -1,0 +1,224 @@
+"""The native CPU backend: marshals tensors to ``fastmaml._core``, one call per operation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmaml import _core
+from fastmaml.backends.base import MetaStep, MetaStepResult
+from fastmaml.program.ir import Graph
+from fastmaml.program.layout import ParameterLayout
+
+DEFAULT_MEMORY_BUDGET = 1 << 30  # bytes of saved activations before a meta-step recomputes them
+
+
+@dataclass
+class _State:
+    context: _core.Context
+    inputs: tuple[Tensor, ...]  # the context reads them in place
+
+
+class CpuExecutor:
+    """See :class:`fastmaml.backends.base.Executor`."""
+
+    name = "cpu"
+
+    def __init__(self, graph: Graph, layout: ParameterLayout, dtype: torch.dtype) -> None:
+        self.memory_budget = DEFAULT_MEMORY_BUDGET
+        self._output_shape = graph.values[graph.output]
+        self._dtype = dtype
+        slots = [layout.slots[layout.aliases[name]] for name in graph.parameters]
+        self._program = _core.Program(
+            dtype=str(dtype).removeprefix("torch."),
+            values=list(graph.values),
+            ops=[
+                {
+                    "kind": op.kind,
+                    "inputs": list(op.inputs),
+                    "output": op.output,
+                    "params": [-1 if p is None else p for p in op.params],
+                    "buffers": [-1 if b is None else b for b in op.buffers],
+                    **op.attrs,
+                }
+                for op in graph.ops
+            ],
+            slots=[{"shape": s.shape, "adapted": s.adapted, "offset": s.offset} for s in slots],
+            buffers=_buffer_shapes(graph),
+            output=graph.output,
+            theta_size=layout.theta_size,
+            shared_size=layout.shared_size,
+        )
+
+    def forward(
+        self, theta: Tensor, phi: Tensor, buffers: Sequence[Tensor], x: Tensor, *, keep: bool
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        theta, stride = _rows(theta)
+        phi, x, flat = phi.contiguous(), x.contiguous(), _flat(buffers, x)
+        tasks, examples = x.shape[:2]
+        y = x.new_empty(tasks, examples, *self._output_shape)
+        statistics = self._statistics(x, tasks)
+        context = self._program.forward(
+            theta=theta.data_ptr(),
+            theta_stride=stride,
+            shared=phi.data_ptr(),
+            buffers=flat.data_ptr(),
+            x=x.data_ptr(),
+            tasks=tasks,
+            examples=examples,
+            y=y.data_ptr(),
+            stats=_pointer(statistics),
+            threads=torch.get_num_threads(),
+            keep=keep,
+        )
+        return y, statistics, _State(context, (theta, phi, flat, x)) if keep else None
+
+    def backward(
+        self, state: _State, gy: Tensor, *, want_phi: bool, want_x: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Any]:
+        gtheta, gphi, gx = self._gradients(state, want_phi, want_x)
+        gy = gy.contiguous()
+        gradient = self._program.backward(
+            context=state.context,
+            gy=gy.data_ptr(),
+            gtheta=gtheta.data_ptr(),
+            gshared=_pointer(gphi),
+            gx=_pointer(gx),
+            threads=torch.get_num_threads(),
+        )
+        return gtheta, gphi, gx, (gradient, gy)
+
+    def tangent(
+        self, state: _State, dtheta: Tensor, dphi: Tensor | None, dx: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        dtheta, stride = _rows(dtheta)
+        dphi = None if dphi is None else dphi.contiguous()
+        dx = None if dx is None else dx.contiguous()
+        x = state.inputs[-1]
+        dy = x.new_empty(*x.shape[:2], *self._output_shape)
+        tangent = self._program.tangent(
+            context=state.context,
+            dtheta=dtheta.data_ptr(),
+            dtheta_stride=stride,
+            dshared=_pointer(dphi),
+            dx=_pointer(dx),
+            dy=dy.data_ptr(),
+            threads=torch.get_num_threads(),
+        )
+        return dy, (tangent, dtheta, dphi, dx)
+
+    def backward_tangent(
+        self,
+        state: _State,
+        gradient: Any,
+        tangent: Any,
+        dgy: Tensor | None,
+        *,
+        want_phi: bool,
+        want_x: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        dgtheta, dgphi, dgx = self._gradients(state, want_phi, want_x)
+        dgy = None if dgy is None else dgy.contiguous()
+        self._program.backward_tangent(
+            context=state.context,
+            gradient=gradient[0],
+            tangent=tangent[0],
+            dgy=_pointer(dgy),
+            dgtheta=dgtheta.data_ptr(),
+            dgshared=_pointer(dgphi),
+            dgx=_pointer(dgx),
+            threads=torch.get_num_threads(),
+        )
+        return dgtheta, dgphi, dgx
+
+    def meta_step(self, call: MetaStep) -> MetaStepResult:
+        x, y = call.support_x.contiguous(), call.support_y.contiguous()
+        qx, qy = (None if t is None else t.contiguous() for t in (call.query_x, call.query_y))
+        theta, phi, flat = call.theta.contiguous(), call.phi.contiguous(), _flat(call.buffers, x)
+        tasks = len(x)
+        result = MetaStepResult(
+            losses=x.new_zeros(tasks),
+            adapted=x.new_empty(0 if call.gradient else tasks, self._program.theta_size),
+            predictions=None
+            if call.gradient or qx is None
+            else x.new_empty(tasks, qx.shape[1], *self._output_shape),
+            statistics=self._statistics(x, tasks, call.steps + (qx is not None)),
+        )
+        if call.gradient:
+            result.theta_grad = torch.empty_like(theta)
+            result.phi_grad = torch.empty_like(phi) if call.shared_gradient else None
+            result.rates_grad = torch.empty_like(theta) if call.rates_gradient else None
+        rates = None if call.rates is None else call.rates.contiguous()
+        self._program.meta_step(
+            theta=theta.data_ptr(),
+            shared=phi.data_ptr(),
+            buffers=flat.data_ptr(),
+            support_x=x.data_ptr(),
+            support_y=y.data_ptr(),
+            support_examples=x.shape[1],
+            query_x=_pointer(qx),
+            query_y=_pointer(qy),
+            query_examples=0 if qx is None else qx.shape[1],
+            tasks=tasks,
+            steps=call.steps,
+            loss=call.loss,
+            first_order=call.first_order,
+            rate=call.rate,
+            rates=_pointer(rates),
+            losses=result.losses.data_ptr() if qy is not None else 0,
+            gtheta=_pointer(result.theta_grad),
+            gshared=_pointer(result.phi_grad),
+            grates=_pointer(result.rates_grad),
+            stats=_pointer(result.statistics),
+            adapted=0 if call.gradient else result.adapted.data_ptr(),
+            predictions=_pointer(result.predictions),
+            threads=torch.get_num_threads(),
+            memory_budget_bytes=self.memory_budget,
+        )
+        return result
+
+    def _statistics(self, x: Tensor, *lead: int) -> Tensor | None:
+        size = self._program.stats_size
+        return x.new_empty(*lead, size) if size else None
+
+    def _gradients(
+        self, state: _State, want_phi: bool, want_x: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        _, phi, _, x = state.inputs
+        gtheta = x.new_empty(len(x), self._program.theta_size)
+        return (
+            gtheta,
+            torch.empty_like(phi) if want_phi else None,
+            torch.empty_like(x) if want_x else None,
+        )
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _rows(theta: Tensor) -> tuple[Tensor, int]:
+    """``theta [T, P]`` with contiguous rows, and its row stride (0 where tasks share one row)."""
+    if theta.shape[1] > 1 and theta.stride(1) != 1:
+        theta = theta.contiguous()
+    return theta, 0 if len(theta) == 1 else theta.stride(0)
+
+
+def _flat(buffers: Sequence[Tensor], x: Tensor) -> Tensor:
+    if not buffers:
+        return x.new_empty(0)
+    return torch.cat([b.detach().reshape(-1).to(x.dtype) for b in buffers])
+
+
+def _buffer_shapes(graph: Graph) -> list[tuple[int, ...]]:
+    """Running statistics are vectors over the channels of the value they normalise."""
+    shapes: list[tuple[int, ...]] = [()] * len(graph.buffers)
+    for op in graph.ops:
+        for buffer in op.buffers:
+            if buffer is not None:
+                shapes[buffer] = (graph.values[op.inputs[0]][0],)
+    return shapes

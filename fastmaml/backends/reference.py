@@ -1,0 +1,177 @@
+"""The reference backend: a program run op by op through the rules, in plain PyTorch.
+
+Any float dtype and device. Everything is out of place and differentiable by autograd, so it also
+serves derivatives beyond the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmaml.backends.base import MetaStep, MetaStepResult
+from fastmaml.program.ir import Graph, Op, Slot
+from fastmaml.program.layout import ParameterLayout
+from fastmaml.program.meta import meta_step
+from fastmaml.rules import RULES
+
+Values = dict[int, Tensor]
+
+
+@dataclass
+class _State:
+    phi: Tensor
+    theta: Tensor
+    values: Values
+    params: list[list[Tensor | None]]
+    saved: list[Any]
+
+
+@dataclass
+class _Tangent:
+    values: Values = field(default_factory=dict)
+    params: list[list[Tensor | None]] = field(default_factory=list)
+    saved: list[Any] = field(default_factory=list)
+
+
+class ReferenceExecutor:
+    """See :class:`fastmaml.backends.base.Executor`."""
+
+    name = "reference"
+
+    def __init__(self, graph: Graph, layout: ParameterLayout) -> None:
+        self.graph = graph
+        self._slots = [layout.slots[layout.aliases[name]] for name in graph.parameters]
+
+    def forward(
+        self, theta: Tensor, phi: Tensor, buffers: Sequence[Tensor], x: Tensor, *, keep: bool = True
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        state = _State(phi, theta, {0: x}, [], [])
+        statistics: list[Tensor] = []
+        for op in self.graph.ops:
+            params = [self._param(p, theta, phi) for p in op.params]
+            read = [None if b is None else buffers[b] for b in op.buffers]
+            inputs = [state.values[v] for v in op.inputs]
+            shape = self.graph.values[op.output]
+            y, saved = RULES[op.kind].forward(op, shape, params, read, inputs)
+            state.values[op.output] = y
+            state.params.append(params)
+            state.saved.append(saved)
+            if op.attrs.get("tracking"):
+                statistics += [saved.batch_mean, saved.batch_var_unbiased]
+        y = state.values[self.graph.output]
+        return y, torch.cat(statistics, 1) if statistics else None, state if keep else None
+
+    def backward(
+        self, state: _State, gy: Tensor, *, want_phi: bool, want_x: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Any]:
+        gvalues: Values = {self.graph.output: gy}
+        gparams: list[tuple[Slot, Tensor]] = []
+        for i, op in reversed(list(enumerate(self.graph.ops))):
+            if op.output in gvalues:
+                inputs = [state.values[v] for v in op.inputs]
+                args = (op, state.params[i], inputs, state.saved[i], gvalues[op.output])
+                self._collect(op, RULES[op.kind].backward(*args), gvalues, gparams)
+        return (*self._gradients(state, gvalues, gparams, want_phi, want_x), gvalues)
+
+    def tangent(
+        self, state: _State, dtheta: Tensor, dphi: Tensor | None, dx: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        tangent = _Tangent({} if dx is None else {0: dx})
+        for i, op in enumerate(self.graph.ops):
+            dparams = [self._param(p, dtheta, dphi) for p in op.params]
+            inputs = [state.values[v] for v in op.inputs]
+            dinputs = [tangent.values.get(v) for v in op.inputs]
+            args = (op, state.params[i], inputs, state.saved[i], dparams, dinputs)
+            dy, saved = RULES[op.kind].tangent(*args)
+            if dy is not None:
+                tangent.values[op.output] = dy
+            tangent.params.append(dparams)
+            tangent.saved.append(saved)
+        output = self.graph.output
+        dy = tangent.values.get(output)
+        return (torch.zeros_like(state.values[output]) if dy is None else dy), tangent
+
+    def backward_tangent(
+        self,
+        state: _State,
+        gradient: Values,
+        tangent: _Tangent,
+        dgy: Tensor | None,
+        *,
+        want_phi: bool,
+        want_x: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        dgvalues: Values = {} if dgy is None else {self.graph.output: dgy}
+        dgparams: list[tuple[Slot, Tensor]] = []
+        for i, op in reversed(list(enumerate(self.graph.ops))):
+            if op.output in gradient:
+                found = RULES[op.kind].backward_tangent(
+                    op,
+                    state.params[i],
+                    [state.values[v] for v in op.inputs],
+                    state.saved[i],
+                    gradient[op.output],
+                    tangent.params[i],
+                    [tangent.values.get(v) for v in op.inputs],
+                    tangent.saved[i],
+                    dgvalues.get(op.output),
+                )
+                self._collect(op, found, dgvalues, dgparams)
+        return self._gradients(state, dgvalues, dgparams, want_phi, want_x)
+
+    def meta_step(self, call: MetaStep) -> MetaStepResult:
+        return meta_step(self, call)
+
+    # --- between slots and flat vectors -------------------------------------------------------
+
+    def _param(self, index: int | None, theta: Tensor, phi: Tensor | None) -> Tensor | None:
+        if index is None:
+            return None
+        slot = self._slots[index]
+        if slot.adapted:
+            return ParameterLayout.view(slot, theta, theta)
+        if phi is None:
+            return None
+        return ParameterLayout.view(slot, phi, phi).expand(len(theta), *slot.shape)
+
+    def _collect(
+        self, op: Op, found: Any, gvalues: Values, gparams: list[tuple[Slot, Tensor]]
+    ) -> None:
+        param_grads, input_grads = found
+        for value, grad in zip(op.inputs, input_grads, strict=True):
+            if grad is not None:
+                gvalues[value] = gvalues[value] + grad if value in gvalues else grad
+        for index, grad in zip(op.params, param_grads, strict=True):
+            if index is not None and grad is not None:
+                gparams.append((self._slots[index], grad))
+
+    def _gradients(
+        self,
+        state: _State,
+        gvalues: Values,
+        gparams: list[tuple[Slot, Tensor]],
+        want_phi: bool,
+        want_x: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        tasks = len(state.theta)
+        gtheta = state.theta.new_zeros(tasks, state.theta.shape[1])
+        gphi = state.phi.new_zeros(tasks, len(state.phi))
+        for slot, grad in gparams:
+            flat = grad.reshape(tasks, slot.size)
+            if slot.adapted:
+                gtheta = _add(gtheta, slot, flat)
+            elif want_phi:
+                gphi = _add(gphi, slot, flat)
+        gx = gvalues.get(0, torch.zeros_like(state.values[0])) if want_x else None
+        return gtheta, gphi.sum(0) if want_phi else None, gx
+
+
+def _add(total: Tensor, slot: Slot, part: Tensor) -> Tensor:
+    """``total`` with ``part`` added in the slot's columns, out of place."""
+    index = slice(slot.offset, slot.offset + slot.size)
+    return total.slice_scatter(total[:, index] + part, 1, index.start, index.stop)

@@ -1,0 +1,128 @@
+"""A program as two autograd nodes, twice differentiable; and the fused meta-step as one.
+
+``ProgramForward`` is y(theta, phi, x). Its backward is ``ProgramBackward``, the vector-Jacobian
+product (gtheta, gphi, gx) of a cotangent gy; for cotangents (v, u, w) on those, symmetry of second
+derivatives gives the tangent dy in that direction to gy, and the directional derivative of
+(gtheta, gphi, gx) to theta, phi and x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from fastmaml.backends.base import Executor, MetaStep, MetaStepResult
+
+
+@dataclass
+class Run:
+    """One forward call: which executor, with which buffers; filled with what it reports."""
+
+    executor: Executor
+    reference: Executor
+    buffers: Sequence[Tensor]
+    statistics: Tensor | None = None
+    state: Any = None
+
+
+class ProgramForward(Function):
+    """``y [T, N, ...] = f(theta [T, P], phi [Q], x [T, N, ...])``."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, theta: Tensor, phi: Tensor, x: Tensor) -> Tensor:
+        keep = any(ctx.needs_input_grad)
+        y, run.statistics, run.state = run.executor.forward(theta, phi, run.buffers, x, keep=keep)
+        ctx.run = run
+        ctx.save_for_backward(theta, phi, x)
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gy is None:
+            return None, None, None, None
+        theta, phi, x = ctx.saved_tensors
+        _, want_theta, want_phi, want_x = ctx.needs_input_grad
+        gtheta, gphi, gx = ProgramBackward.apply(ctx.run, want_phi, want_x, theta, phi, x, gy)
+        return None, gtheta if want_theta else None, gphi, gx
+
+
+class ProgramBackward(Function):
+    """``(gtheta, gphi, gx)`` of a cotangent ``gy`` on y; gphi and gx None where not wanted."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Run, want_phi: bool, want_x: bool, theta: Tensor, phi: Tensor, x: Tensor,
+        gy: Tensor,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        gtheta, gphi, gx, gradient = run.executor.backward(
+            run.state, gy, want_phi=want_phi, want_x=want_x
+        )
+        ctx.run, ctx.gradient = run, gradient
+        ctx.save_for_backward(theta, phi, x, gy)
+        ctx.set_materialize_grads(False)
+        return gtheta, gphi, gx
+
+    @staticmethod
+    def backward(
+        ctx: Any, v: Tensor | None, u: Tensor | None, w: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        theta, phi, x, gy = ctx.saved_tensors
+        *_, want_theta, want_phi, want_x, want_gy = ctx.needs_input_grad
+        if v is None and u is None and w is None:
+            return (None,) * 7
+        executor, state, gradient = ctx.run.executor, ctx.run.state, ctx.gradient
+        if torch.is_grad_enabled():
+            # a third derivative was asked for: the rules are differentiable themselves
+            executor = ctx.run.reference
+            state, gradient = _recompute(executor, ctx.run, theta, phi, x, gy)
+        v = torch.zeros_like(theta) if v is None else v
+        dy, tangent = executor.tangent(state, v, u, w)
+        if not (want_theta or want_phi or want_x):
+            return None, None, None, None, None, None, dy
+        gtheta, gphi, gx = executor.backward_tangent(
+            state, gradient, tangent, None, want_phi=want_phi, want_x=want_x
+        )
+        return None, None, None, gtheta if want_theta else None, gphi, gx, dy if want_gy else None
+
+
+def _recompute(
+    executor: Executor, run: Run, theta: Tensor, phi: Tensor, x: Tensor, gy: Tensor
+) -> tuple[Any, Any]:
+    _, _, state = executor.forward(theta, phi, run.buffers, x, keep=True)
+    return state, executor.backward(state, gy, want_phi=True, want_x=True)[-1]
+
+
+class MetaGradient(Function):
+    """The mean query loss of a fused meta-step, its gradient already computed with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, result: MetaStepResult, theta: Tensor, phi: Tensor, rates: Tensor | None
+    ) -> Tensor:
+        ctx.result = result
+        ctx.set_materialize_grads(False)
+        return result.losses.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
+        r: MetaStepResult = ctx.result
+        parts = (r.theta_grad, r.phi_grad, r.rates_grad)
+        return None, *(None if part is None else grad * part for part in parts)
+
+
+def fused_meta_loss(
+    executor: Executor, call: MetaStep, rates: Tensor | None
+) -> tuple[Tensor, MetaStepResult]:
+    """``(loss, result)``: the mean over tasks of the query loss, differentiable once."""
+    result = executor.meta_step(call)
+    return MetaGradient.apply(result, call.theta, call.phi, rates), result

@@ -1,0 +1,80 @@
+"""The intermediate representation: a module as a short list of ops over parameter slots.
+
+Value 0 is the network's input. Shapes are per example, in torch's order, without the task axis T
+and the example axis N, so that one program serves every T and N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+Shape = tuple[int, ...]
+
+
+def freeze(attrs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A read-only copy of ``attrs``."""
+    return MappingProxyType(dict(attrs))
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation. ``params`` and ``buffers`` are slot numbers, or None where absent."""
+
+    kind: str
+    inputs: tuple[int, ...]
+    output: int
+    params: tuple[int | None, ...] = ()
+    buffers: tuple[int | None, ...] = ()
+    attrs: Mapping[str, Any] = field(default_factory=lambda: freeze({}))
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.inputs, self.output, self.params, self.buffers))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter of the program: its own values per task (``adapted``) or one copy for all.
+
+    ``offset`` is its place in theta (``[T, P]``) or in phi (``[Q]``), in elements.
+    """
+
+    name: str
+    shape: Shape
+    adapted: bool
+    offset: int
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class BufferSlot:
+    """A buffer that the program reads (running statistics in evaluation mode)."""
+
+    name: str
+    shape: Shape
+    offset: int
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What capture finds in a module: ops over values, and the tensors they read."""
+
+    values: tuple[Shape, ...]
+    ops: tuple[Op, ...]
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    output: int
+
+    def tracking_ops(self) -> tuple[Op, ...]:
+        """The batch norms whose batch statistics feed running statistics, in op order."""
+        return tuple(op for op in self.ops if op.attrs.get("tracking"))

@@ -1,0 +1,263 @@
+"""From ATen calls to ops: one small function per family, in one table.
+
+An in-place call (``relu_``) is found under its plain name; its result is the same tensor object,
+which from then on stands for the new value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from fastmaml.program.trace import Lowering, NotCovered, Read, Trace, Value
+
+Arguments = Mapping[str, Any]
+
+
+def _pair(value: Any, default: Any = None) -> tuple[int, int]:
+    items = list(value) if value else list(default)
+    return (int(items[0]), int(items[-1]))
+
+
+def _image(trace: Trace, tensor: Tensor) -> Value:
+    value = trace.value(tensor)
+    if value.merged or len(value.shape) != 3:
+        raise NotCovered(f"an input of shape {list(tensor.shape)} instead of [N, C, H, W]")
+    return value
+
+
+# --- layers with parameters -----------------------------------------------------------------------
+
+
+def _transpose_2d(trace: Trace, a: Arguments, result: Tensor) -> None:
+    known = trace.lookup(a["self"])
+    if not isinstance(known, Read) or result.ndim != 2:
+        raise NotCovered("a transpose that mixes examples")
+    trace.alias(result, Read(known.name, known.is_buffer, not known.transposed))
+
+
+def _matrix_product(trace: Trace, a: Arguments, result: Tensor) -> None:
+    bias = a.get("bias", a.get("self") if "mat1" in a else None)
+    x = a["mat1"] if "mat1" in a else a.get("input", a.get("self"))
+    if a.get("alpha", 1) != 1 or a.get("beta", 1) != 1:
+        raise NotCovered("addmm with factors")
+    weight = a.get("weight")
+    slot = (
+        trace.read(a["mat2"], transposed=True) if weight is None else trace.read(weight)
+    )
+    trace.emit("linear", result, (trace.value(x),), (slot, trace.read(bias)))
+
+
+def _convolution(trace: Trace, a: Arguments, result: Tensor) -> None:
+    x = _image(trace, a["input"])
+    if a["transposed"] or a["groups"] != 1:
+        raise NotCovered("a transposed convolution" if a["transposed"] else "groups > 1")
+    trace.emit(
+        "conv2d",
+        result,
+        (x,),
+        (trace.read(a["weight"]), trace.read(a["bias"])),
+        stride=_pair(a["stride"]),
+        padding=_pair(a["padding"]),
+        dilation=_pair(a["dilation"]),
+    )
+
+
+def _batch_norm(
+    trace: Trace, a: Arguments, result: Any, *, training: bool | None = None
+) -> None:
+    x = trace.value(a["input"])
+    if x.merged or len(x.shape) not in (1, 2, 3):
+        raise NotCovered(f"an input of shape {list(a['input'].shape)}")
+    running = (trace.read(a.get("running_mean")), trace.read(a.get("running_var")))
+    momentum = a.get("momentum", a.get("exponential_average_factor"))
+    batch_statistics = bool(a["training"] if training is None else training)
+    trace.emit(
+        "batch_norm",
+        result[0],
+        (x,),
+        (trace.read(a["weight"]), trace.read(a["bias"])),
+        running,
+        training=batch_statistics,
+        tracking=batch_statistics and running[0] is not None,
+        momentum=float(momentum),
+        eps=float(a.get("eps", a.get("epsilon"))),
+    )
+
+
+def _count_batches(trace: Trace, a: Arguments, result: Any) -> None:
+    """``num_batches_tracked += 1`` and its ``item()``: the running statistics' own business."""
+    known = trace.lookup(a["self"])
+    if not (isinstance(known, Read) and known.name.endswith("num_batches_tracked")):
+        raise NotCovered("a buffer or parameter used as an operand")
+
+
+# --- pointwise ------------------------------------------------------------------------------------
+
+
+def _activation(
+    trace: Trace, a: Arguments, result: Any, *, function: str, alpha: Any = 0.0, beta: Any = 0.0
+) -> None:
+    output = result[0] if isinstance(result, (tuple, list)) else result
+    numbers = [float(a[v]) if isinstance(v, str) else float(v) for v in (alpha, beta)]
+    x = trace.value(a["self"])
+    trace.emit("activation", output, (x,), function=function, alpha=numbers[0], beta=numbers[1])
+
+
+def _elu(trace: Trace, a: Arguments, result: Tensor) -> None:
+    alpha, scale, input_scale = (float(a[k]) for k in ("alpha", "scale", "input_scale"))
+    if scale == 1.0 and input_scale == 1.0:
+        _activation(trace, a, result, function="elu", alpha=alpha)
+    elif abs(scale - 1.0507009873554805) < 1e-12 and input_scale == 1.0:
+        _activation(trace, a, result, function="selu")
+    else:
+        raise NotCovered("elu with scales")
+
+
+def _gelu(trace: Trace, a: Arguments, result: Tensor) -> None:
+    name = "gelu" if a["approximate"] == "none" else "gelu_tanh"
+    _activation(trace, a, result, function=name)
+
+
+def _power(trace: Trace, a: Arguments, result: Tensor) -> None:
+    if a["exponent"] != 2:
+        raise NotCovered(f"exponent {a['exponent']}")
+    _activation(trace, a, result, function="square")
+
+
+def _add(trace: Trace, a: Arguments, result: Tensor, *, sign: int = 1) -> None:
+    if isinstance(trace.lookup(a["self"]), Read):
+        return _count_batches(trace, a, result)
+    x, other, alpha = trace.value(a["self"]), a["other"], sign * a["alpha"]
+    if isinstance(other, Tensor):
+        y = trace.value(other)
+        if x.shape != y.shape or x.merged != y.merged:
+            raise NotCovered("an addition that broadcasts")
+        return trace.emit("add", result, (x, y), alpha=float(alpha))
+    return trace.emit("scale", result, (x,), alpha=1.0, beta=float(alpha * other))
+
+
+def _multiply(trace: Trace, a: Arguments, result: Tensor, *, divide: bool = False) -> None:
+    x, other = trace.value(a["self"]), a["other"]
+    if isinstance(other, Tensor) or a.get("rounding_mode") is not None:
+        raise NotCovered("a product of tensors")
+    trace.emit("scale", result, (x,), alpha=1 / float(other) if divide else float(other), beta=0.0)
+
+
+def _negate(trace: Trace, a: Arguments, result: Tensor) -> None:
+    trace.emit("scale", result, (trace.value(a["self"]),), alpha=-1.0, beta=0.0)
+
+
+# --- pooling and shapes ---------------------------------------------------------------------------
+
+
+def _max_pool(trace: Trace, a: Arguments, result: Any) -> None:
+    kernel = _pair(a["kernel_size"])
+    trace.emit(
+        "max_pool2d",
+        result[0],
+        (_image(trace, a["self"]),),
+        kernel=kernel,
+        stride=_pair(a["stride"], kernel),
+        padding=_pair(a["padding"]),
+        dilation=_pair(a["dilation"]),
+        ceil_mode=bool(a["ceil_mode"]),
+    )
+
+
+def _avg_pool(trace: Trace, a: Arguments, result: Tensor) -> None:
+    kernel = _pair(a["kernel_size"])
+    trace.emit(
+        "avg_pool2d",
+        result,
+        (_image(trace, a["self"]),),
+        kernel=kernel,
+        stride=_pair(a["stride"], kernel),
+        padding=_pair(a["padding"]),
+        ceil_mode=bool(a["ceil_mode"]),
+        count_include_pad=bool(a["count_include_pad"]),
+        divisor=a["divisor_override"],
+    )
+
+
+def _adaptive_avg_pool(trace: Trace, a: Arguments, result: Tensor) -> None:
+    trace.emit("adaptive_avg_pool2d", result, (_image(trace, a["self"]),))
+
+
+def _mean(trace: Trace, a: Arguments, result: Tensor) -> None:
+    x, dims = trace.value(a["self"]), a.get("dim")
+    if x.merged or not dims or a["dtype"] not in (None, a["self"].dtype):
+        raise NotCovered("a mean over examples")
+    axes = sorted(d % a["self"].ndim for d in dims)
+    if axes[0] == 0:
+        raise NotCovered("a mean over examples")
+    keepdim = bool(a["keepdim"])
+    trace.emit("mean", result, (x,), dims=tuple(d - 1 for d in axes), keepdim=keepdim)
+
+
+def _view(trace: Trace, a: Arguments, result: Tensor) -> None:
+    trace.reshape(result, trace.value(a["self"]))
+
+
+def _permute(trace: Trace, a: Arguments, result: Tensor) -> None:
+    x, ndim = trace.value(a["self"]), a["self"].ndim
+    if "dims" in a:
+        order = [d % ndim for d in a["dims"]]
+    else:
+        order = list(range(ndim))
+        i, j = a["dim0"] % ndim, a["dim1"] % ndim
+        order[i], order[j] = j, i
+    if x.merged or order[0] != 0:
+        raise NotCovered("a permutation that moves the examples")
+    trace.emit("permute", result, (x,), dims=tuple(d - 1 for d in order[1:]))
+
+
+def _same(trace: Trace, a: Arguments, result: Tensor) -> None:
+    if result.dtype != a["self"].dtype or result.device != a["self"].device:
+        raise NotCovered("a change of dtype or device")
+    known = trace.lookup(a["self"])
+    if known is not None:
+        trace.alias(result, known)
+
+
+def _activations() -> dict[str, Lowering]:
+    plain = ("relu", "silu", "sigmoid", "tanh", "sin", "cos", "exp", "square")
+    table: dict[str, Lowering] = {n: partial(_activation, function=n) for n in plain}
+    table["leaky_relu"] = partial(_activation, function="leaky_relu", alpha="negative_slope")
+    table["softplus"] = partial(_activation, function="softplus", alpha="beta", beta="threshold")
+    table["hardtanh"] = partial(_activation, function="hardtanh", alpha="min_val", beta="max_val")
+    table["log_sigmoid_forward"] = partial(_activation, function="log_sigmoid")
+    table |= {"elu": _elu, "gelu": _gelu, "pow": _power}
+    return table
+
+
+TABLE: Mapping[str, Lowering] = {
+    "t": _transpose_2d,
+    "addmm": _matrix_product,
+    "mm": _matrix_product,
+    "linear": _matrix_product,
+    "convolution": _convolution,
+    **dict.fromkeys(
+        ("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm"), _batch_norm
+    ),
+    "_batch_norm_with_update": partial(_batch_norm, training=True),
+    "_batch_norm_no_update": partial(_batch_norm, training=False),
+    **_activations(),
+    "_local_scalar_dense": _count_batches,
+    "add": _add,
+    "sub": partial(_add, sign=-1),
+    "mul": _multiply,
+    "div": partial(_multiply, divide=True),
+    "neg": _negate,
+    "max_pool2d_with_indices": _max_pool,
+    "avg_pool2d": _avg_pool,
+    "_adaptive_avg_pool2d": _adaptive_avg_pool,
+    "mean": _mean,
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unsqueeze", "squeeze"), _view),
+    **dict.fromkeys(("permute", "transpose"), _permute),
+    **dict.fromkeys(("clone", "contiguous", "detach", "alias", "lift_fresh", "_to_copy"), _same),
+}
+"""ATen's name of an operation, without the trailing underscore of its in-place form."""

@@ -1,0 +1,214 @@
+"""Watching a module run: every ATen call it makes, recorded as ops over values.
+
+The module runs once for real on a few examples under a dispatch mode, below autograd and below
+PyTorch's composite operations, so views, lambdas, functional calls and skip connections in user
+code all arrive as the same handful of ATen calls.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastmaml.program.ir import Op, Shape, freeze
+
+
+class NotCovered(Exception):
+    """A module does something that no rule covers; the message names it and where it is."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor computed from the input. ``merged``: dim 0 is N times the first per-example dim."""
+
+    id: int
+    shape: Shape
+    merged: bool = False
+
+
+@dataclass(frozen=True)
+class Read:
+    """A parameter or buffer of the module; ``transposed`` after ``.t()``."""
+
+    name: str
+    is_buffer: bool
+    transposed: bool = False
+
+
+Known = Value | Read
+Lowering = Callable[["Trace", Mapping[str, Any], Any], Any]
+
+
+class Trace(TorchDispatchMode):
+    """Records ``ops`` while active. ``examples`` is the length of dim 0 of the input."""
+
+    def __init__(
+        self,
+        examples: int,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        table: Mapping[str, Lowering],
+    ) -> None:
+        super().__init__()
+        self.examples = examples
+        self.values: list[Shape] = []
+        self.ops: list[Op] = []
+        self.parameters: list[str] = []
+        self.buffers: list[str] = []
+        self._table = table
+        self._known: dict[int, Known] = {}
+        self._alive: list[Tensor] = []  # an id is only unique while its tensor lives
+        self._stale: set[int] = set()  # changed through another tensor of the same storage
+        for name, tensor in parameters.items():
+            self._know(tensor, Read(name, is_buffer=False))
+        for name, tensor in buffers.items():
+            self._know(tensor, Read(name, is_buffer=True))
+
+    # --- what is known of a tensor ------------------------------------------------------------
+
+    def _know(self, tensor: Tensor, what: Known) -> None:
+        if id(tensor) not in self._known:
+            self._alive.append(tensor)
+        self._known[id(tensor)] = what
+
+    def lookup(self, tensor: object) -> Known | None:
+        if id(tensor) in self._stale:
+            raise NotCovered("a view that was changed in place through another")
+        return self._known.get(id(tensor))
+
+    def value(self, tensor: Any) -> Value:
+        """The value behind ``tensor``; raises :class:`NotCovered` for anything else."""
+        known = self.lookup(tensor)
+        if isinstance(known, Value):
+            return known
+        raise NotCovered("an operand that does not come from the input")
+
+    def read(self, tensor: Tensor | None, *, transposed: bool = False) -> int | None:
+        """The slot number of a parameter or buffer, added on first use."""
+        if tensor is None:
+            return None
+        known = self.lookup(tensor)
+        if not isinstance(known, Read) or known.transposed != transposed:
+            raise NotCovered("a weight that is not a parameter itself")
+        names = self.buffers if known.is_buffer else self.parameters
+        if known.name not in names:
+            names.append(known.name)
+        return names.index(known.name)
+
+    # --- adding to the program ----------------------------------------------------------------
+
+    def add_input(self, tensor: Tensor) -> None:
+        self._know(tensor, self._new_value(tensor))
+
+    def _new_value(self, tensor: Tensor) -> Value:
+        rows = tensor.shape[0] if tensor.ndim else 0
+        if rows == self.examples:
+            value = Value(len(self.values), tuple(tensor.shape[1:]))
+        elif rows and rows % self.examples == 0:
+            lead = rows // self.examples
+            value = Value(len(self.values), (lead, *tensor.shape[1:]), merged=True)
+        else:
+            raise NotCovered(f"a result of shape {list(tensor.shape)} that mixes examples")
+        self.values.append(value.shape)
+        return value
+
+    def emit(
+        self,
+        kind: str,
+        result: Tensor,
+        inputs: tuple[Value, ...],
+        params: tuple[int | None, ...] = (),
+        buffers: tuple[int | None, ...] = (),
+        **attrs: Any,
+    ) -> None:
+        """Append an op whose output is ``result``."""
+        value = self._new_value(result)
+        ids = tuple(v.id for v in inputs)
+        self.ops.append(Op(kind, ids, value.id, params, buffers, freeze(attrs)))
+        self._know(result, value)
+
+    def reshape(self, result: Tensor, source: Value) -> None:
+        """``result`` holds the elements of ``source`` in the same order."""
+        value = self._new_value(result)
+        if value.shape == source.shape:
+            self.values.pop()
+            self._know(result, Value(source.id, source.shape, value.merged))
+        else:
+            self.ops.append(Op("view", (source.id,), value.id))
+            self._know(result, value)
+
+    def alias(self, result: Tensor, what: Known) -> None:
+        """``result`` is another tensor object for something known."""
+        self._know(result, what)
+
+    # --- the mode -----------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        arguments = bind(func, args, kwargs or {})
+        name = func._overloadpacket.__name__
+        try:
+            self._record(name, arguments, result)
+        except NotCovered as reason:
+            detail = f" ({reason})" if str(reason) else ""
+            raise NotCovered(f"aten.{name}{detail}{_whereabouts()}") from None
+        return result
+
+    def _record(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
+        if not self._touches_known(arguments):
+            return
+        lowering = self._table.get(name.removesuffix("_"))
+        if lowering is None:
+            raise NotCovered
+        if name.endswith("_"):
+            self._change_in_place(arguments["self"])
+        lowering(self, arguments, result)
+
+    def _touches_known(self, arguments: Mapping[str, Any]) -> bool:
+        return any(
+            self.lookup(item) is not None
+            for argument in arguments.values()
+            for item in (argument if isinstance(argument, (list, tuple)) else (argument,))
+        )
+
+    def _change_in_place(self, target: Tensor) -> None:
+        """Every other tensor of the same storage changes too; none may be used from here on."""
+        storage = target.untyped_storage()._cdata
+        for other in self._alive:
+            known = self._known[id(other)]
+            shares = other is target or other.untyped_storage()._cdata == storage
+            if shares and isinstance(known, Value) and known.id == 0:
+                raise NotCovered("the network's input changed in place")
+            if shares and other is not target:
+                self._stale.add(id(other))
+
+
+def bind(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The call's arguments by the schema's names, defaults filled in."""
+    bound: dict[str, Any] = {}
+    for position, argument in enumerate(func._schema.arguments):
+        if position < len(args):
+            bound[argument.name] = args[position]
+        else:
+            default = argument.default_value if argument.has_default_value() else None
+            bound[argument.name] = kwargs.get(argument.name, default)
+    return bound
+
+
+def _whereabouts() -> str:
+    """The innermost module whose forward is on the Python stack, for messages."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            return f" in {type(owner).__name__}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
