@@ -1,0 +1,180 @@
+"""The cases: a net, a meta-batch shape and an inner loop each, with data and a float64 oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from fastmaml.vision.models import CNN4, OmniglotCNN, OmniglotFC
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def sine_net() -> nn.Module:
+    """The regression net of the MAML paper (Finn et al. 2017, section 5.1)."""
+    return nn.Sequential(
+        nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1)
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Support and query tensors, [T, N, ...] each."""
+
+    support_x: Tensor
+    support_y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.support_x, self.support_y, self.query_x, self.query_y
+
+    def task_list(self) -> list[tuple[Tensor, ...]]:
+        return list(zip(*self.tensors(), strict=True))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One meta-step to time: `tasks` tasks, `steps` inner steps of size `lr`, second order."""
+
+    name: str
+    net: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    tasks: int
+    support: int
+    query: int
+    steps: int
+    lr: float
+    ways: int = 5
+    regression: bool = False
+    seed: int = 0
+
+    @property
+    def loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        return F.mse_loss if self.regression else F.cross_entropy
+
+    def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The net in training mode; the float64 one holds the float32 one's values."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return self.net().to(dtype).train()
+
+    def batch(self, dtype: torch.dtype = torch.float32) -> Batch:
+        """Random tasks; the float64 ones hold the float32 ones' values."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        draw = self._draw_sines if self.regression else self._draw_images
+        support, query = (draw(n, generator) for n in (self.support, self.query))
+        x, y = zip(support, query, strict=True)
+        x = [t.to(dtype) for t in x]
+        y = [t.to(dtype) if self.regression else t for t in y]
+        return Batch(x[0], y[0], x[1], y[1])
+
+    def _draw_sines(self, examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        x = torch.rand(self.tasks, examples, 1, generator=generator) * 10 - 5
+        amplitude = torch.linspace(0.1, 5.0, self.tasks).view(-1, 1, 1)
+        phase = torch.linspace(0.0, torch.pi, self.tasks).view(-1, 1, 1)
+        return x, amplitude * torch.sin(x + phase)
+
+    def _draw_images(self, examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        x = torch.rand(self.tasks, examples, *self.shape, generator=generator)
+        y = (torch.arange(examples) % self.ways).repeat(self.tasks, 1)
+        return x, y
+
+    def resized(self, **changes: int) -> Case:
+        """The same case with another number of tasks, steps, support or query examples."""
+        suffix = "".join(f" {key}={value}" for key, value in changes.items())
+        return replace(self, name=self.name + suffix, **changes)
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("sine", sine_net, (1,), 25, 10, 10, steps=1, lr=0.01, ways=1, regression=True),
+        Case("sine5", sine_net, (1,), 25, 10, 10, steps=5, lr=0.01, ways=1, regression=True),
+        Case("omnifc", lambda: OmniglotFC(28 * 28, 5), (1, 28, 28), 32, 5, 5, steps=1, lr=0.4),
+        Case("omni51", lambda: OmniglotCNN(5), (1, 28, 28), 32, 5, 5, steps=1, lr=0.4),
+        Case("omni55", lambda: OmniglotCNN(5), (1, 28, 28), 32, 5, 75, steps=5, lr=0.1),
+        Case("mini51", lambda: CNN4(5, hidden_size=32), (3, 84, 84), 4, 5, 75, steps=5, lr=0.01),
+    )
+}
+
+
+def oracle(case: Case) -> list[Tensor]:
+    """The meta-gradient in float64 by double backward, one task after the other.
+
+    Returns one tensor per parameter of `case.model()`, of the mean over tasks of the query loss.
+    """
+    model, batch = case.model(torch.float64), case.batch(torch.float64)
+    buffers = dict(model.named_buffers())
+    start = dict(model.named_parameters())
+    total = [torch.zeros_like(p) for p in start.values()]
+    for support_x, support_y, query_x, query_y in batch.task_list():
+        theta = start
+        for _ in range(case.steps):
+            loss = case.loss(functional_call(model, (theta, buffers), (support_x,)), support_y)
+            grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+            theta = {
+                name: p - case.lr * g for (name, p), g in zip(theta.items(), grads, strict=True)
+            }
+        loss = case.loss(functional_call(model, (theta, buffers), (query_x,)), query_y)
+        for sum_, g in zip(total, torch.autograd.grad(loss, list(start.values())), strict=True):
+            sum_ += g / case.tasks
+    return total
+
+
+def relative_error(grads: list[Tensor], reference: list[Tensor]) -> float:
+    """|grads - reference| / |reference| over all parameters together, in float64."""
+    flat = torch.cat([g.detach().double().reshape(-1) for g in grads])
+    exact = torch.cat([g.reshape(-1) for g in reference])
+    if flat.shape != exact.shape:
+        return float("inf")
+    error = ((flat - exact).norm() / exact.norm()).item()
+    return error if error == error else float("inf")
+
+
+def useful_gflop(case: Case) -> float:
+    """Multiplications and additions (10^9) that the exact adjoint needs for one meta-step.
+
+    Linear and convolution layers only, without a convolution's padding taps, activations saved:
+    a gradient is 3 forward passes, a Hessian-vector product 6 more; a layer that reads the data
+    needs no gradient for its input, and its input has no tangent: 2 and 2.
+    """
+    first, later = _forward_flop(case)
+    gradients = case.support * case.steps + case.query
+    products = case.support * case.steps
+    flop = first * (2 * gradients + 2 * products) + later * (3 * gradients + 6 * products)
+    return case.tasks * flop / 1e9
+
+
+def _forward_flop(case: Case) -> tuple[float, float]:
+    """Flop of one example's forward pass: in the layer that reads the data, in the others."""
+    counts: list[float] = []
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, nn.Linear):
+            counts.append(2.0 * module.in_features * module.out_features)
+        elif isinstance(module, nn.Conv2d):
+            taps = 1
+            for axis in (0, 1):
+                taps *= _valid_taps(module, axis, inputs[0].shape[2 + axis], output.shape[2 + axis])
+            counts.append(2.0 * taps * module.in_channels * module.out_channels / module.groups)
+
+    model = case.model()
+    for module in model.modules():
+        module.register_forward_hook(count)
+    with torch.no_grad():
+        model(torch.zeros(2, *case.shape))
+    return counts[0], sum(counts[1:])
+
+
+def _valid_taps(conv: nn.Conv2d, axis: int, size: int, out: int) -> int:
+    """How many (output, tap) pairs along one axis read an input rather than padding."""
+    padding, stride, dilation = conv.padding, conv.stride[axis], conv.dilation[axis]
+    pad = padding[axis] if isinstance(padding, tuple) else dilation * (conv.kernel_size[axis] // 2)
+    return sum(
+        0 <= o * stride - pad + k * dilation < size
+        for o in range(out)
+        for k in range(conv.kernel_size[axis])
+    )

@@ -1,0 +1,62 @@
+"""The meta-step through fastmaml's three doors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastmaml
+from bench.baselines import Step
+from bench.cases import Case
+
+
+def drop_in(case: Case, dtype: torch.dtype) -> Step:
+    """Door 1: learn2learn's code, unchanged."""
+    maml, tasks = fastmaml.MAML(case.model(dtype), lr=case.lr), case.batch(dtype).task_list()
+
+    def step() -> list[Tensor]:
+        maml.zero_grad()
+        total = torch.zeros((), dtype=dtype)
+        for support_x, support_y, query_x, query_y in tasks:
+            learner = maml.clone()
+            for _ in range(case.steps):
+                learner.adapt(case.loss(learner(support_x), support_y))
+            total = total + case.loss(learner(query_x), query_y)
+        (total / case.tasks).backward()
+        return [p.grad for p in maml.parameters()]
+
+    return step
+
+
+def batched(case: Case, dtype: torch.dtype) -> Step:
+    """Door 2: the same lines over all tasks at once."""
+    maml, batch = fastmaml.MAML(case.model(dtype), lr=case.lr), case.batch(dtype)
+
+    def losses(output: Tensor, target: Tensor) -> Tensor:
+        if case.regression:
+            return F.mse_loss(output, target, reduction="none").mean((1, 2))
+        return F.cross_entropy(output.transpose(1, 2), target, reduction="none").mean(1)
+
+    def step() -> list[Tensor]:
+        maml.zero_grad()
+        learner = maml.clone(tasks=case.tasks)
+        for _ in range(case.steps):
+            learner.adapt(losses(learner(batch.support_x), batch.support_y))
+        losses(learner(batch.query_x), batch.query_y).mean().backward()
+        return [p.grad for p in maml.parameters()]
+
+    return step
+
+
+def fused(case: Case, dtype: torch.dtype) -> Step:
+    """Door 3: the whole meta-step in one native call."""
+    maml = fastmaml.MAML(case.model(dtype), lr=case.lr)
+    batch = fastmaml.TaskBatch(*case.batch(dtype).tensors())
+
+    def step() -> list[Tensor]:
+        maml.zero_grad()
+        maml.meta_loss(batch, steps=case.steps, loss=case.loss).backward()
+        return [p.grad for p in maml.parameters()]
+
+    return step

@@ -1,0 +1,60 @@
+"""What a timing depends on beside the code: processor, threads, versions, commit, FMA peak."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment(threads: int) -> dict[str, object]:
+    import fastmaml._core as core
+
+    info = core.info()
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "peers": _versions("learn2learn", "higher", "torchopt", "parallel-metalearn", "jax"),
+        "isa": info["isa"],
+        "commit": commit(),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "variables": {k: v for k, v in os.environ.items() if k.startswith(("FASTMAML_", "OMP_"))},
+        "peak_gflops": round(core.fma_peak(threads), 1),
+    }
+
+
+def commit() -> str:
+    return _git("rev-parse", "--short=12", "HEAD")
+
+
+def _git(*arguments: str) -> str:
+    result = subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip()
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _versions(*names: str) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

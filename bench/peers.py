@@ -1,0 +1,134 @@
+"""The meta-step through other libraries, each imported only when it is asked for."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from bench.baselines import Step, without_running_statistics
+from bench.cases import Case
+
+
+def learn2learn(case: Case, dtype: torch.dtype) -> Step:
+    from learn2learn.algorithms import MAML
+
+    maml, tasks = MAML(case.model(dtype), lr=case.lr), case.batch(dtype).task_list()
+
+    def step() -> list[Tensor]:
+        maml.zero_grad()
+        total = torch.zeros((), dtype=dtype)
+        for support_x, support_y, query_x, query_y in tasks:
+            learner = maml.clone()
+            for _ in range(case.steps):
+                learner.adapt(case.loss(learner(support_x), support_y))
+            total = total + case.loss(learner(query_x), query_y)
+        (total / case.tasks).backward()
+        return [p.grad for p in maml.parameters()]
+
+    return step
+
+
+def higher(case: Case, dtype: torch.dtype) -> Step:
+    from higher import innerloop_ctx
+
+    model, tasks = case.model(dtype), case.batch(dtype).task_list()
+    optimizer = torch.optim.SGD(model.parameters(), lr=case.lr)
+
+    def step() -> list[Tensor]:
+        model.zero_grad()
+        for support_x, support_y, query_x, query_y in tasks:
+            with innerloop_ctx(model, optimizer, copy_initial_weights=False) as (learner, inner):
+                for _ in range(case.steps):
+                    inner.step(case.loss(learner(support_x), support_y))
+                (case.loss(learner(query_x), query_y) / case.tasks).backward()
+        return [p.grad for p in model.parameters()]
+
+    return step
+
+
+def torchopt(case: Case, dtype: torch.dtype) -> Step:
+    from torchopt import MetaSGD, extract_state_dict, recover_state_dict
+
+    model, tasks = case.model(dtype), case.batch(dtype).task_list()
+    start = list(model.parameters())
+    optimizer = MetaSGD(model, lr=case.lr)
+    states = [extract_state_dict(part, by="reference") for part in (model, optimizer)]
+
+    def step() -> list[Tensor]:
+        for p in start:
+            p.grad = None
+        total = torch.zeros((), dtype=dtype)
+        for support_x, support_y, query_x, query_y in tasks:
+            for part, state in zip((model, optimizer), states, strict=True):
+                recover_state_dict(part, state)
+            for _ in range(case.steps):
+                optimizer.step(case.loss(model(support_x), support_y))
+            total = total + case.loss(model(query_x), query_y)
+        (total / case.tasks).backward()
+        return [p.grad for p in start]
+
+    return step
+
+
+class _FastWeights(nn.Module):
+    """The model interface that parallel-metalearn asks for."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, **_: object) -> dict[str, object]:
+        return {"logits": self.net(x), "buffers": {}}
+
+    def get_fast_weights(self) -> dict[str, nn.Parameter]:
+        return dict(self.named_parameters())
+
+
+class _NoOptimizer:
+    """Leaves the parameters alone, so that every step computes the same gradient."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+
+    def zero_grad(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    def step(self) -> None:
+        pass
+
+
+def parallel_metalearn(case: Case, dtype: torch.dtype) -> Step:
+    from metalearn.algorithms.MAML import MAML
+    from metalearn.inner_optimizers.optimizers import InnerSGD
+
+    class Loss(nn.Module):
+        def forward(self, out_dict: dict, targets: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+            loss = case.loss(out_dict["logits"], targets)
+            return loss, loss.detach()
+
+    model = _FastWeights(without_running_statistics(case.model(dtype)))
+    parameters = list(model.parameters())
+    inner = InnerSGD(
+        model.get_fast_weights(), inner_lr=case.lr, max_inner_steps=case.steps, learn_lr=False
+    ).to(dtype)
+    for rate in itertools.chain(inner.parameters(), inner.buffers()):
+        rate.data.fill_(case.lr)  # it is made in float32, whatever the parameters are
+    maml = MAML(
+        model=model,
+        optimizer=_NoOptimizer(parameters),
+        inner_optimizer=inner,
+        support_loss_fn=Loss(),
+        inner_steps=case.steps,
+        chunk_size=case.tasks,
+        device=torch.device("cpu"),
+    )
+    batches = itertools.repeat(case.batch(dtype).tensors())
+
+    def step() -> list[Tensor]:
+        maml.step(batches)
+        return [p.grad for p in parameters]
+
+    return step

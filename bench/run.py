@@ -1,0 +1,133 @@
+"""Time contenders on cases, in interleaved rounds, after checking their gradients."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from bench.cases import CASES, oracle, useful_gflop
+from bench.contenders import CONTENDERS
+from bench.machine import ROOT, environment
+from bench.worker import Job, Worker
+
+RESULTS = ROOT / "bench" / "results"
+QUICK_CASES = ["sine", "sine5", "omnifc", "omni51"]
+QUICK_CONTENDERS = ["door3", "door2", "door1", "eager", "vmap", "vmap-norm"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = lambda text: text.split(",")  # noqa: E731
+    parser.add_argument("--cases", type=names, help=f"of {','.join(CASES)} (default: all)")
+    parser.add_argument("--against", type=names, help=f"of {','.join(CONTENDERS)} (default: all)")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds per round and contender")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, help="JSONL file (default: bench/results/...)")
+    parser.add_argument("--quick", action="store_true", help="small cases, a minute or two")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    cases, contenders = arguments.cases or list(CASES), arguments.against or list(CONTENDERS)
+    rounds, budget = arguments.rounds, arguments.budget
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    output = arguments.output or RESULTS / f"run-{stamp}.jsonl"
+    if arguments.quick:
+        cases, contenders = arguments.cases or QUICK_CASES, arguments.against or QUICK_CONTENDERS
+        rounds, budget, output = 5, 0.2, arguments.output or RESULTS / "quick.jsonl"
+    check_names(cases, CASES)
+    check_names(contenders, CONTENDERS)
+    machine = environment(arguments.threads)
+    print_environment(machine)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    failed = False
+    with output.open("w") as file:
+        for case in cases:
+            jobs = [Job(name, case, threads=arguments.threads) for name in contenders]
+            for record in measure(jobs, rounds, budget, machine):
+                file.write(json.dumps({"run": stamp, **record, "environment": machine}) + "\n")
+                file.flush()
+                ours = CONTENDERS[record["contender"]].ours
+                failed |= ours and record["status"] != "ok"
+    print(f"\nwritten to {output}")
+    return int(failed)
+
+
+def check_names(names: list[str], known: dict[str, object]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(f"unknown: {', '.join(unknown)}; choose from {', '.join(known)}")
+
+
+def measure(
+    jobs: list[Job], rounds: int, budget_s: float, machine: dict[str, object]
+) -> Iterator[dict[str, object]]:
+    """Gate and time jobs on one case; one record each, printed as it is made."""
+    case = (
+        CASES[jobs[0].case].resized(**jobs[0].changes) if jobs[0].changes else CASES[jobs[0].case]
+    )
+    gflop = useful_gflop(case)
+    print(
+        f"\n{case.name}: {case.tasks} tasks x ({case.support}, {case.query}), "
+        f"{case.steps} steps, {gflop:.3g} useful GFLOP"
+    )
+    exact = oracle(case) if jobs[0].gated else None
+    workers = [Worker(job, exact) for job in jobs]
+    times: list[list[float]] = [[] for _ in jobs]
+    try:
+        for _ in range(rounds):
+            for worker, samples in zip(workers, times, strict=True):
+                if worker.gate.status == "ok":
+                    samples += worker.time(budget_s)
+    finally:
+        for worker in workers:
+            worker.close()
+    for job, worker, samples in zip(jobs, workers, times, strict=True):
+        record = {
+            "case": job.case,
+            "changes": job.changes,
+            "contender": job.contender,
+            "gflop": gflop,
+            **vars(worker.gate),
+            **percentiles(samples),
+        }
+        if samples:
+            record["peak_fraction"] = gflop / record["p50_s"] / machine["peak_gflops"]
+        print_record(record)
+        yield record
+
+
+def percentiles(samples: list[float]) -> dict[str, object]:
+    if not samples:
+        return {"samples": 0}
+    points = torch.tensor(samples, dtype=torch.float64).quantile(
+        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    )
+    p20, p50, p80 = points.tolist()
+    return {"samples": len(samples), "p20_s": p20, "p50_s": p50, "p80_s": p80}
+
+
+def print_environment(machine: dict[str, object]) -> None:
+    dirty = " with uncommitted changes" if machine["dirty"] else ""
+    print(
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, "
+        f"FMA peak {machine['peak_gflops']:.0f} GFLOP/s; torch {machine['torch']}; "
+        f"commit {machine['commit']}{dirty}"
+    )
+
+
+def print_record(record: dict[str, object]) -> None:
+    label = CONTENDERS[record["contender"]].label
+    if record["status"] != "ok":
+        print(f"  {label:36s} {record['status'].upper()}: {record['reason']}")
+        return
+    p20, p50, p80 = (1e3 * record[key] for key in ("p20_s", "p50_s", "p80_s"))
+    print(
+        f"  {label:36s} {p50:9.3f} ms  ({p20:.3f} .. {p80:.3f})  "
+        f"{100 * record['peak_fraction']:5.1f} % of peak  {record['peak_memory_mb']:7.1f} MB  "
+        f"first call {record['first_call_s']:.2f} s  error {record['error64'] or 0:.0e}"
+    )

@@ -1,0 +1,142 @@
+"""One contender on one case in a process of its own, so that memory is its own and so are crashes.
+
+The parent holds a `Worker` for each contender and lets them run in turn.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from bench.baselines import Step
+from bench.cases import Case, relative_error
+from bench.contenders import CONTENDERS
+
+EXACT = 1e-8  # float64, against the oracle: below this only rounding is left
+CLOSE = 1e-3  # float32: a ReLU unit within rounding of zero may flip, for anyone
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is to build. `case_fields` are those of a `Case`, without its net."""
+
+    contender: str
+    case: str
+    changes: dict[str, int] = field(default_factory=dict)
+    threads: int = 1
+    package: str | None = None  # a folder whose fastmaml is used instead of the installed one
+    gated: bool = True
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How a contender did on the gradient check, and what its first steps cost."""
+
+    status: str  # ok | wrong | unavailable | failed
+    reason: str = ""
+    error32: float | None = None
+    error64: float | None = None
+    first_call_s: float | None = None
+    steady_s: float | None = None
+    peak_memory_mb: float | None = None
+
+
+class Worker:
+    """A process that has built its contender and waits to be told to run it."""
+
+    def __init__(self, job: Job, oracle: list[torch.Tensor] | None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_main, args=(job, oracle, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        try:
+            self.gate: Gate = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            self.gate = Gate("failed", f"the process ended with code {self._process.exitcode}")
+
+    def time(self, budget_s: float) -> list[float]:
+        """Seconds of each step of a round that takes about `budget_s`, one step at least."""
+        self._connection.send(budget_s)
+        return self._connection.recv()
+
+    def close(self) -> None:
+        if self._process.is_alive():
+            self._connection.send(None)
+            self._process.join(timeout=10)
+        self._process.kill()
+
+
+def _main(job: Job, oracle: list[torch.Tensor] | None, connection: Connection) -> None:
+    if job.package is not None:
+        sys.path.insert(0, job.package)
+    torch.set_num_threads(job.threads)
+    try:
+        step, gate = _prepare(job, oracle)
+    except ImportError as error:
+        connection.send(Gate("unavailable", _first_line(error)))
+        return
+    except Exception as error:
+        connection.send(Gate("failed", f"{type(error).__name__}: {_first_line(error)}"))
+        return
+    connection.send(gate)
+    while (budget_s := connection.recv()) is not None:
+        connection.send(_timed(step, budget_s))
+
+
+def _prepare(job: Job, oracle: list[torch.Tensor] | None) -> tuple[Step, Gate]:
+    from bench.cases import CASES
+
+    case: Case = CASES[job.case].resized(**job.changes) if job.changes else CASES[job.case]
+    build = CONTENDERS[job.contender].build
+    step = build(case, torch.float32)
+    before = memory_mb("VmRSS")
+    (first_call_s,) = _timed(step, 0.0)
+    reset_peak_memory()
+    (steady_s,) = _timed(step, 0.0)
+    peak = memory_mb("VmHWM") - before
+    gate = Gate("ok", "", None, None, first_call_s, steady_s, peak)
+    if oracle is None:
+        return step, gate
+    error32 = relative_error(step(), oracle)
+    error64 = relative_error(build(case, torch.float64)(), oracle)
+    right = error64 <= EXACT and error32 <= CLOSE
+    reason = "" if right else f"off by {error64:.1e} in float64, {error32:.1e} in float32"
+    status = "ok" if right else "wrong"
+    return step, Gate(status, reason, error32, error64, first_call_s, steady_s, peak)
+
+
+def _timed(step: Step, budget_s: float) -> list[float]:
+    times: list[float] = []
+    end = time.perf_counter() + budget_s
+    while True:
+        start = time.perf_counter()
+        step()
+        stop = time.perf_counter()
+        times.append(stop - start)
+        if stop >= end:
+            return times
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")[:200]
+
+
+def memory_mb(field_name: str) -> float:
+    """VmRSS (resident now) or VmHWM (its peak) of this process, in MB."""
+    status = Path("/proc/self/status").read_text()
+    match = re.search(rf"^{field_name}:\s+(\d+) kB", status, re.MULTILINE)
+    return int(match.group(1)) / 1024 if match else float("nan")
+
+
+def reset_peak_memory() -> None:
+    """Forget the peak so far: imports and compilation are not the step's memory."""
+    Path("/proc/self/clear_refs").write_text("5")
