@@ -84,6 +84,8 @@ class Case:
 
     def resized(self, **changes: int) -> Case:
         """The same case with another number of tasks, steps, support or query examples."""
+        if not changes:
+            return self
         suffix = "".join(f" {key}={value}" for key, value in changes.items())
         return replace(self, name=self.name + suffix, **changes)
 

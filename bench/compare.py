@@ -11,16 +11,14 @@ from pathlib import Path
 
 from bench.cases import CASES
 from bench.machine import ROOT, environment
-from bench.run import QUICK_CASES, check_names, measure, print_environment
+from bench.run import QUICK_CASES, check_names, comma_list, measure, print_environment
 from bench.worker import Job
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ref", help="a commit, tag or branch")
-    parser.add_argument("--cases", type=lambda text: text.split(","), default=QUICK_CASES)
-    parser.add_argument(
-        "--doors", type=lambda text: text.split(","), default=["door3", "door2", "door1"]
-    )
+    parser.add_argument("--cases", type=comma_list, default=QUICK_CASES)
+    parser.add_argument("--doors", type=comma_list, default=["door3", "door2", "door1"])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--budget", type=float, default=0.3)
     parser.add_argument("--threads", type=int, default=2)

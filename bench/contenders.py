@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from bench.baselines import Step
+if TYPE_CHECKING:
+    from bench.baselines import Step
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,19 @@ QUICK_CONTENDERS = ["door3", "door2", "door1", "eager", "vmap", "vmap-norm"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    names = lambda text: text.split(",")  # noqa: E731
-    parser.add_argument("--cases", type=names, help=f"of {','.join(CASES)} (default: all)")
-    parser.add_argument("--against", type=names, help=f"of {','.join(CONTENDERS)} (default: all)")
+    parser.add_argument("--cases", type=comma_list, help=f"of {','.join(CASES)} (default: all)")
+    parser.add_argument(
+        "--against", type=comma_list, help=f"of {','.join(CONTENDERS)} (default: all)"
+    )
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--budget", type=float, default=1.0, help="seconds per round and contender")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="JSONL file (default: bench/results/...)")
     parser.add_argument("--quick", action="store_true", help="small cases, a minute or two")
+
+
+def comma_list(text: str) -> list[str]:
+    return text.split(",")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -67,9 +72,7 @@ def measure(
     jobs: list[Job], rounds: int, budget_s: float, machine: dict[str, object]
 ) -> Iterator[dict[str, object]]:
     """Gate and time jobs on one case; one record each, printed as it is made."""
-    case = (
-        CASES[jobs[0].case].resized(**jobs[0].changes) if jobs[0].changes else CASES[jobs[0].case]
-    )
+    case = CASES[jobs[0].case].resized(**jobs[0].changes)
     gflop = useful_gflop(case)
     print(
         f"\n{case.name}: {case.tasks} tasks x ({case.support}, {case.query}), "

@@ -7,7 +7,7 @@ import json
 import time
 
 from bench.machine import environment
-from bench.run import RESULTS, measure, print_environment
+from bench.run import RESULTS, comma_list, measure, print_environment
 from bench.worker import Job
 
 # axis: the case it is measured on, the values, and what each value changes
@@ -21,8 +21,8 @@ LONGEST_LOOP = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--axes", type=lambda text: text.split(","), default=list(AXES))
-    parser.add_argument("--against", type=lambda text: text.split(","), default=["door3", "eager"])
+    parser.add_argument("--axes", type=comma_list, default=list(AXES))
+    parser.add_argument("--against", type=comma_list, default=["door3", "eager"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budget", type=float, default=0.5)
     parser.add_argument("--threads", type=int, default=2)

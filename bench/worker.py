@@ -13,11 +13,15 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from typing import TYPE_CHECKING
+
+# Nothing here may import fastmaml: a job says which one its process is to use.
 import torch
 
-from bench.baselines import Step
-from bench.cases import Case, relative_error
 from bench.contenders import CONTENDERS
+
+if TYPE_CHECKING:
+    from bench.baselines import Step
 
 EXACT = 1e-8  # float64, against the oracle: below this only rounding is left
 CLOSE = 1e-3  # float32: a ReLU unit within rounding of zero may flip, for anyone
@@ -25,7 +29,7 @@ CLOSE = 1e-3  # float32: a ReLU unit within rounding of zero may flip, for anyon
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is to build. `case_fields` are those of a `Case`, without its net."""
+    """What a worker is to build: a contender's step on a case of `CASES`, resized."""
 
     contender: str
     case: str
@@ -93,9 +97,11 @@ def _main(job: Job, oracle: list[torch.Tensor] | None, connection: Connection) -
 
 
 def _prepare(job: Job, oracle: list[torch.Tensor] | None) -> tuple[Step, Gate]:
-    from bench.cases import CASES
+    from bench.cases import CASES, relative_error
 
-    case: Case = CASES[job.case].resized(**job.changes) if job.changes else CASES[job.case]
+    if job.package is not None:
+        _check_package(job.package)
+    case = CASES[job.case].resized(**job.changes)
     build = CONTENDERS[job.contender].build
     step = build(case, torch.float32)
     before = memory_mb("VmRSS")
@@ -112,6 +118,13 @@ def _prepare(job: Job, oracle: list[torch.Tensor] | None) -> tuple[Step, Gate]:
     reason = "" if right else f"off by {error64:.1e} in float64, {error32:.1e} in float32"
     status = "ok" if right else "wrong"
     return step, Gate(status, reason, error32, error64, first_call_s, steady_s, peak)
+
+
+def _check_package(folder: str) -> None:
+    import fastmaml
+
+    if not str(fastmaml.__file__).startswith(folder):
+        raise RuntimeError(f"fastmaml came from {fastmaml.__file__}, not from {folder}")
 
 
 def _timed(step: Step, budget_s: float) -> list[float]:
