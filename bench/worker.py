@@ -5,14 +5,15 @@ The parent holds a `Worker` for each contender and lets them run in turn.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import multiprocessing
 import re
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-
 from typing import TYPE_CHECKING
 
 # Nothing here may import fastmaml: a job says which one its process is to use.
@@ -22,6 +23,7 @@ from bench.contenders import CONTENDERS
 
 if TYPE_CHECKING:
     from bench.baselines import Step
+    from bench.cases import Case
 
 EXACT = 1e-8  # float64, against the oracle: below this only rounding is left
 CLOSE = 1e-3  # float32: a ReLU unit within rounding of zero may flip, for anyone
@@ -50,6 +52,7 @@ class Gate:
     first_call_s: float | None = None
     steady_s: float | None = None
     peak_memory_mb: float | None = None
+    backend: str | None = None  # what fastmaml says it runs the net with
 
 
 class Worker:
@@ -109,15 +112,23 @@ def _prepare(job: Job, oracle: list[torch.Tensor] | None) -> tuple[Step, Gate]:
     reset_peak_memory()
     (steady_s,) = _timed(step, 0.0)
     peak = memory_mb("VmHWM") - before
-    gate = Gate("ok", "", None, None, first_call_s, steady_s, peak)
+    backend = _backend(case) if CONTENDERS[job.contender].ours else None
+    gate = Gate("ok", "", None, None, first_call_s, steady_s, peak, backend)
     if oracle is None:
         return step, gate
     error32 = relative_error(step(), oracle)
     error64 = relative_error(build(case, torch.float64)(), oracle)
-    right = error64 <= EXACT and error32 <= CLOSE
-    reason = "" if right else f"off by {error64:.1e} in float64, {error32:.1e} in float32"
-    status = "ok" if right else "wrong"
-    return step, Gate(status, reason, error32, error64, first_call_s, steady_s, peak)
+    if error64 <= EXACT and error32 <= CLOSE:
+        return step, replace(gate, error32=error32, error64=error64)
+    reason = f"off by {error64:.1e} in float64, {error32:.1e} in float32"
+    return step, replace(gate, status="wrong", reason=reason, error32=error32, error64=error64)
+
+
+def _backend(case: Case) -> str:
+    import fastmaml
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        return fastmaml.explain(case.model(), case.batch().support_x[0]).backend
 
 
 def _check_package(folder: str) -> None:
