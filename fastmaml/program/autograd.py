@@ -120,9 +120,7 @@ class MetaGradient(Function):
         return None, *(None if part is None else grad * part for part in parts)
 
 
-def fused_meta_loss(
-    executor: Executor, call: MetaStep, rates: Tensor | None
-) -> tuple[Tensor, MetaStepResult]:
+def fused_meta_loss(executor: Executor, call: MetaStep) -> tuple[Tensor, MetaStepResult]:
     """``(loss, result)``: the mean over tasks of the query loss, differentiable once."""
     result = executor.meta_step(call)
-    return MetaGradient.apply(result, call.theta, call.phi, rates), result
+    return MetaGradient.apply(result, call.theta, call.phi, call.rates), result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ class ParameterLayout:
         self.slots: dict[str, Slot] = {}
         self.theta_size = 0
         self.shared_size = 0
+        self._parameters: list[tuple[Slot, nn.Parameter]] = []
         first_name: dict[int, str] = {}
         aliases: dict[str, str] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -31,26 +31,30 @@ class ParameterLayout:
             aliases[name] = canonical
             if canonical == name:
                 adapted = parameter.requires_grad and (adapt is None or adapt(name, parameter))
-                self._add(name, tuple(parameter.shape), adapted)
+                self._add(name, parameter, adapted)
         self.aliases = aliases
+        self.adapted_names = tuple(slot.name for slot in self.group(adapted=True))
 
-    def _add(self, name: str, shape: tuple[int, ...], adapted: bool) -> None:
+    def _add(self, name: str, parameter: nn.Parameter, adapted: bool) -> None:
         offset = self.theta_size if adapted else self.shared_size
-        self.slots[name] = Slot(name, shape, adapted, offset)
+        slot = Slot(name, tuple(parameter.shape), adapted, offset)
+        self.slots[name] = slot
+        self._parameters.append((slot, parameter))
         if adapted:
-            self.theta_size += prod(shape)
+            self.theta_size += slot.size
         else:
-            self.shared_size += prod(shape)
+            self.shared_size += slot.size
 
     def group(self, *, adapted: bool) -> Iterator[Slot]:
         """The slots of theta, or of phi, in order."""
         return (slot for slot in self.slots.values() if slot.adapted == adapted)
 
-    def pack(self, module: nn.Module, *, adapted: bool) -> Tensor:
-        """The group's parameters of ``module`` as one vector ``[P]`` or ``[Q]``; differentiable."""
-        parameters = dict(module.named_parameters())
-        parts = [parameters[slot.name].reshape(-1) for slot in self.group(adapted=adapted)]
-        return torch.cat(parts) if parts else torch.empty(0)
+    def pack(self, *, adapted: bool) -> Tensor:
+        """The group's parameters as one vector ``[P]`` or ``[Q]``; differentiable."""
+        parts = [p.reshape(-1) for slot, p in self._parameters if slot.adapted == adapted]
+        if parts:
+            return torch.cat(parts)
+        return self._parameters[0][1].new_empty(0) if self._parameters else torch.empty(0)
 
     def views(self, theta: Tensor, phi: Tensor) -> dict[str, Tensor]:
         """Each parameter as a view: ``[*lead, *shape]`` of ``theta [*lead, P]``, or of ``phi``."""

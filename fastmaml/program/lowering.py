@@ -72,17 +72,19 @@ def _batch_norm(
     x = trace.value(a["input"])
     if x.merged or len(x.shape) not in (1, 2, 3):
         raise NotCovered(f"an input of shape {list(a['input'].shape)}")
-    running = (trace.read(a.get("running_mean")), trace.read(a.get("running_var")))
     momentum = a.get("momentum", a.get("exponential_average_factor"))
-    batch_statistics = bool(a["training"] if training is None else training)
+    training = bool(a["training"] if training is None else training)
+    running = (a.get("running_mean"), a.get("running_var"))
+    tracking = training and running[0] is not None
     trace.emit(
         "batch_norm",
         result[0],
         (x,),
         (trace.read(a["weight"]), trace.read(a["bias"])),
-        running,
-        training=batch_statistics,
-        tracking=batch_statistics and running[0] is not None,
+        (None, None) if training else tuple(trace.read(b) for b in running),
+        training=training,
+        tracking=tracking,
+        running=tuple(trace.name_of(b) for b in running) if tracking else None,
         momentum=float(momentum),
         eps=float(a.get("eps", a.get("epsilon"))),
     )

@@ -8,73 +8,145 @@ number of calls becomes one weighted sum, in the loop's order: all of task 0's c
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from fastmaml.program.ir import Graph
 
 
-class RunningStatistics:
-    """The tracking batch norms of one program, and the buffers of ``module`` they update."""
+@dataclass(frozen=True)
+class Tracked:
+    """One batch norm's report in a row of statistics: C means, then C unbiased variances."""
 
-    def __init__(self, graph: Graph, module: nn.Module) -> None:
-        self._tracks: list[_Track] = []
-        column = 0
-        for op in graph.tracking_ops():
-            channels = graph.values[op.inputs[0]][0]
-            assert op.buffers[0] is not None
-            name = graph.buffers[op.buffers[0]]
-            self._tracks.append(_Track(module, name, op.attrs["momentum"], column, channels))
-            column += 2 * channels
-
-    def __bool__(self) -> bool:
-        return bool(self._tracks)
-
-    def snapshot(self) -> list[list[Tensor]]:
-        """Copies of the buffers as they are."""
-        return [[b.clone() for b in track.buffers()] for track in self._tracks]
-
-    def versions(self) -> list[int]:
-        """Changes whenever somebody writes to a buffer."""
-        return [b._version for track in self._tracks for b in track.buffers()]
-
-    @torch.no_grad()
-    def fold(self, start: list[list[Tensor]], statistics: Tensor) -> None:
-        """Set the buffers to ``start`` after ``statistics [T, calls, S]``, tasks outermost."""
-        for track, before in zip(self._tracks, start, strict=True):
-            track.fold(before, statistics.flatten(0, 1))
+    mean: str
+    variance: str
+    channels: int
+    momentum: float = 0.1  # used where the owner of the buffers has no attribute of that name
 
 
-class _Track:
-    def __init__(
-        self, module: nn.Module, mean_name: str, momentum: float, column: int, channels: int
-    ) -> None:
-        path, _, leaf = mean_name.rpartition(".")
+@dataclass(frozen=True)
+class Snapshot:
+    """The buffers before a series of calls."""
+
+    buffers: list[Tensor]
+    counts: list[Tensor]
+
+
+class _Norm:
+    """The module that owns a pair of running statistics, and where its reports stand in a row."""
+
+    def __init__(self, module: nn.Module, tracked: Tracked) -> None:
+        path, _, self._mean = tracked.mean.rpartition(".")
+        self._variance = tracked.variance.rpartition(".")[2]
+        self._momentum = tracked.momentum
         self._owner = module.get_submodule(path)
-        self._names = (leaf, leaf.replace("mean", "var"))
-        self._momentum = momentum
-        self._columns = (column, column + channels, column + 2 * channels)
+        self.columns: list[slice] = []
+
+    def momentum(self) -> float | None:
+        """As the module has it now; None: the cumulative average."""
+        return getattr(self._owner, "momentum", self._momentum)
 
     def buffers(self) -> list[Tensor]:
-        buffers = [getattr(self._owner, name) for name in self._names]
-        count = getattr(self._owner, "num_batches_tracked", None)
-        return buffers if count is None else [*buffers, count]
+        return [getattr(self._owner, self._mean), getattr(self._owner, self._variance)]
 
-    def fold(self, before: list[Tensor], rows: Tensor) -> None:
-        calls = len(rows)
-        keep, weights = self._weights(calls, before, rows)
-        a, b, c = self._columns
-        mean, variance, *count = self.buffers()
-        mean.copy_(keep * before[0] + (weights @ rows[:, a:b]).to(mean))
-        variance.copy_(keep * before[1] + (weights @ rows[:, b:c]).to(variance))
-        for counter in count:
-            counter.copy_(before[2] + calls)
+    def count(self) -> Tensor | None:
+        return getattr(self._owner, "num_batches_tracked", None)
 
-    def _weights(self, calls: int, before: list[Tensor], rows: Tensor) -> tuple[float, Tensor]:
-        """The weight of the old value, and of each call's statistics ``[calls]``."""
-        momentum = getattr(self._owner, "momentum", self._momentum)
-        if momentum is None:  # cumulative average
-            seen = int(before[2])
-            return seen / (seen + calls), rows.new_full((calls,), 1 / (seen + calls))
-        ages = torch.arange(calls - 1, -1, -1, device=rows.device, dtype=rows.dtype)
-        return (1 - momentum) ** calls, momentum * (1 - momentum) ** ages
+
+class RunningStatistics:
+    """The batch norms that report, call by call, and the buffers of ``module`` they update."""
+
+    def __init__(self, module: nn.Module, tracked: Iterable[Tracked]) -> None:
+        self.tracked = tuple(tracked)
+        self._norms: dict[str, _Norm] = {}
+        column = 0
+        for item in self.tracked:
+            norm = self._norms.setdefault(item.mean, _Norm(module, item))
+            norm.columns.append(slice(column, column + 2 * item.channels))
+            column += 2 * item.channels
+
+    @staticmethod
+    def of_graph(graph: Graph) -> list[Tracked]:
+        """What the tracking ops of ``graph`` report, in order."""
+        return [
+            Tracked(*op.attrs["running"], graph.values[op.inputs[0]][0], op.attrs["momentum"])
+            for op in graph.tracking_ops()
+        ]
+
+    def _buffers(self) -> list[Tensor]:
+        return [buffer for norm in self._norms.values() for buffer in norm.buffers()]
+
+    def _counts(self) -> list[Tensor]:
+        return [count for norm in self._norms.values() if (count := norm.count()) is not None]
+
+    def snapshot(self) -> Snapshot:
+        """Copies of the buffers as they are."""
+        return Snapshot([b.clone() for b in self._buffers()], [c.clone() for c in self._counts()])
+
+    def versions(self) -> list[tuple[int, int]]:
+        """Changes whenever somebody else writes to a buffer or replaces it."""
+        return [(id(b), b._version) for b in self._buffers()]
+
+    @torch.no_grad()
+    def fold(self, statistics: Tensor, start: Snapshot | None = None) -> None:
+        """Fold ``statistics [T, calls, S]``, tasks outermost, into ``start`` (default: as it is)."""
+        rows = statistics.flatten(0, 1)
+        if start is not None:
+            torch._foreach_copy_(self._buffers(), start.buffers)
+            torch._foreach_copy_(self._counts(), start.counts)
+        groups: dict[tuple[float | None, int], list[_Norm]] = {}
+        for norm in self._norms.values():
+            groups.setdefault((norm.momentum(), len(norm.columns)), []).append(norm)
+        for (momentum, uses), norms in groups.items():
+            self._fold_group(momentum, uses, norms, rows)
+
+    def _fold_group(
+        self, momentum: float | None, uses: int, norms: list[_Norm], rows: Tensor
+    ) -> None:
+        """Norms of one momentum, each used ``uses`` times per call: a call is so many rows."""
+        order = [n.columns[use] for use in range(uses) for n in norms]
+        parts = torch.cat([rows[:, c] for c in order], 1) if len(self._norms) > 1 else rows
+        series = parts.reshape(len(rows) * uses, -1)
+        keep, sums = _weighted(momentum, norms[0].count(), series)
+        buffers = [b for n in norms for b in n.buffers()]
+        torch._foreach_mul_(buffers, keep)
+        torch._foreach_add_(buffers, list(sums.to(buffers[0]).split([len(b) for b in buffers])))
+        counts = [count for n in norms if (count := n.count()) is not None]
+        if counts:
+            torch._foreach_add_(counts, len(series))
+
+
+def _weighted(momentum: float | None, count: Tensor | None, series: Tensor) -> tuple[float, Tensor]:
+    """The weight of the old value, and the weighted sum ``[S]`` of a series of reports."""
+    calls = len(series)
+    if momentum is None:
+        seen = 0 if count is None else int(count)
+        return seen / (seen + calls), series.sum(0) / (seen + calls)
+    if calls == 1:
+        return 1 - momentum, momentum * series[0]
+    ages = torch.arange(calls - 1, -1, -1, device=series.device, dtype=series.dtype)
+    return (1 - momentum) ** calls, (momentum * (1 - momentum) ** ages) @ series
+
+
+class Recorder:
+    """The running statistics during the life of one learner of T tasks."""
+
+    def __init__(self, running: RunningStatistics) -> None:
+        self._running = running
+        self._start: Snapshot | None = None
+        self._calls: list[Tensor] = []
+        self._versions: list[tuple[int, int]] = []
+
+    def record(self, statistics: Tensor) -> None:
+        """One call's ``[T, S]``: the buffers become what the loop over tasks has after as many."""
+        if len(statistics) == 1:
+            self._running.fold(statistics[:, None])
+            return
+        if self._start is None or self._running.versions() != self._versions:
+            self._start, self._calls = self._running.snapshot(), []
+        self._calls.append(statistics)
+        self._running.fold(torch.stack(self._calls, 1), self._start)
+        self._versions = self._running.versions()

@@ -101,6 +101,13 @@ class Trace(TorchDispatchMode):
             names.append(known.name)
         return names.index(known.name)
 
+    def name_of(self, tensor: Tensor) -> str:
+        """The name of a parameter or buffer."""
+        known = self.lookup(tensor)
+        if not isinstance(known, Read):
+            raise NotCovered("running statistics that are not buffers of the module")
+        return known.name
+
     # --- adding to the program ----------------------------------------------------------------
 
     def add_input(self, tensor: Tensor) -> None:

@@ -1,0 +1,26 @@
+"""MAML for PyTorch at the speed of the machine; a drop-in for learn2learn.
+
+``import fastmaml as l2l`` keeps learn2learn code as it is.
+"""
+
+from fastmaml import algorithms, data, utils, vision
+from fastmaml.algorithms import MAML
+from fastmaml.backends.select import FallbackWarning
+from fastmaml.data.task_batch import TaskBatch
+from fastmaml.learner import Learner
+from fastmaml.program.explain import explain
+from fastmaml.utils import *  # noqa: F403  (learn2learn's names live at the top level)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MAML",
+    "FallbackWarning",
+    "Learner",
+    "TaskBatch",
+    "algorithms",
+    "data",
+    "explain",
+    "utils",
+    "vision",
+]

@@ -1,0 +1,84 @@
+"""Which backend runs a module, and what is said when none of the fast ones can."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+from torch import Tensor, nn
+
+from fastmaml.backends.base import Executor
+from fastmaml.backends.reference import ReferenceExecutor
+from fastmaml.program.ir import Graph
+from fastmaml.program.layout import ParameterLayout
+
+ENVIRONMENT_VARIABLE = "FASTMAML_BACKEND"
+BACKENDS = ("reference", "cpu")
+
+
+class FallbackWarning(UserWarning):
+    """A module runs through the functional program; the gradients are the same, only slower."""
+
+
+def forced_backend() -> str | None:
+    """The backend that ``FASTMAML_BACKEND`` names, or None.
+
+    Raises:
+        ValueError: the variable names no backend.
+    """
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not name:
+        return None
+    if name not in BACKENDS:
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(BACKENDS)}, got {name!r}; "
+            "unset it to have the fastest backend chosen"
+        )
+    return name
+
+
+def make_executor(graph: Graph, layout: ParameterLayout, x: Tensor) -> Executor:
+    """The executor of ``graph`` for tensors like ``x``.
+
+    Raises:
+        RuntimeError: the backend asked for by name cannot run on this device, or the native core
+            is not built.
+    """
+    forced = forced_backend()
+    if forced == "reference" or (forced is None and x.device.type != "cpu"):
+        return ReferenceExecutor(graph, layout)
+    if x.device.type != "cpu":
+        raise RuntimeError(
+            f"{ENVIRONMENT_VARIABLE}=cpu was asked for, but the input is on {x.device}; "
+            "move it to the CPU or unset the variable"
+        )
+    try:
+        from fastmaml.backends.cpu import CpuExecutor
+    except ImportError as error:
+        raise RuntimeError(
+            f"fastmaml's native core could not be loaded ({error}); reinstall fastmaml with "
+            f"`pip install .`, or set {ENVIRONMENT_VARIABLE}=reference for plain PyTorch"
+        ) from error
+    return CpuExecutor(graph, layout, x.dtype)
+
+
+def report_fallback(module: nn.Module, reason: str) -> None:
+    """Warn once per reason that ``module`` runs functionally.
+
+    Raises:
+        RuntimeError: a backend was asked for by name, so falling back is not allowed.
+    """
+    message = f"{type(module).__name__} has no native program: {reason}"
+    forced = forced_backend()
+    if forced is not None:
+        raise RuntimeError(
+            f"{ENVIRONMENT_VARIABLE}={forced} was asked for, but {message}; "
+            "unset it to run through torch.func"
+        )
+    warnings.warn(
+        f"{message}. It runs through torch.func instead: the same gradients, slower. "
+        "fastmaml.explain(model, x) shows the plan.",
+        FallbackWarning,
+        stacklevel=4,
+    )
+

@@ -1,0 +1,150 @@
+"""Argument checks, in one place and one form: what it is, what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastmaml.data.task_batch import TaskBatch
+
+_BATCH_FIELDS = ("support_x", "support_y", "query_x", "query_y")
+
+
+def positive_tasks(tasks: object) -> int:
+    """``tasks`` as a positive int."""
+    if isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 1:
+        raise ValueError(f"tasks must be a positive int, got {tasks!r}")
+    return tasks
+
+
+def steps_count(steps: object) -> int:
+    """``steps`` as an int of zero or more."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps must be an int of 0 or more, got {steps!r}")
+    return steps
+
+
+def learning_rate(lr: object) -> None:
+    """``lr`` is a number or a tensor of one number."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(
+                f"lr must be a number or a tensor of one element, got shape {list(lr.shape)}; "
+                "use fastmaml.algorithms.MetaSGD for one rate per parameter"
+            )
+    elif isinstance(lr, bool) or not isinstance(lr, (int, float)):
+        raise TypeError(f"lr must be a number or a tensor, got {type(lr).__name__}")
+
+
+def task_axis(x: object, tasks: int) -> None:
+    """``x`` is ``[T, N, ...]`` with T = ``tasks`` and at least one example."""
+    if not isinstance(x, Tensor):
+        return
+    if x.ndim < 2 or x.shape[0] != tasks or x.shape[1] < 1:
+        raise ValueError(
+            f"x must have shape [T, N, ...] with T = {tasks} tasks and N >= 1, "
+            f"got {list(x.shape)}; a learner made by clone(tasks={tasks}) takes all tasks at once"
+        )
+
+
+def batch(value: object, like: Tensor, *, labels_needed: bool) -> TaskBatch:
+    """``value`` is a TaskBatch of consistent tensors that match the parameters ``like``."""
+    from fastmaml.data.task_batch import TaskBatch
+
+    if not isinstance(value, tuple) or len(value) != 4:
+        raise TypeError(
+            "batch must be a fastmaml.TaskBatch(support_x, support_y, query_x, query_y), "
+            f"got {type(value).__name__}"
+        )
+    for name, tensor in zip(_BATCH_FIELDS, value, strict=True):
+        if tensor is None and name == "query_y" and not labels_needed:
+            continue
+        _field(name, tensor, value[0], like)
+    if value[0].shape[2:] != value[2].shape[2:]:
+        raise ValueError(
+            f"query_x must have the examples' shape of support_x, {list(value[0].shape[2:])}, "
+            f"got {list(value[2].shape[2:])}"
+        )
+    for x, y in ((0, 1), (2, 3)):
+        if value[y] is not None and value[y].shape[:2] != value[x].shape[:2]:
+            raise ValueError(
+                f"{_BATCH_FIELDS[y]} must start with the shape [T, N] of {_BATCH_FIELDS[x]}, "
+                f"{list(value[x].shape[:2])}, got {list(value[y].shape)}"
+            )
+    return value if isinstance(value, TaskBatch) else TaskBatch(*value)
+
+
+def _field(name: str, tensor: object, support_x: Tensor, like: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor [T, N, ...], got {type(tensor).__name__}")
+    if tensor.ndim < 2 or tensor.shape[0] != support_x.shape[0] or 0 in tensor.shape[:2]:
+        raise ValueError(
+            f"{name} must have shape [T, N, ...] with T = {support_x.shape[0]} >= 1 tasks and "
+            f"N >= 1 examples, got {list(tensor.shape)}"
+        )
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name} must be on the parameters' device {like.device}, got {tensor.device}; "
+            "move one of them with .to(device)"
+        )
+    if name.endswith("_x") and tensor.is_floating_point() and tensor.dtype != like.dtype:
+        raise ValueError(
+            f"{name} must have the parameters' dtype {like.dtype}, got {tensor.dtype}; "
+            f"convert it with .to({like.dtype})"
+        )
+
+
+def known_loss_targets(kind: str, name: str, y: Tensor, output_shape: tuple[int, ...]) -> None:
+    """Targets of a built-in loss match the network's per-example output."""
+    if kind == "mse":
+        if y.shape[2:] != output_shape or not y.is_floating_point():
+            raise ValueError(
+                f"{name} must be float targets of shape [T, N, "
+                f"{', '.join(map(str, output_shape))}] for mse_loss, got {list(y.shape)} "
+                f"of {y.dtype}"
+            )
+        return
+    if y.dtype != torch.int64 or y.ndim != 2 or len(output_shape) != 1:
+        raise ValueError(
+            f"{name} must be int64 labels of shape [T, N] for cross_entropy with outputs "
+            f"[T, N, classes], got {list(y.shape)} of {y.dtype} and outputs "
+            f"[T, N, {', '.join(map(str, output_shape))}]"
+        )
+
+
+def labels_in_range(name: str, y: Tensor, classes: int) -> None:
+    """Cross-entropy labels are class indices."""
+    low, high = (int(v) for v in torch.aminmax(y))
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"{name} must be labels in [0, {classes}), got values from {low} to {high}; "
+            "labels are positions in the task, see fastmaml.data.transforms.RemapLabels"
+        )
+
+
+def adapt_loss(loss: object, tasks: int | None) -> Tensor:
+    """``loss`` is a finite scalar (or ``[T]`` for T tasks) that depends on parameters."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss must be a tensor, got {type(loss).__name__}")
+    if loss.ndim != 0 and not (tasks is not None and tuple(loss.shape) == (tasks,)):
+        expected = "a scalar" if tasks is None else f"losses of shape [{tasks}] or their sum"
+        raise ValueError(f"loss must be {expected}, got shape {list(loss.shape)}; reduce it first")
+    if not loss.requires_grad:
+        raise RuntimeError(
+            "loss must depend on the learner's parameters, but it has no gradient; compute it "
+            "from this learner's output, outside torch.no_grad()"
+        )
+    finite_loss(loss)
+    return loss
+
+
+def finite_loss(loss: Tensor) -> None:
+    """The loss is a number; checked where that needs no device synchronisation."""
+    if loss.device.type == "cpu" and not bool(torch.isfinite(loss).all()):
+        raise FloatingPointError(
+            f"loss must be finite, got {loss.detach().tolist()}; lower the inner learning rate "
+            "or check the data for NaN"
+        )

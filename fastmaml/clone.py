@@ -1,0 +1,121 @@
+"""A learner's parameters put into copies of the modules, for code that takes the module apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from fastmaml.learner import Learner
+
+
+class ModuleClone:
+    """Copies of the base's modules whose parameters are views of a learner's theta and phi.
+
+    As in learn2learn, a tied parameter is one tensor in every place, and buffers and all other
+    attributes are the base's own objects.
+    """
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
+        self._base: nn.Module = learner._base.module
+        self._copies: dict[int, nn.Module] = {}
+        self._places = [
+            (id(module), leaf, learner._layout.aliases[f"{path}.{leaf}" if path else leaf])
+            for path, module in self._base.named_modules(remove_duplicate=False)
+            for leaf, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        self.module = self._copy(self._base)
+        self._views: dict[str, Tensor] = {}
+        self.set_parameters()
+
+    def _copy(self, module: nn.Module) -> nn.Module:
+        if id(module) not in self._copies:
+            copy = module.__new__(type(module))
+            self._copies[id(module)] = copy
+            copy.__dict__.update(module.__dict__)
+            copy.__dict__["_parameters"] = dict(module._parameters)
+            copy.__dict__["_buffers"] = dict(module._buffers)
+            copy.__dict__["_modules"] = {
+                name: None if child is None else self._copy(child)
+                for name, child in module._modules.items()
+            }
+            if isinstance(copy, nn.RNNBase):  # keeps its weights in a list of its own as well
+                copy.__dict__["_flat_weights"] = list(module._flat_weights)
+        return self._copies[id(module)]
+
+    def set_parameters(self) -> None:
+        """Point every parameter at the learner's present values."""
+        self._views = self._learner.adapted_parameters()
+        for key, leaf, name in self._places:
+            copy = self._copies[key]
+            copy.__dict__["_parameters"][leaf] = self._views[name]
+            if isinstance(copy, nn.RNNBase):
+                copy._flat_weights[copy._flat_weights_names.index(leaf)] = self._views[name]
+
+    def adapted_views(self) -> dict[str, Tensor]:
+        """The present values of the adapted parameters."""
+        return {s.name: self._views[s.name] for s in self._learner._layout.group(adapted=True)}
+
+    def modes(self) -> tuple[bool, ...]:
+        """``training`` of every copy, in the order of the base's ``modules()``."""
+        return tuple(self._copies[id(module)].training for module in self._base.modules())
+
+    def set_modes(self, modes: tuple[bool, ...]) -> None:
+        """Set ``training`` of every copy, in the same order."""
+        for module, training in zip(self._base.modules(), modes, strict=True):
+            self._copies[id(module)].training = training
+
+    def why_not(self) -> str | None:
+        """Why the base's programs cannot stand for this clone; None where they can."""
+        for module in self._base.modules():
+            copy = self._copies.get(id(module))
+            if copy is None or copy._modules.keys() != module._modules.keys():
+                return "a part of the clone was added or removed"
+            for name, child in module._modules.items():
+                if child is not None and copy._modules[name] is not self._copies.get(id(child)):
+                    return f"the clone's {name} was replaced"
+        for key, leaf, name in self._places:
+            if self._copies[key]._parameters.get(leaf) is not self._views[name]:
+                return f"the clone's parameter {name} was replaced"
+        return None
+
+
+class LazyClone(dict[str, Any]):
+    """A learner's ``_modules``: builds the clone when anything first looks inside."""
+
+    def __init__(self, learner: Learner) -> None:
+        super().__init__()
+        self._learner = learner
+        self.built: ModuleClone | None = None
+
+    def build(self) -> ModuleClone:
+        if self.built is None:
+            self.built = ModuleClone(self._learner)
+            self["module"] = self.built.module
+        return self.built
+
+    def __contains__(self, key: object) -> bool:
+        return key == "module"
+
+    def __getitem__(self, key: str) -> Any:
+        self.build()
+        return super().__getitem__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        self.build()
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        return 1
+
+    def items(self) -> Any:
+        self.build()
+        return super().items()
+
+    def values(self) -> Any:
+        self.build()
+        return super().values()

@@ -1,0 +1,148 @@
+"""Door 3: a whole meta-step in one call, and adaptation without a graph for evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastmaml import checks
+from fastmaml.backends.base import MetaStep
+from fastmaml.data.task_batch import TaskBatch
+from fastmaml.learner import Learner
+from fastmaml.losses import TaskLoss, built_in, per_task
+from fastmaml.program.autograd import fused_meta_loss
+from fastmaml.program.program import NativeProgram
+
+if TYPE_CHECKING:
+    from fastmaml.maml import MAML
+
+
+def meta_loss(
+    maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss, first_order: bool | None
+) -> Tensor:
+    """See :meth:`fastmaml.MAML.meta_loss`."""
+    order = maml.first_order if first_order is None else first_order
+    checks.steps_count(steps)
+    layout, theta, phi = maml.packed()
+    batch = checks.batch(batch, theta, labels_needed=True)
+    program = maml.programs.find(layout, batch.support_x)
+    kind = built_in(loss)
+    inputs_learned = batch.support_x.requires_grad or batch.query_x.requires_grad
+    if not isinstance(program, NativeProgram) or kind is None or inputs_learned:
+        return _by_autograd(maml, batch, steps, loss, order)
+    _check(program, batch, kind)
+    call = _call(maml, program, batch, steps, kind, theta, phi)
+    learned = call.rates is not None and call.rates.requires_grad
+    grad = torch.is_grad_enabled()
+    call = replace(
+        call,
+        first_order=order,
+        gradient=grad and (theta.requires_grad or phi.requires_grad or learned),
+        shared_gradient=grad and phi.requires_grad,
+        rates_gradient=grad and learned,
+    )
+    value, result = fused_meta_loss(program.executor, call)
+    checks.finite_loss(value)
+    if result.statistics is not None:
+        program.running.fold(result.statistics)
+    return value
+
+
+def _by_autograd(
+    maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss, first_order: bool
+) -> Tensor:
+    """Door 2 written out: any loss, any module."""
+    learner = maml.clone(tasks=len(batch.support_x), first_order=first_order, allow_unused=True)
+    for _ in range(steps):
+        learner.adapt(per_task(loss, learner(batch.support_x), batch.support_y))
+    value = per_task(loss, learner(batch.query_x), batch.query_y).mean()
+    checks.finite_loss(value)
+    return value
+
+
+def _call(
+    maml: MAML,
+    program: NativeProgram,
+    batch: TaskBatch,
+    steps: int,
+    kind: str,
+    theta: Tensor,
+    phi: Tensor,
+) -> MetaStep:
+    """The meta-step as it stands, without a gradient."""
+    learned = isinstance(maml.lr, Tensor)
+    return MetaStep(
+        theta=theta,
+        phi=phi,
+        buffers=program.buffers(),
+        support_x=batch.support_x,
+        support_y=batch.support_y,
+        query_x=batch.query_x,
+        query_y=batch.query_y,
+        steps=steps,
+        loss=kind,
+        rate=1.0 if isinstance(maml.lr, Tensor) else float(maml.lr),
+        rates=maml.lr.reshape(1).to(theta).expand_as(theta) if learned else None,
+        gradient=False,
+    )
+
+
+def _check(program: NativeProgram, batch: TaskBatch, kind: str) -> None:
+    output = program.graph.values[program.graph.output]
+    for part in ("support", "query"):
+        x, y = getattr(batch, f"{part}_x"), getattr(batch, f"{part}_y")
+        program.check_examples(x.shape[1], f"{part}_x")
+        if y is not None:
+            checks.known_loss_targets(kind, f"{part}_y", y, output)
+            if kind == "cross_entropy":
+                checks.labels_in_range(f"{part}_y", y, output[0])
+
+
+class Adapted:
+    """Parameters adapted to T tasks, and their predictions; nothing here carries a graph."""
+
+    def __init__(self, learner: Learner, batch: TaskBatch, predictions: Tensor | None) -> None:
+        self._learner = learner
+        self._batch = batch
+        self._predictions = predictions
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Every parameter by name, ``[T, *shape]``."""
+        return {name: p.detach() for name, p in self._learner.adapted_parameters().items()}
+
+    @torch.no_grad()
+    def predict(self, x: Tensor | None = None) -> Tensor:
+        """The outputs ``[T, N, ...]`` for ``x [T, N, ...]``, by default the batch's query set."""
+        if x is not None:
+            output: Tensor = self._learner(x)
+            return output
+        if self._predictions is None:
+            self._predictions = self._learner(self._batch.query_x)
+        return self._predictions
+
+
+@torch.no_grad()
+def adapted(maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss) -> Adapted:
+    """See :meth:`fastmaml.MAML.adapted`."""
+    checks.steps_count(steps)
+    layout, theta, phi = maml.packed()
+    batch = checks.batch(batch, theta, labels_needed=False)
+    learner = maml.clone(tasks=len(batch.support_x), first_order=True, allow_unused=True)
+    learner.updates_statistics = False
+    program = maml.programs.find(layout, batch.support_x)
+    kind = built_in(loss)
+    if isinstance(program, NativeProgram) and kind is not None:
+        _check(program, batch, kind)
+        call = _call(maml, program, batch, steps, kind, theta, phi)
+        result = program.executor.meta_step(replace(call, query_y=None))
+        learner.set_theta(result.adapted)
+        return Adapted(learner, batch, result.predictions)
+    for _ in range(steps):
+        with torch.enable_grad():
+            learner.set_theta(learner.theta.detach().requires_grad_())
+            learner.adapt(per_task(loss, learner(batch.support_x), batch.support_y))
+        learner.set_theta(learner.theta.detach())
+    return Adapted(learner, batch, None)

@@ -1,0 +1,236 @@
+"""Learners: a module's parameters on their way through the inner loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastmaml import checks
+from fastmaml.clone import LazyClone
+from fastmaml.program.functional import twice_differentiable
+from fastmaml.program.layout import ParameterLayout
+from fastmaml.program.program import NativeProgram, Program
+from fastmaml.program.statistics import Recorder
+
+if TYPE_CHECKING:
+    from fastmaml.maml import MAML
+
+
+class BaseLearner(nn.Module):
+    """Forwards unknown attributes to ``.module``, as learn2learn's wrappers do."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "module":
+                raise
+            return getattr(self.module, name)
+
+
+class Learner(BaseLearner):
+    """A clone of a :class:`fastmaml.MAML`'s parameters, adapted by gradient steps.
+
+    Made by :meth:`fastmaml.MAML.clone`. ``learner(x)`` runs the module with the learner's
+    parameters, :meth:`adapt` changes them, and gradients flow back to the base module's.
+
+    Without ``tasks`` it stands for one task and ``x`` is what the module takes, ``[N, ...]``.
+    With ``tasks=T`` it holds T tasks side by side: every tensor argument is ``[T, N, ...]`` and so
+    is the output.
+    """
+
+    def __init__(
+        self,
+        base: MAML,
+        layout: ParameterLayout,
+        theta: Tensor,
+        phi: Tensor,
+        *,
+        tasks: int | None,
+        first_order: bool,
+        allow_unused: bool,
+        allow_nograd: bool,
+    ) -> None:
+        super().__init__()
+        self._modules = LazyClone(self)  # type: ignore[assignment]
+        self.__dict__.update(
+            _base=base, _layout=layout, _theta=theta, _phi=phi, _used=set(), _recorders={}
+        )
+        self.lr = base.lr
+        self.tasks = tasks
+        self.first_order = first_order
+        self.allow_unused = allow_unused
+        self.allow_nograd = allow_nograd
+        self.updates_statistics = True  # running statistics of batch norms, by calls
+
+    # --- running ------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output with this learner's parameters."""
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if self.tasks is not None:
+            pytree.tree_map(lambda item: checks.task_axis(item, self.tasks), (args, kwargs))
+        program = self._program(x)
+        if isinstance(program, NativeProgram):
+            assert isinstance(x, Tensor)
+            self._used |= program.used
+            y, statistics = program.run(self._theta, self._phi, x if self.tasks else x[None])
+            self._record(program, statistics)
+            return y if self.tasks else y[0]
+        if self.tasks is None:
+            with twice_differentiable(self.module):
+                return self.module(*args, **kwargs)
+        views = self._layout.views(self._theta, self._phi.expand(self.tasks, -1))
+        outputs, statistics = program.run(views, args, kwargs)
+        self._used |= views.keys()
+        self._record(program, statistics)
+        return outputs
+
+    @property
+    def module(self) -> nn.Module:
+        """The module with this learner's parameters; parts of it may be called on their own.
+
+        Raises:
+            AttributeError: for a learner of T tasks, whose parameters are ``[T, *shape]``.
+        """
+        if self.tasks is not None:
+            raise AttributeError(
+                f"a learner of {self.tasks} tasks has no single module to take parts of; call "
+                "learner(x), read learner.adapted_parameters(), or clone() one task"
+            )
+        return self._modules.build().module
+
+    def _program(self, x: Any) -> Program:
+        clone = self._modules.built
+        return self._base.programs.find(
+            self._layout,
+            x,
+            example_axes=1 if self.tasks is None else 2,
+            modes=None if clone is None else clone.modes(),
+            why_not=None if clone is None else clone.why_not(),
+        )
+
+    def _record(self, program: Program, statistics: Tensor | None) -> None:
+        if statistics is not None and self.updates_statistics:
+            recorder = self._recorders.setdefault(id(program), Recorder(program.running))
+            recorder.record(statistics)
+
+    # --- adapting -----------------------------------------------------------------------------
+
+    def adapt(
+        self,
+        loss: Tensor,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> None:
+        """One gradient step on ``loss``: theta <- theta - lr * d loss / d theta.
+
+        Args:
+            loss: a scalar; for T tasks the losses ``[T]``, or their sum (not their mean).
+            first_order: no second derivatives through this step (Finn et al. 2017, section 5.2).
+            allow_unused: parameters that ``loss`` does not depend on stay as they are, instead of
+                raising.
+            allow_nograd: as in learn2learn; parameters with ``requires_grad=False`` are never
+                adapted here, whatever its value.
+
+        Raises:
+            RuntimeError: ``loss`` has no gradient, depends on no parameter of this learner, or
+                leaves some unused without ``allow_unused``.
+            FloatingPointError: ``loss`` is not finite.
+
+        After an error the learner is as it was.
+        """
+        loss = checks.adapt_loss(loss, self.tasks)
+        second_order = not (self.first_order if first_order is None else first_order)
+        lenient = self.allow_unused if allow_unused is None else allow_unused
+        gradient = self._gradient(loss, second_order, lenient)
+        self.set_theta(self._base.update(self._theta, gradient))
+
+    def _gradient(self, loss: Tensor, second_order: bool, lenient: bool) -> Tensor:
+        clone = self._modules.built
+        views = {} if clone is None or lenient else clone.adapted_views()
+        total = loss if loss.ndim == 0 else loss.sum()
+        with twice_differentiable(self._base.module) if views else nullcontext():
+            gradient, *parts = torch.autograd.grad(
+                total,
+                [self._theta, *views.values()],
+                create_graph=second_order,
+                retain_graph=second_order,
+                allow_unused=True,
+            )
+        if gradient is None:
+            raise RuntimeError(
+                "loss must depend on this learner's parameters, but none is in its graph; "
+                "compute it from the output of this learner since its last adapt()"
+            )
+        if not lenient:
+            seen = {name for name, part in zip(views, parts, strict=True) if part is not None}
+            self._require_all_used(seen | self._used)
+        return gradient
+
+    def _require_all_used(self, used: set[str]) -> None:
+        unused = [slot.name for slot in self._layout.group(adapted=True) if slot.name not in used]
+        if unused:
+            raise RuntimeError(
+                f"loss does not depend on the parameters {', '.join(unused)}; "
+                "pass allow_unused=True to leave them as they are, or freeze them"
+            )
+
+    @property
+    def theta(self) -> Tensor:
+        """The adapted parameters, flat: ``[T, P]`` (T = 1 for one task)."""
+        theta: Tensor = self._theta
+        return theta
+
+    def set_theta(self, theta: Tensor) -> None:
+        """Replace the adapted parameters by ``theta [T, P]``."""
+        self.__dict__["_theta"] = theta
+        self._used.clear()
+        if self._modules.built is not None:
+            self._modules.built.set_parameters()
+
+    def clone(
+        self,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> Learner:
+        """A learner that starts from this one's parameters; gradients flow back through both."""
+        learner = Learner(
+            self._base,
+            self._layout,
+            self._theta.view_as(self._theta),
+            self._phi,
+            tasks=self.tasks,
+            first_order=self.first_order if first_order is None else first_order,
+            allow_unused=self.allow_unused if allow_unused is None else allow_unused,
+            allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,
+        )
+        if self._modules.built is not None:
+            learner._modules.build().set_modes(self._modules.built.modes())
+        return learner
+
+    # --- parameters ---------------------------------------------------------------------------
+
+    def adapted_parameters(self) -> dict[str, Tensor]:
+        """Every parameter as it is now, ``[*shape]``, or ``[T, *shape]`` for T tasks."""
+        if self.tasks is None:
+            return self._layout.views(self._theta[0], self._phi)
+        return self._layout.views(self._theta, self._phi.expand(self.tasks, -1))
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Any]]:
+        """The learner's parameters under learn2learn's names, ``module.<name>``."""
+        lead = f"{prefix}." if prefix else ""
+        if self._modules.built is not None:
+            yield from super().named_parameters(prefix, recurse, remove_duplicate)
+        elif recurse:
+            for name, tensor in self.adapted_parameters().items():
+                yield f"{lead}module.{name}", tensor

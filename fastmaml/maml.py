@@ -1,0 +1,183 @@
+"""MAML: Model-Agnostic Meta-Learning (Finn, Abbeel, Levine 2017, arXiv 1703.03400).
+
+Three doors to one engine, all with the same exact second-order gradients::
+
+    learner = maml.clone(); learner.adapt(loss(learner(x), y))        # one task, any loss
+    learner = maml.clone(tasks=T); learner.adapt(losses)              # the same lines, T tasks
+    loss = maml.meta_loss(batch, steps=5, loss=F.cross_entropy)       # one fused call
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmaml import checks, fused
+from fastmaml.data.task_batch import TaskBatch
+from fastmaml.fused import Adapted
+from fastmaml.learner import BaseLearner, Learner
+from fastmaml.losses import TaskLoss
+from fastmaml.program.layout import AdaptFilter, ParameterLayout
+from fastmaml.program.program import ProgramCache, module_signature
+
+
+class MAML(BaseLearner):
+    """Wraps a module so that its parameters become an initialisation to adapt from.
+
+    Args:
+        module: any ``nn.Module``; its parameters are the ones a meta-optimizer trains.
+        lr: the inner learning rate, a number or a one-element tensor (which may be learned).
+        first_order: ignore second derivatives (FOMAML).
+        allow_unused: adapt although a loss leaves some parameters unused; None: ``allow_nograd``.
+        allow_nograd: accepted as in learn2learn; frozen parameters need no flag here.
+        adapt: which parameters the inner loop adapts: names or name prefixes, or a predicate of
+            ``(name, parameter)``; the others are shared by all tasks and still meta-trained.
+
+    Raises:
+        TypeError: ``module`` is no module, or ``lr`` no number.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        lr: float | Tensor,
+        first_order: bool = False,
+        allow_unused: bool | None = None,
+        allow_nograd: bool = False,
+        *,
+        adapt: AdaptFilter | Iterable[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(module).__name__}")
+        checks.learning_rate(lr)
+        self.module = module
+        self.lr = lr
+        self.first_order = first_order
+        self.allow_nograd = allow_nograd
+        self.allow_unused = allow_nograd if allow_unused is None else allow_unused
+        self.adapt_filter = _as_filter(adapt)
+        self.programs = ProgramCache(module)
+        self._layout: tuple[object, ParameterLayout] | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module itself, with its own parameters."""
+        return self.module(*args, **kwargs)
+
+    # --- doors 1 and 2 ------------------------------------------------------------------------
+
+    def clone(
+        self,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+        *,
+        tasks: int | None = None,
+    ) -> Learner:
+        """A learner that starts from the module's parameters; gradients flow back to them.
+
+        Args:
+            tasks: None for one task and arguments ``[N, ...]``; T for T tasks at once and
+                arguments ``[T, N, ...]``.
+        """
+        if tasks is not None:
+            checks.positive_tasks(tasks)
+        layout, theta, phi = self.packed()
+        return Learner(
+            self,
+            layout,
+            theta.expand(tasks or 1, -1),
+            phi,
+            tasks=tasks,
+            first_order=self.first_order if first_order is None else first_order,
+            allow_unused=self.allow_unused if allow_unused is None else allow_unused,
+            allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,
+        )
+
+    def adapt(self, *args: Any, **kwargs: Any) -> None:
+        """Not for the wrapper itself: it would overwrite the initialisation.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "adapt() must be called on a clone, got the un-cloned MAML wrapper, whose parameters "
+            "are the initialisation; use learner = maml.clone(); learner.adapt(loss)"
+        )
+
+    def update(self, theta: Tensor, gradient: Tensor) -> Tensor:
+        """One inner step: ``theta [T, P]`` moved against ``gradient [T, P]``."""
+        if isinstance(self.lr, Tensor):
+            return theta - self.lr * gradient
+        return torch.sub(theta, gradient, alpha=self.lr)
+
+    # --- door 3 -------------------------------------------------------------------------------
+
+    def meta_loss(
+        self,
+        batch: TaskBatch,
+        steps: int = 1,
+        loss: TaskLoss = F.cross_entropy,
+        first_order: bool | None = None,
+    ) -> Tensor:
+        """The mean over tasks of the query loss after ``steps`` inner steps on the support set.
+
+        ``loss.backward()`` on the result fills the gradients of the parameters, exact to second
+        order. With a native program and ``F.cross_entropy`` or ``F.mse_loss`` the inner loop and
+        its adjoint are one native call and no graph is kept (differentiable once).
+
+        Args:
+            batch: ``[T, N, ...]`` each; support and query may differ in N.
+            loss: ``(output, target)`` of one task to a scalar; any PyTorch function.
+            first_order: overrides the wrapper's.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError, TypeError: the batch does not fit together or to the module.
+            FloatingPointError: the loss is not finite.
+        """
+        return fused.meta_loss(self, batch, steps, loss, first_order)
+
+    def adapted(
+        self, batch: TaskBatch, steps: int = 1, loss: TaskLoss = F.cross_entropy
+    ) -> Adapted:
+        """Adapt to every task's support set, for evaluation: no graph, no second order.
+
+        Running statistics stay as they are.
+
+        Args:
+            batch: as in :meth:`meta_loss`; ``query_y`` may be None.
+            steps: inner steps; 0 gives the unadapted parameters.
+            loss: as in :meth:`meta_loss`.
+
+        Returns:
+            The adapted parameters and their predictions.
+        """
+        return fused.adapted(self, batch, steps, loss)
+
+    # --- for the doors ------------------------------------------------------------------------
+
+    def packed(self) -> tuple[ParameterLayout, Tensor, Tensor]:
+        """The layout of the module as it is now, theta ``[P]`` and phi ``[Q]``."""
+        signature = module_signature(self.module)
+        if self._layout is None or self._layout[0] != signature:
+            self._layout = (signature, ParameterLayout(self.module, self.adapt_filter))
+        layout = self._layout[1]
+        return layout, layout.pack(adapted=True), layout.pack(adapted=False)
+
+
+def _as_filter(adapt: AdaptFilter | Iterable[str] | None) -> AdaptFilter | None:
+    if adapt is None or callable(adapt):
+        return adapt
+    prefixes = (adapt,) if isinstance(adapt, str) else tuple(adapt)
+
+    def by_prefix(name: str, parameter: nn.Parameter) -> bool:
+        return any(name == p or name.startswith(f"{p}.") for p in prefixes)
+
+    return by_prefix

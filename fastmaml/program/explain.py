@@ -1,0 +1,74 @@
+"""``fastmaml.explain``: what will run a module, and why."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fastmaml.backends.select import FallbackWarning
+from fastmaml.program.layout import ParameterLayout
+from fastmaml.program.program import NativeProgram, ProgramCache
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a module runs. ``reason``: why there is no native program, or None."""
+
+    module: str
+    backend: str
+    ops: tuple[str, ...]
+    reason: str | None
+    adapted: int
+    shared: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.module}: {self.backend} backend",
+            f"  parameters: {self.adapted} adapted per task, {self.shared} shared",
+        ]
+        if self.reason is not None:
+            lines.append(f"  no native program: {self.reason}")
+        lines += [f"  {i:3d}  {op}" for i, op in enumerate(self.ops)]
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module, x: Tensor) -> Plan:
+    """Print and return the plan for ``model`` on a batch ``x [N, ...]``.
+
+    Args:
+        model: a module, or a :class:`fastmaml.MAML` around one.
+        x: a batch of examples; only its per-example shape, dtype and device matter.
+
+    Raises:
+        RuntimeError: ``FASTMAML_BACKEND`` names a backend that cannot run the module.
+    """
+    from fastmaml.maml import MAML
+
+    maml = model if isinstance(model, MAML) else MAML(model, lr=0.0)
+    layout = maml.packed()[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        program = ProgramCache(maml.module).find(layout, x, example_axes=1)
+    plan = Plan(
+        module=type(maml.module).__name__,
+        backend=program.name,
+        ops=_describe(program, layout) if isinstance(program, NativeProgram) else (),
+        reason=None if isinstance(program, NativeProgram) else program.reason,
+        adapted=layout.theta_size,
+        shared=layout.shared_size,
+    )
+    print(plan)  # noqa: T201
+    return plan
+
+
+def _describe(program: NativeProgram, layout: ParameterLayout) -> tuple[str, ...]:
+    graph = program.graph
+    lines = []
+    for op in graph.ops:
+        kind = op.attrs["function"] if op.kind == "activation" else op.kind
+        names = [layout.aliases[graph.parameters[p]] for p in op.params if p is not None]
+        shape = "x".join(map(str, graph.values[op.output]))
+        lines.append(f"{kind:20s} -> {shape:12s} {' '.join(names)}".rstrip())
+    return tuple(lines)

@@ -1,0 +1,177 @@
+"""The functional program: any module, batched over tasks by ``torch.func.vmap``.
+
+Two things stand between vmap and exact second derivatives, and both are arranged here: PyTorch's
+fused batch norm gives a wrong second derivative under vmap, so norms over the batch are written
+out in primitive operations; and the fused attention kernels have no second derivative, so the
+math kernel is chosen. Where vmap itself refuses a module, tasks run one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fastmaml.program.statistics import RunningStatistics, Tracked
+
+
+@contextmanager
+def twice_differentiable(module: nn.Module) -> Iterator[None]:
+    """Kernels that autograd can differentiate twice, where PyTorch has a choice."""
+    with ExitStack() as stack:
+        if any(isinstance(m, nn.RNNBase) for m in module.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
+
+
+class PrimitiveNorm(TorchFunctionMode):
+    """Writes batch and instance norm in primitive operations while active.
+
+    Batch statistics that would update running ones are kept in ``statistics`` instead (mean,
+    unbiased variance, mean, ...), and ``tracked`` says whose they are; ``names`` knows the buffers.
+    """
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self._names = names
+        self.tracked: list[Tracked] = []
+        self.statistics: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            return self._batch_norm(*args, **kwargs)
+        if func is F.instance_norm:
+            return self._instance_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _batch_norm(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        axes = [0, *range(2, x.ndim)]
+        if training:
+            count = x.numel() // x.shape[1]
+            if count == 1:
+                raise ValueError(
+                    f"Expected more than 1 value per channel when training, got {list(x.shape)}"
+                )
+            mean = x.mean(axes)
+            variance = (x - _channels(mean, x)).square().mean(axes)
+            if running_mean is not None:
+                assert running_var is not None
+                names = (self._names[id(running_mean)], self._names[id(running_var)])
+                self.tracked.append(Tracked(*names, len(running_mean), momentum))
+                self.statistics += [mean.detach(), variance.detach() * (count / (count - 1))]
+        else:
+            assert running_mean is not None and running_var is not None
+            mean, variance = running_mean, running_var
+        y = (x - _channels(mean, x)) * _channels((variance + eps).rsqrt(), x)
+        return _affine(y, weight, bias)
+
+    def _instance_norm(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        use_input_stats: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if running_mean is not None:
+            raise NotImplementedError("instance norm with running statistics under vmap")
+        axes = list(range(2, x.ndim))
+        centred = x - x.mean(axes, keepdim=True)
+        y = centred * (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
+        return _affine(y, weight, bias)
+
+
+def _channels(vector: Tensor, x: Tensor) -> Tensor:
+    return vector.view(-1, *[1] * (x.ndim - 2))
+
+
+def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    y = y if weight is None else y * _channels(weight, y)
+    return y if bias is None else y + _channels(bias, y)
+
+
+class FunctionalProgram:
+    """A module without a native program, and the reason why."""
+
+    name = "functional"
+
+    def __init__(self, module: nn.Module, reason: str) -> None:
+        self.reason = reason
+        self.by_loop: str | None = None  # why vmap refused
+        self.running = RunningStatistics(module, ())
+        self._module = module
+
+    def run(
+        self, parameters: Mapping[str, Tensor], args: Any, kwargs: Any
+    ) -> tuple[Any, Tensor | None]:
+        """``(outputs, statistics [T, S])`` for parameters ``[T, *shape]``, arguments ``[T, N, ...]``.
+
+        Differentiable any number of times. ``statistics`` is what ``self.running`` folds.
+        """
+        with twice_differentiable(self._module):
+            if self.by_loop is None:
+                try:
+                    return self._report(*self._run_vmap(parameters, args, kwargs))
+                except (RuntimeError, NotImplementedError, ValueError) as error:
+                    refusal = str(error).splitlines()[0] if str(error) else type(error).__name__
+                result = self._report(*self._run_loop(parameters, args, kwargs))
+                self.by_loop = refusal
+                return result
+            return self._report(*self._run_loop(parameters, args, kwargs))
+
+    def _one_task(self, parameters: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
+        """One task's outputs and the batch statistics it met, in order."""
+        buffers = {
+            f"{path}.{name}" if path else name: buffer.clone()
+            for path, m in self._module.named_modules()
+            if isinstance(m, nn.modules.batchnorm._NormBase)
+            for name, buffer in m.named_buffers(recurse=False)
+        }
+        with PrimitiveNorm({id(b): name for name, b in buffers.items()}) as norm:
+            output = functional_call(self._module, {**parameters, **buffers}, args, kwargs)
+        self._met = norm.tracked
+        return output, norm.statistics
+
+    def _run_vmap(self, *inputs: Any) -> Any:
+        return vmap(self._one_task, randomness="different")(*inputs)
+
+    def _run_loop(self, *inputs: Any) -> Any:
+        tasks = len(next(iter(inputs[0].values())))
+        outputs = [
+            self._one_task(*pytree.tree_map_only(Tensor, lambda tensor, t=t: tensor[t], inputs))
+            for t in range(tasks)
+        ]
+        return pytree.tree_map(lambda *parts: torch.stack(parts), *outputs)
+
+    def _report(self, outputs: Any, statistics: list[Tensor]) -> tuple[Any, Tensor | None]:
+        if not statistics:
+            return outputs, None
+        if self.running.tracked != tuple(self._met):
+            self.running = RunningStatistics(self._module, self._met)
+        return outputs, torch.cat(statistics, 1)

@@ -1,0 +1,169 @@
+"""Programs: a module made runnable over tasks, chosen and cached."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from fastmaml.backends.base import Executor
+from fastmaml.backends.reference import ReferenceExecutor
+from fastmaml.backends.select import forced_backend, make_executor, report_fallback
+from fastmaml.program.autograd import ProgramForward, Run
+from fastmaml.program.capture import capture
+from fastmaml.program.functional import FunctionalProgram
+from fastmaml.program.ir import Graph
+from fastmaml.program.layout import ParameterLayout
+from fastmaml.program.statistics import RunningStatistics
+from fastmaml.program.trace import NotCovered
+
+_CACHED_PROGRAMS = 16  # per module: modes, input shapes, dtypes
+
+
+class NativeProgram:
+    """A captured graph on an executor; serves any T and N."""
+
+    def __init__(
+        self, module: nn.Module, graph: Graph, layout: ParameterLayout, executor: Executor
+    ) -> None:
+        self.graph = graph
+        self.layout = layout
+        self.executor = executor
+        self.running = RunningStatistics(module, RunningStatistics.of_graph(graph))
+        self.used = {layout.aliases[name] for name in graph.parameters}
+        self._module = module
+        self._reference = ReferenceExecutor(graph, layout)
+        self._rows = [
+            prod(graph.values[op.inputs[0]][1:])
+            for op in graph.ops
+            if op.kind == "batch_norm" and op.attrs["training"]
+        ]
+
+    @property
+    def name(self) -> str:
+        return self.executor.name
+
+    def buffers(self) -> list[Tensor]:
+        """The module's buffers that the graph reads, as they are now."""
+        return [self._module.get_buffer(name) for name in self.graph.buffers]
+
+    def check_examples(self, examples: int, argument: str) -> None:
+        """Raise ValueError where a batch norm would have one value per channel."""
+        if self._rows and examples * min(self._rows) <= 1:
+            raise ValueError(
+                f"{argument} must give batch norm more than one value per channel in training "
+                f"mode, got {examples} example(s) per task; add examples or call eval()"
+            )
+
+    def run(self, theta: Tensor, phi: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``(y [T, N, ...], statistics [T, S])``; y is differentiable in theta, phi and x."""
+        self.check_examples(x.shape[1], "x")
+        run = Run(self.executor, self._reference, self.buffers())
+        y = ProgramForward.apply(run, theta, phi, x)
+        return y, run.statistics
+
+
+Program = NativeProgram | FunctionalProgram
+Modes = tuple[bool, ...]
+Signature = tuple[object, ...]
+
+
+class ProgramCache:
+    """The programs of one module, by its state and the input's per-example shape."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._programs: OrderedDict[Signature, tuple[Program, object]] = OrderedDict()
+        self._warned: set[str] = set()
+
+    def find(
+        self,
+        layout: ParameterLayout,
+        x: object,
+        *,
+        example_axes: int = 2,
+        modes: Modes | None = None,
+        why_not: str | None = None,
+    ) -> Program:
+        """The program for inputs like ``x``, whose first ``example_axes`` axes are T and N.
+
+        ``modes``: ``training`` of each of the module's ``modules()`` where not as they are now;
+        ``why_not``: a reason known to the caller why there can be no native program.
+        """
+        signature = (layout.adapted_names, *module_signature(self._module), modes)
+        if not isinstance(x, Tensor) or why_not:
+            reason = why_not or "it is not called with one tensor"
+            return self._functional((*signature, reason), reason)
+        key = (*signature, x.shape[example_axes:], x.dtype, x.device, forced_backend())
+        found = self._programs.get(key)
+        if found is not None:
+            self._programs.move_to_end(key)
+            return found[0]
+        try:
+            with _modes_set(self._module, modes):
+                program: Program = self._capture(layout, x, example_axes)
+        except NotCovered as reason:
+            return self._functional(key, str(reason))
+        self._keep(key, program)
+        return program
+
+    def _capture(self, layout: ParameterLayout, x: Tensor, example_axes: int) -> NativeProgram:
+        sample = x.detach().flatten(0, example_axes - 1)
+        graph = capture(self._module, sample)
+        self._check_dtypes(graph, x)
+        return NativeProgram(self._module, graph, layout, make_executor(graph, layout, x))
+
+    def _check_dtypes(self, graph: Graph, x: Tensor) -> None:
+        parameters = dict(self._module.named_parameters(remove_duplicate=False))
+        for name in graph.parameters:
+            p = parameters[name]
+            if p.dtype != x.dtype or p.device != x.device:
+                raise NotCovered(f"parameter {name} is {p.dtype} on {p.device}, x is {x.dtype}")
+
+    def _functional(self, key: Signature, reason: str) -> Program:
+        found = self._programs.get(key)
+        if found is not None:
+            return found[0]
+        if reason not in self._warned:
+            report_fallback(self._module, reason)
+            self._warned.add(reason)
+        program = FunctionalProgram(self._module, reason)
+        self._keep(key, program)
+        return program
+
+    def _keep(self, key: Signature, program: Program) -> None:
+        # the modules are kept too: an id in a key must not come to mean another module
+        self._programs[key] = (program, list(self._module.modules()))
+        if len(self._programs) > _CACHED_PROGRAMS:
+            self._programs.popitem(last=False)
+
+
+def module_signature(module: nn.Module) -> Signature:
+    """Changes with ``train()``/``eval()``, ``requires_grad_``, swapped parts and hooks."""
+    parts: list[object] = [torch.is_autocast_enabled("cpu")]
+    stack = [module]
+    while stack:
+        m = stack.pop()
+        hooks = len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+        parts += (id(m), m.training, hooks)
+        parts += [(id(p), p is not None and p.requires_grad) for p in m._parameters.values()]
+        stack += [child for child in m._modules.values() if child is not None]
+    return tuple(parts)
+
+
+@contextmanager
+def _modes_set(module: nn.Module, modes: Modes | None) -> Iterator[None]:
+    """``module`` with ``training`` of every part as in ``modes``, for a while."""
+    parts = list(module.modules())
+    before = [part.training for part in parts]
+    try:
+        for part, training in zip(parts, modes or before, strict=True):
+            part.training = training
+        yield
+    finally:
+        for part, training in zip(parts, before, strict=True):
+            part.training = training

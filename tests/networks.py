@@ -1,0 +1,145 @@
+"""Networks and batches for the tests of whole meta-gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmaml import TaskBatch
+from fastmaml.vision.models import CNN4, OmniglotCNN, OmniglotFC
+
+
+class Residual(nn.Module):
+    """A convolutional block with a skip connection and a scaled branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 6, 3, padding=1)
+        self.second = nn.Conv2d(6, 6, (3, 1), padding=(1, 0), bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.head = nn.Linear(6 * 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        h = F.silu(self.norm(self.second(h)) * 0.5 + h)
+        return self.head(F.adaptive_avg_pool2d(h, 2).flatten(1))
+
+
+class Tied(nn.Module):
+    """One weight matrix used twice, and one parameter that the loss never sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 5)
+        self.again = nn.Linear(5, 5, bias=False)
+        self.again.weight = self.embed.weight
+        self.head = nn.Linear(5, 3)
+        self.unseen = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.again(torch.tanh(self.embed(x)))))
+
+
+def mlp(*, batch_norm: bool = False) -> nn.Module:
+    layers: list[nn.Module] = [nn.Linear(3, 7)]
+    layers += [nn.BatchNorm1d(7)] if batch_norm else []
+    return nn.Sequential(*layers, nn.Tanh(), nn.Linear(7, 6), nn.Softplus(), nn.Linear(6, 3))
+
+
+def pooled(kind: type[nn.Module], affine: bool = True, tracking: bool = True) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 5, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1)),
+        nn.BatchNorm2d(5, affine=affine, track_running_stats=tracking),
+        nn.GELU(),
+        kind(2, stride=2, padding=1),
+        nn.Conv2d(5, 17, 2),
+        nn.ELU(),
+        nn.Flatten(),
+        nn.Linear(17 * 4 * 2, 3),
+    )
+
+
+def frozen() -> nn.Module:
+    module = mlp(batch_norm=True)
+    module[0].weight.requires_grad_(False)
+    module[-1].bias.requires_grad_(False)
+    return module
+
+
+def evaluated(factory: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        module = factory()
+        for m in module.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.running_mean.normal_()
+                m.running_var.uniform_(0.5, 2.0)
+        return module.eval()
+
+    return make
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, its per-example input shape and number of outputs."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    outputs: int
+
+
+NETWORKS = {
+    "mlp": Network(mlp, (3,), 3),
+    "mlp_norm": Network(lambda: mlp(batch_norm=True), (3,), 3),
+    "mlp_norm_eval": Network(evaluated(lambda: mlp(batch_norm=True)), (3,), 3),
+    "residual": Network(Residual, (2, 7, 6), 3),
+    "residual_eval": Network(evaluated(Residual), (2, 7, 6), 3),
+    "max_pool": Network(lambda: pooled(nn.MaxPool2d), (2, 8, 9), 3),
+    "avg_pool": Network(lambda: pooled(nn.AvgPool2d, affine=False, tracking=False), (2, 8, 9), 3),
+    "tied_unseen": Network(Tied, (5,), 3),
+    "frozen": Network(frozen, (3,), 3),
+    "omniglot_fc": Network(lambda: OmniglotFC(28 * 28, 5, sizes=[32, 16]), (1, 28, 28), 5),
+    "omniglot_cnn": Network(lambda: OmniglotCNN(5, hidden_size=16), (1, 28, 28), 5),
+    "cnn4": Network(
+        lambda: CNN4(5, hidden_size=8, layers=4, embedding_size=8), (3, 20, 20), 5
+    ),
+}
+
+
+def make(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    """The network ``name`` with seeded parameters."""
+    torch.manual_seed(seed)
+    return NETWORKS[name].make().to(dtype)
+
+
+def classification(
+    name: str,
+    *,
+    tasks: int = 3,
+    support: int = 6,
+    query: int = 4,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 1,
+) -> TaskBatch:
+    """Random episodes for the network ``name``."""
+    network, g = NETWORKS[name], torch.Generator().manual_seed(seed)
+
+    def x(n: int) -> Tensor:
+        return torch.randn(tasks, n, *network.shape, generator=g, dtype=torch.float64).to(dtype)
+
+    def y(n: int) -> Tensor:
+        return torch.randint(network.outputs, (tasks, n), generator=g)
+
+    return TaskBatch(x(support), y(support), x(query), y(query))
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    """``.grad`` of every parameter that requires one; zero where there is none."""
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in module.named_parameters()
+        if p.requires_grad
+    }

@@ -1,0 +1,282 @@
+"""Door 1 as learn2learn's users write it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Tied, gradients, make
+from torch import Tensor, nn
+
+import fastmaml as l2l
+from fastmaml.testing import relative_error
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh())
+        self.classifier = nn.Linear(8, 3)
+        self.temperature = 2.0
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x))
+
+    def helper(self) -> str:
+        return "called"
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().double()
+
+
+@pytest.fixture
+def data() -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(6, 4, generator=g).double(), torch.randint(3, (6,), generator=g)
+
+
+def plain_step(
+    params: dict[str, Tensor], loss: Tensor, lr: float, create_graph: bool = True
+) -> dict[str, Tensor]:
+    grads = torch.autograd.grad(loss, list(params.values()), create_graph=create_graph)
+    return {n: p - lr * g for (n, p), g in zip(params.items(), grads, strict=True)}
+
+
+def test_attributes_are_forwarded(net: Net) -> None:
+    maml = l2l.algorithms.MAML(net, lr=0.1)
+    learner = maml.clone()
+    assert maml.module is net
+    for wrapper in (maml, learner):
+        assert wrapper.temperature == 2.0
+        assert wrapper.helper() == "called"
+        assert torch.equal(wrapper.scale, net.scale)
+        assert not hasattr(wrapper, "missing")
+    assert (maml.lr, maml.first_order, maml.allow_unused, maml.allow_nograd) == (
+        0.1,
+        False,
+        False,
+        False,
+    )
+    assert l2l.MAML(net, 0.1, allow_nograd=True).allow_unused
+
+
+def test_parts_of_the_module_may_be_called(net: Net, data: tuple[Tensor, Tensor]) -> None:
+    x, y = data
+    twin = copy.deepcopy(net)
+    learner = l2l.MAML(net, lr=0.2).clone()
+    for _ in range(2):
+        h = learner.module.features(x)
+        learner.adapt(F.cross_entropy(learner.classifier(h), y))
+    F.cross_entropy(learner(x), y).backward()
+
+    params = dict(twin.named_parameters())
+    for _ in range(2):
+        loss = F.cross_entropy(torch.func.functional_call(twin, params, (x,)), y)
+        params = plain_step(params, loss, 0.2)
+    F.cross_entropy(torch.func.functional_call(twin, params, (x,)), y).backward()
+    assert relative_error(gradients(net), gradients(twin)) < 1e-10
+    torch.testing.assert_close(net.features[1].running_mean, twin.features[1].running_mean)
+
+
+def test_several_losses_in_turn_and_overrides_per_call(
+    net: Net, data: tuple[Tensor, Tensor]
+) -> None:
+    x, y = data
+    net.eval()
+    twin = copy.deepcopy(net)
+    learner = l2l.MAML(net, lr=0.2).clone()
+    learner.adapt(F.cross_entropy(learner(x), y))
+    learner.adapt((learner(x) ** 2).mean(), first_order=True)
+    loss = learner(x).logsumexp(-1).mean() + sum(p.square().sum() for p in learner.parameters())
+    learner.adapt(loss)
+    F.cross_entropy(learner(x), y).backward()
+
+    def run(params: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(twin, params, (x,))
+
+    params = dict(twin.named_parameters())
+    params = plain_step(params, F.cross_entropy(run(params), y), 0.2)
+    params = plain_step(params, (run(params) ** 2).mean(), 0.2, create_graph=False)
+    penalty = sum(p.square().sum() for p in params.values())
+    params = plain_step(params, run(params).logsumexp(-1).mean() + penalty, 0.2)
+    F.cross_entropy(run(params), y).backward()
+    assert relative_error(gradients(net), gradients(twin)) < 1e-10
+
+
+def test_a_held_module_follows_the_adaptation(net: Net, data: tuple[Tensor, Tensor]) -> None:
+    x, y = data
+    learner = l2l.MAML(net.eval(), lr=0.2).clone()
+    module, before = learner.module, net(x)
+    torch.testing.assert_close(module(x), before)
+    learner.adapt(F.cross_entropy(module(x), y))
+    assert learner.module is module
+    torch.testing.assert_close(module(x), learner(x))
+    assert not torch.allclose(module(x), before)
+    torch.testing.assert_close(net(x), before)
+
+
+def test_tied_weights_are_cloned_once() -> None:
+    torch.manual_seed(0)
+    learner = l2l.MAML(Tied(), lr=0.1).clone()
+    assert learner.module.again.weight is learner.module.embed.weight
+    assert learner.module.embed.weight is not learner._base.module.embed.weight
+    assert len(list(learner.parameters())) == 5
+
+
+def test_buffers_are_shared_and_modes_are_not(net: Net) -> None:
+    learner = l2l.MAML(net, lr=0.1).clone()
+    assert learner.module.scale is net.scale
+    learner.eval()
+    assert not learner.module.features.training
+    assert net.features.training
+
+
+def test_eval_of_a_learner_uses_running_statistics(net: Net, data: tuple[Tensor, Tensor]) -> None:
+    x, _ = data
+    net(x)
+    learner = l2l.MAML(net, lr=0.1).clone()
+    mean = net.features[1].running_mean.clone()
+    learner.eval()
+    got = learner(x)
+    torch.testing.assert_close(got, copy.deepcopy(net).eval()(x))
+    torch.testing.assert_close(net.features[1].running_mean, mean)
+
+
+def test_a_clone_of_a_learner_branches_off(net: Net, data: tuple[Tensor, Tensor]) -> None:
+    x, y = data
+    net.eval()
+    first = l2l.MAML(net, lr=0.2).clone()
+    first.adapt(F.cross_entropy(first(x), y))
+    kept = first(x)
+    second = first.clone()
+    second.adapt(F.cross_entropy(second(x), y))
+    torch.testing.assert_close(first(x), kept)
+    assert not torch.allclose(second(x), kept)
+    second(x).sum().backward()
+    assert net.classifier.weight.grad.abs().sum() > 0
+
+
+def test_inputs_may_need_a_gradient(net: Net, data: tuple[Tensor, Tensor]) -> None:
+    """An encoder outside the learner is trained through the inner loop."""
+    x, y = data
+    torch.manual_seed(5)
+    encoder = nn.Linear(4, 4).double()
+    twin, twin_encoder = copy.deepcopy(net), copy.deepcopy(encoder)
+    learner = l2l.MAML(net, lr=0.3).clone()
+    for _ in range(2):
+        learner.adapt(F.cross_entropy(learner(encoder(x)), y))
+    F.cross_entropy(learner(encoder(x)), y).backward()
+    params = dict(twin.named_parameters())
+    for _ in range(3):
+        loss = F.cross_entropy(torch.func.functional_call(twin, params, (twin_encoder(x),)), y)
+        params = plain_step(params, loss, 0.3) if _ < 2 else params
+    loss.backward()
+    assert relative_error(gradients(encoder), gradients(twin_encoder)) < 1e-10
+    assert relative_error(gradients(net), gradients(twin)) < 1e-10
+
+
+def test_third_derivatives_exist() -> None:
+    """A gradient penalty on the meta-gradient itself."""
+    module = make("mlp")
+    x = torch.randn(5, 3, dtype=torch.float64)
+    y = torch.tensor([0, 1, 2, 0, 1])
+
+    def penalty(run: nn.Module, adapt: bool) -> Tensor:
+        if adapt:
+            learner = l2l.MAML(run, lr=0.3).clone()
+            learner.adapt(F.cross_entropy(learner(x), y))
+            value = F.cross_entropy(learner(x), y)
+        else:
+            params = dict(run.named_parameters())
+            loss = F.cross_entropy(run(x), y)
+            params = plain_step(params, loss, 0.3)
+            value = F.cross_entropy(torch.func.functional_call(run, params, (x,)), y)
+        grads = torch.autograd.grad(value, list(run.parameters()), create_graph=True)
+        return sum(g.square().sum() for g in grads)
+
+    twin = copy.deepcopy(module)
+    penalty(module, adapt=True).backward()
+    penalty(twin, adapt=False).backward()
+    assert relative_error(gradients(module), gradients(twin)) < 1e-9
+
+
+def test_a_learned_inner_rate_gets_its_gradient(net: Net, data: tuple[Tensor, Tensor]) -> None:
+    x, y = data
+    rates = []
+    batch = l2l.TaskBatch(x[None], y[None], x[None], y[None])
+    for door in (1, 3):
+        lr = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+        maml = l2l.MAML(copy.deepcopy(net), lr)
+        if door == 1:
+            learner = maml.clone()
+            for _ in range(3):
+                learner.adapt(F.cross_entropy(learner(x), y))
+            F.cross_entropy(learner(x), y).backward()
+        else:
+            maml.meta_loss(batch, steps=3).backward()
+        rates.append(lr.grad)
+    torch.testing.assert_close(rates[0], rates[1], rtol=1e-10, atol=0)
+    assert rates[0] != 0
+
+
+def test_only_the_chosen_parameters_adapt(net: Net, data: tuple[Tensor, Tensor]) -> None:
+    """ANIL: the head adapts, the body is shared and still meta-trained, in every door."""
+    x, y = data
+    batch = l2l.TaskBatch(x[None], y[None], x[None], y[None])
+    twin = copy.deepcopy(net)
+    head = {n: p for n, p in twin.named_parameters() if n.startswith("classifier")}
+    loss = F.cross_entropy(twin(x), y)
+    head = plain_step(head, loss, 0.5)
+    F.cross_entropy(torch.func.functional_call(twin, head, (x,)), y).backward()
+    for door in (1, 2, 3):
+        module = copy.deepcopy(net)
+        maml = l2l.MAML(module, 0.5, adapt=["classifier"])
+        if door == 3:
+            maml.meta_loss(batch).backward()
+        else:
+            learner = maml.clone() if door == 1 else maml.clone(tasks=1)
+            xs, ys = (x, y) if door == 1 else (x[None], y)
+            learner.adapt(F.cross_entropy(learner(xs).view(-1, 3), ys))
+            F.cross_entropy(learner(xs).view(-1, 3), ys).backward()
+        assert relative_error(gradients(module), gradients(twin)) < 1e-10, door
+
+
+def test_an_ordinary_optimizer_trains_it(data: tuple[Tensor, Tensor]) -> None:
+    x, y = data
+    torch.manual_seed(0)
+    maml = l2l.MAML(nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)).double(), lr=0.1)
+    optimizer = torch.optim.Adam(maml.parameters(), lr=0.02)
+    losses = []
+    for _ in range(40):
+        value = maml.meta_loss(l2l.TaskBatch(x[None], y[None], x[None], y[None]), steps=2)
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(maml.parameters(), 10.0)
+        optimizer.step()
+        losses.append(value.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_adapted_parameters_and_predictions(net: Net, data: tuple[Tensor, Tensor]) -> None:
+    x, y = data
+    batch = l2l.TaskBatch(x[None], y[None], x[None] + 0.1, None)
+    maml = l2l.MAML(net, 0.3)
+    buffers = [b.clone() for b in net.buffers()]
+    adapted = maml.adapted(batch, steps=3)
+    unadapted = maml.adapted(batch, steps=0)
+    for now, before in zip(net.buffers(), buffers, strict=True):
+        assert torch.equal(now, before)
+    learner = maml.clone(first_order=True)
+    for _ in range(3):
+        learner.adapt(F.cross_entropy(learner(x), y))
+    torch.testing.assert_close(adapted.predict()[0], learner(x + 0.1).detach())
+    torch.testing.assert_close(adapted.predict(x[None])[0], learner(x).detach())
+    torch.testing.assert_close(unadapted.predict()[0], net(x + 0.1).detach())
+    for name, value in learner.adapted_parameters().items():
+        torch.testing.assert_close(adapted.parameters()[name][0], value.detach())

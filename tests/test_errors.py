@@ -1,0 +1,156 @@
+"""Every refusal says which argument, what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Tied
+from torch import nn
+
+import fastmaml
+from fastmaml import MAML, TaskBatch
+
+
+@pytest.fixture
+def maml() -> MAML:
+    torch.manual_seed(0)
+    return MAML(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), lr=0.1)
+
+
+def good_batch() -> dict[str, torch.Tensor]:
+    return {
+        "support_x": torch.randn(2, 5, 3),
+        "support_y": torch.randint(2, (2, 5)),
+        "query_x": torch.randn(2, 4, 3),
+        "query_y": torch.randint(2, (2, 4)),
+    }
+
+
+def test_model_and_rate() -> None:
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got function"):
+        MAML(lambda x: x, 0.1)
+    with pytest.raises(TypeError, match="lr must be a number or a tensor, got str"):
+        MAML(nn.Linear(1, 1), "0.1")
+    with pytest.raises(ValueError, match=r"lr must be .* one element, got shape \[2\].*MetaSGD"):
+        MAML(nn.Linear(1, 1), torch.ones(2))
+
+
+def test_adapt_on_the_wrapper(maml: MAML) -> None:
+    loss = maml(torch.randn(2, 3)).sum()
+    with pytest.raises(RuntimeError, match=r"adapt\(\) must be called on a clone.*maml\.clone"):
+        maml.adapt(loss)
+
+
+def test_a_failed_adapt_leaves_the_learner_as_it_was(maml: MAML) -> None:
+    learner, x = maml.clone(), torch.randn(5, 3)
+    before = learner.theta.clone()
+    losses = {
+        r"loss must be a scalar, got shape \[5\]; reduce it first": learner(x).sum(1),
+        "loss must be finite, got nan; lower the inner learning rate": learner(x).sum() * torch.nan,
+        "loss must depend on the learner's parameters, but it has no gradient": x.sum(),
+        "loss must depend on this learner's parameters, but none is in its graph": maml(x).sum(),
+        "loss must be a tensor, got float": 1.0,
+    }
+    for message, loss in losses.items():
+        with pytest.raises((ValueError, RuntimeError, TypeError, ArithmeticError), match=message):
+            learner.adapt(loss)
+        assert torch.equal(learner.theta, before)
+    learner.adapt(learner(x).square().mean())
+    assert not torch.equal(learner.theta, before)
+
+
+def test_unused_parameters_are_named() -> None:
+    learner = MAML(Tied(), lr=0.1).clone()
+    x = torch.randn(4, 5)
+    with pytest.raises(RuntimeError, match=r"does not depend on the parameters unseen; pass allow"):
+        learner.adapt(learner(x).square().mean())
+    learner.adapt(learner(x).square().mean(), allow_unused=True)
+    part = MAML(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), lr=0.1).clone()
+    with pytest.raises(RuntimeError, match=r"parameters 1\.weight, 1\.bias; pass allow_unused"):
+        part.adapt(part.module[0](torch.randn(2, 3)).square().mean())
+
+
+def test_task_axes(maml: MAML) -> None:
+    learner = maml.clone(tasks=4)
+    with pytest.raises(ValueError, match=r"x must have shape \[T, N, \.\.\.\] with T = 4.*\[5, 3\]"):
+        learner(torch.randn(5, 3))
+    with pytest.raises(ValueError, match=r"losses of shape \[4\] or their sum, got shape \[5\]"):
+        learner.adapt(learner(torch.randn(4, 5, 3)).sum((0, 2)))
+    with pytest.raises(AttributeError, match="4 tasks has no single module.*adapted_parameters"):
+        _ = learner.module
+    for tasks in (0, -1, 2.0, True):
+        with pytest.raises(ValueError, match="tasks must be a positive int"):
+            maml.clone(tasks=tasks)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"support_x": torch.randn(3)}, ValueError, r"support_x must have shape \[T, N, \.\.\.\]"),
+        ({"query_x": torch.randn(3, 4, 3)}, ValueError, r"query_x must .* T = 2 .*got \[3, 4, 3\]"),
+        ({"query_x": torch.randn(2, 4, 7)}, ValueError, r"query_x must have the examples' shape"),
+        ({"support_y": torch.zeros(2, 4).long()}, ValueError, r"support_y must start with .*2, 5"),
+        ({"support_x": torch.randn(2, 0, 3)}, ValueError, r"N >= 1 examples, got \[2, 0, 3\]"),
+        ({"query_y": None}, TypeError, r"query_y must be a tensor \[T, N, \.\.\.\], got NoneType"),
+        ({"query_x": torch.randn(2, 4, 3).double()}, ValueError, r"query_x must have the param.*64"),
+        ({"support_x": torch.randn(2, 5, 3, device="meta")}, ValueError, r"device cpu, got meta"),
+        ({"support_y": torch.randint(2, (2, 5)).int()}, ValueError, r"int64 labels of shape \[T, N"),
+        ({"query_y": torch.full((2, 4), 2)}, ValueError, r"query_y must be labels in \[0, 2\), got"),
+        ({"support_y": torch.full((2, 5), -1)}, ValueError, r"support_y must be labels in \[0, 2"),
+    ],
+)
+def test_batches(maml: MAML, change: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        maml.meta_loss(TaskBatch(**(good_batch() | change)))
+    assert all(p.grad is None for p in maml.parameters())
+
+
+def test_no_tasks_steps_and_targets(maml: MAML) -> None:
+    with pytest.raises(ValueError, match="T = 0 >= 1"):
+        maml.meta_loss(TaskBatch(**{k: v[:0] for k, v in good_batch().items()}))
+    with pytest.raises(ValueError, match="steps must be an int of 0 or more, got -1"):
+        maml.meta_loss(TaskBatch(**good_batch()), steps=-1)
+    with pytest.raises(TypeError, match=r"batch must be a fastmaml\.TaskBatch.*got list"):
+        maml.meta_loss([1, 2])
+    with pytest.raises(ValueError, match=r"float targets of shape \[T, N, 2\] for mse_loss"):
+        maml.meta_loss(TaskBatch(**good_batch()), loss=F.mse_loss)
+    with pytest.raises(ValueError, match="loss must return a scalar for one task"):
+        maml.meta_loss(TaskBatch(**good_batch()), loss=lambda o, t: o.sum(1))
+
+
+def test_a_loss_that_is_not_finite(maml: MAML) -> None:
+    batch = good_batch()
+    batch["query_x"] = torch.full((2, 4, 3), torch.nan)
+    with pytest.raises(FloatingPointError, match="loss must be finite, got nan"):
+        maml.meta_loss(TaskBatch(**batch))
+
+
+def test_one_value_per_channel() -> None:
+    maml = MAML(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), 0.1)
+    with pytest.raises(ValueError, match="more than one value per channel.*got 1 example"):
+        maml.clone()(torch.randn(1, 3))
+    batch = good_batch()
+    batch["support_x"], batch["support_y"] = batch["support_x"][:, :1], batch["support_y"][:, :1]
+    with pytest.raises(ValueError, match="support_x must give batch norm more than one value"):
+        maml.meta_loss(TaskBatch(**batch))
+
+
+def test_backends_by_name(maml: MAML, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTMAML_BACKEND", "abacus")
+    with pytest.raises(ValueError, match="FASTMAML_BACKEND must be one of reference, cpu, got 'ab"):
+        maml.clone()(torch.randn(2, 3))
+    monkeypatch.setenv("FASTMAML_BACKEND", "cpu")
+    with pytest.raises(RuntimeError, match="FASTMAML_BACKEND=cpu was asked for, but LayerNorm has"):
+        MAML(nn.LayerNorm(3), 0.1).clone()(torch.randn(2, 3))
+
+
+def test_explain(maml: MAML, capsys: pytest.CaptureFixture) -> None:
+    plan = fastmaml.explain(maml, torch.randn(2, 3))
+    assert plan.backend == "cpu"
+    assert [op.split()[0] for op in plan.ops] == ["linear", "tanh", "linear"]
+    assert plan.adapted == 3 * 4 + 4 + 4 * 2 + 2
+    assert str(plan) in capsys.readouterr().out
+    plan = fastmaml.explain(nn.LayerNorm(3), torch.randn(2, 3))
+    assert (plan.backend, plan.ops) == ("functional", ())
+    assert "native_layer_norm in LayerNorm" in str(plan)

@@ -1,0 +1,200 @@
+"""Modules without a native program: the same doors, the same gradients, one warning."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import gradients
+from test_meta_gradient import DOORS
+from torch import Tensor, nn
+
+import fastmaml
+from fastmaml import FallbackWarning, TaskBatch
+from fastmaml.testing import relative_error, sequential_maml
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+class ScaledDotProduct(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 24)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).chunk(3, -1)
+        return self.head(F.scaled_dot_product_attention(q, k, v).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.rnn = kind(8, 6, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+class Embedded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.table(x)).mean(1))
+
+
+class Normed(nn.Module):
+    """A tracked batch norm in a module that falls back, called twice in one forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x.mean(1)).cumsum(-1)
+        return self.head(torch.tanh(self.norm(h)))
+
+
+def norm_then(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(32, 8), layer, nn.Tanh(), nn.Linear(8, 3))
+
+
+class Grouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3, padding=1, groups=2)
+        self.norm = nn.GroupNorm(2, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.conv(x.view(-1, 4, 2, 4)))
+        return self.head(torch.tanh(h).mean((2, 3)))
+
+
+FALLBACKS = {
+    "attention": Attention,
+    "sdpa": ScaledDotProduct,
+    "rnn": lambda: Recurrent(nn.RNN),
+    "lstm": lambda: Recurrent(nn.LSTM),
+    "gru": lambda: Recurrent(nn.GRU),
+    "embedding": Embedded,
+    "layer_norm": lambda: norm_then(nn.LayerNorm(8)),
+    "group_norm": lambda: norm_then(nn.GroupNorm(2, 8)),
+    "batch_norm": Normed,
+    "grouped_conv": Grouped,
+}
+
+
+def batch_for(name: str) -> TaskBatch:
+    g = torch.Generator().manual_seed(2)
+
+    def x(n: int) -> Tensor:
+        if name == "embedding":
+            return torch.randint(11, (3, n, 5), generator=g)
+        return torch.randn(3, n, 4, 8, generator=g, dtype=torch.float64)
+
+    labels = [torch.randint(3, (3, n), generator=g) for n in (5, 4)]
+    return TaskBatch(x(5), labels[0], x(4), labels[1])
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("name", FALLBACKS)
+def test_the_gradient_is_the_same(name: str, door: str) -> None:
+    torch.manual_seed(0)
+    module = FALLBACKS[name]().double()
+    twin, batch = copy.deepcopy(module), batch_for(name)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected, grads = sequential_maml(twin, batch, 0.2, steps=2)
+    maml = fastmaml.MAML(module, 0.2)
+    value = DOORS[door](maml, batch, 2, F.cross_entropy)
+    value.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert relative_error(gradients(module), grads) < 1e-9
+    for got, want in zip(module.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_one_warning_names_the_op(door: str) -> None:
+    maml = fastmaml.MAML(norm_then(nn.LayerNorm(8)).double(), 0.1)
+    batch = batch_for("layer_norm")
+    with pytest.warns(FallbackWarning, match="native_layer_norm in LayerNorm"):
+        DOORS[door](maml, batch, 1, F.cross_entropy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DOORS[door](maml, batch, 1, F.cross_entropy)
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+def test_dropout_draws_a_mask_per_task_and_call() -> None:
+    learner = fastmaml.MAML(nn.Dropout(0.5), 0.1).clone(tasks=4)
+    ones = torch.ones(4, 8, 32)
+    first, second = learner(ones), learner(ones)
+    assert not torch.equal(first, second)
+    assert all(not torch.equal(first[0], first[t]) for t in range(1, 4))
+    assert first.unique().tolist() == [0.0, 2.0]
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+def test_hooks_fire() -> None:
+    module, seen = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), []
+    learner = fastmaml.MAML(module, 0.1).clone()
+    learner(torch.randn(5, 3))
+    module[0].register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    learner(torch.randn(5, 3))
+    assert seen == [(5, 4)]
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+def test_a_part_swapped_in_the_clone_is_what_runs() -> None:
+    learner = fastmaml.MAML(nn.Sequential(nn.Linear(3, 4), nn.Tanh()), 0.1).clone()
+    x = torch.randn(5, 3)
+    before = learner(x)
+    learner.module[1] = nn.Identity()
+    torch.testing.assert_close(torch.tanh(learner(x)), before)
+
+
+def test_a_part_swapped_in_the_base_is_noticed() -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+    maml, x = fastmaml.MAML(module, 0.1), torch.randn(5, 3)
+    before = maml.clone()(x)
+    module[1] = nn.ReLU()
+    torch.testing.assert_close(maml.clone()(x), torch.relu(module[0](x)))
+    module.add_module("2", nn.Linear(4, 2))
+    assert maml.clone()(x).shape == (5, 2)
+    assert before.shape == (5, 4)
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+def test_several_arguments_and_outputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, a: Tensor, *, b: Tensor) -> dict[str, Tensor]:
+            return {"sum": self.linear(a + b), "a": a}
+
+    module = Two()
+    learner = fastmaml.MAML(module, 0.1).clone(tasks=2)
+    a, b = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    out = learner(a, b=b)
+    torch.testing.assert_close(out["sum"], module.linear(a + b))
+    torch.testing.assert_close(out["a"], a)
