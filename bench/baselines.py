@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from bench.cases import Batch, Case
+from bench.cases import Case
+from fastmaml import TaskBatch
 
 Step = Callable[[], list[Tensor]]
 
@@ -53,12 +54,12 @@ def descend(module: nn.Module, loss: Tensor, lr: float) -> None:
 
 def eager(case: Case, dtype: torch.dtype) -> Step:
     """learn2learn's clone() and adapt() over the tasks, one by one."""
-    model, tasks = case.model(dtype), case.batch(dtype).task_list()
+    model, batch = case.model(dtype), case.batch(dtype)
 
     def step() -> list[Tensor]:
         model.zero_grad()
         total = torch.zeros((), dtype=dtype)
-        for support_x, support_y, query_x, query_y in tasks:
+        for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
             learner = clone_module(model)
             for _ in range(case.steps):
                 descend(learner, case.loss(learner(support_x), support_y), case.lr)
@@ -128,10 +129,10 @@ def functional_meta_gradient(case: Case, model: nn.Module) -> Callable[..., dict
 
 
 def functional_step(
-    meta_gradient: Callable[..., dict[str, Tensor]], model: nn.Module, batch: Batch
+    meta_gradient: Callable[..., dict[str, Tensor]], model: nn.Module, batch: TaskBatch
 ) -> Step:
     theta = {name: p.detach() for name, p in model.named_parameters()}
-    return lambda: list(meta_gradient(theta, *batch.tensors()).values())
+    return lambda: list(meta_gradient(theta, *batch).values())
 
 
 def vmapped(case: Case, dtype: torch.dtype) -> Step:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from fastmaml.vision.models import CNN4, OmniglotCNN, OmniglotFC
 from torch import Tensor, nn
-from torch.func import functional_call
+
+from fastmaml import TaskBatch, testing
+from fastmaml.testing import sequential_maml
+from fastmaml.vision.models import CNN4, OmniglotCNN, OmniglotFC
 
 
 def sine_net() -> nn.Module:
@@ -17,22 +19,6 @@ def sine_net() -> nn.Module:
     return nn.Sequential(
         nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1)
     )
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Support and query tensors, [T, N, ...] each."""
-
-    support_x: Tensor
-    support_y: Tensor
-    query_x: Tensor
-    query_y: Tensor
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.support_x, self.support_y, self.query_x, self.query_y
-
-    def task_list(self) -> list[tuple[Tensor, ...]]:
-        return list(zip(*self.tensors(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -61,7 +47,7 @@ class Case:
             torch.manual_seed(self.seed)
             return self.net().to(dtype).train()
 
-    def batch(self, dtype: torch.dtype = torch.float32) -> Batch:
+    def batch(self, dtype: torch.dtype = torch.float32) -> TaskBatch:
         """Random tasks; the float64 ones hold the float32 ones' values."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         draw = self._draw_sines if self.regression else self._draw_images
@@ -69,7 +55,7 @@ class Case:
         x, y = zip(support, query, strict=True)
         x = [t.to(dtype) for t in x]
         y = [t.to(dtype) if self.regression else t for t in y]
-        return Batch(x[0], y[0], x[1], y[1])
+        return TaskBatch(x[0], y[0], x[1], y[1])
 
     def _draw_sines(self, examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x = torch.rand(self.tasks, examples, 1, generator=generator) * 10 - 5
@@ -104,35 +90,23 @@ CASES = {
 
 
 def oracle(case: Case) -> list[Tensor]:
-    """The meta-gradient in float64 by double backward, one task after the other.
+    """The meta-gradient in float64 by double backward, in the order of `model.parameters()`.
 
-    Returns one tensor per parameter of `case.model()`, of the mean over tasks of the query loss.
+    One task at a time, so that no more than one task's graph is in memory.
     """
     model, batch = case.model(torch.float64), case.batch(torch.float64)
-    buffers = dict(model.named_buffers())
-    start = dict(model.named_parameters())
-    total = [torch.zeros_like(p) for p in start.values()]
-    for support_x, support_y, query_x, query_y in batch.task_list():
-        theta = start
-        for _ in range(case.steps):
-            loss = case.loss(functional_call(model, (theta, buffers), (support_x,)), support_y)
-            grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
-            theta = {
-                name: p - case.lr * g for (name, p), g in zip(theta.items(), grads, strict=True)
-            }
-        loss = case.loss(functional_call(model, (theta, buffers), (query_x,)), query_y)
-        for sum_, g in zip(total, torch.autograd.grad(loss, list(start.values())), strict=True):
+    total = [torch.zeros_like(p) for p in model.parameters()]
+    for t in range(case.tasks):
+        task = TaskBatch(*(x[t : t + 1] for x in batch))
+        _, grads = sequential_maml(model, task, case.lr, case.steps, case.loss)
+        for sum_, g in zip(total, grads.values(), strict=True):
             sum_ += g / case.tasks
     return total
 
 
 def relative_error(grads: list[Tensor], reference: list[Tensor]) -> float:
-    """|grads - reference| / |reference| over all parameters together, in float64."""
-    flat = torch.cat([g.detach().double().reshape(-1) for g in grads])
-    exact = torch.cat([g.reshape(-1) for g in reference])
-    if flat.shape != exact.shape:
-        return float("inf")
-    error = ((flat - exact).norm() / exact.norm()).item()
+    """|grads - reference| / |reference| over all parameters together; NaN counts as infinite."""
+    error = testing.relative_error(dict(enumerate(grads)), dict(enumerate(reference)))
     return error if error == error else float("inf")
 
 

@@ -13,12 +13,12 @@ from bench.cases import Case
 
 def drop_in(case: Case, dtype: torch.dtype) -> Step:
     """Door 1: learn2learn's code, unchanged."""
-    maml, tasks = fastmaml.MAML(case.model(dtype), lr=case.lr), case.batch(dtype).task_list()
+    maml, batch = fastmaml.MAML(case.model(dtype), lr=case.lr), case.batch(dtype)
 
     def step() -> list[Tensor]:
         maml.zero_grad()
         total = torch.zeros((), dtype=dtype)
-        for support_x, support_y, query_x, query_y in tasks:
+        for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
             learner = maml.clone()
             for _ in range(case.steps):
                 learner.adapt(case.loss(learner(support_x), support_y))
@@ -52,7 +52,7 @@ def batched(case: Case, dtype: torch.dtype) -> Step:
 def fused(case: Case, dtype: torch.dtype) -> Step:
     """Door 3: the whole meta-step in one native call."""
     maml = fastmaml.MAML(case.model(dtype), lr=case.lr)
-    batch = fastmaml.TaskBatch(*case.batch(dtype).tensors())
+    batch = case.batch(dtype)
 
     def step() -> list[Tensor]:
         maml.zero_grad()

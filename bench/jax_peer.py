@@ -19,7 +19,7 @@ def jax(case: Case, dtype: torch.dtype) -> Step:
     model = case.model(dtype)
     apply = network(model)
     theta = [jnp.asarray(p.detach().numpy()) for p in model.parameters()]
-    batch = [jnp.asarray(t.numpy()) for t in case.batch(dtype).tensors()]
+    batch = [jnp.asarray(t.numpy()) for t in case.batch(dtype)]
 
     def loss(theta: list, x: object, y: object) -> object:
         out = apply(theta, x)

@@ -14,12 +14,12 @@ from bench.cases import Case
 def learn2learn(case: Case, dtype: torch.dtype) -> Step:
     from learn2learn.algorithms import MAML
 
-    maml, tasks = MAML(case.model(dtype), lr=case.lr), case.batch(dtype).task_list()
+    maml, batch = MAML(case.model(dtype), lr=case.lr), case.batch(dtype)
 
     def step() -> list[Tensor]:
         maml.zero_grad()
         total = torch.zeros((), dtype=dtype)
-        for support_x, support_y, query_x, query_y in tasks:
+        for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
             learner = maml.clone()
             for _ in range(case.steps):
                 learner.adapt(case.loss(learner(support_x), support_y))
@@ -33,12 +33,12 @@ def learn2learn(case: Case, dtype: torch.dtype) -> Step:
 def higher(case: Case, dtype: torch.dtype) -> Step:
     from higher import innerloop_ctx
 
-    model, tasks = case.model(dtype), case.batch(dtype).task_list()
+    model, batch = case.model(dtype), case.batch(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=case.lr)
 
     def step() -> list[Tensor]:
         model.zero_grad()
-        for support_x, support_y, query_x, query_y in tasks:
+        for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
             with innerloop_ctx(model, optimizer, copy_initial_weights=False) as (learner, inner):
                 for _ in range(case.steps):
                     inner.step(case.loss(learner(support_x), support_y))
@@ -51,7 +51,7 @@ def higher(case: Case, dtype: torch.dtype) -> Step:
 def torchopt(case: Case, dtype: torch.dtype) -> Step:
     from torchopt import MetaSGD, extract_state_dict, recover_state_dict
 
-    model, tasks = case.model(dtype), case.batch(dtype).task_list()
+    model, batch = case.model(dtype), case.batch(dtype)
     start = list(model.parameters())
     optimizer = MetaSGD(model, lr=case.lr)
     states = [extract_state_dict(part, by="reference") for part in (model, optimizer)]
@@ -60,7 +60,7 @@ def torchopt(case: Case, dtype: torch.dtype) -> Step:
         for p in start:
             p.grad = None
         total = torch.zeros((), dtype=dtype)
-        for support_x, support_y, query_x, query_y in tasks:
+        for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
             for part, state in zip((model, optimizer), states, strict=True):
                 recover_state_dict(part, state)
             for _ in range(case.steps):
@@ -125,7 +125,7 @@ def parallel_metalearn(case: Case, dtype: torch.dtype) -> Step:
         chunk_size=case.tasks,
         device=torch.device("cpu"),
     )
-    batches = itertools.repeat(case.batch(dtype).tensors())
+    batches = itertools.repeat(case.batch(dtype))
 
     def step() -> list[Tensor]:
         maml.step(batches)
