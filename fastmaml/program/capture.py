@@ -14,7 +14,7 @@ from fastmaml.program.ir import Graph, Op
 from fastmaml.program.lowering import TABLE
 from fastmaml.program.trace import NotCovered, Trace
 
-_TRACED_EXAMPLES = (3, 5)  # two lengths: a program must not depend on the number of examples
+_TRACED_EXAMPLES = (3, 5)  # two runs: a program must not depend on how many examples there are
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -50,6 +50,7 @@ def _trace(module: nn.Module, x: Tensor, examples: int) -> Graph:
     buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
     rows = (torch.arange(examples, device=x.device) * examples) % max(len(x), 1)
     sample = x.detach()[rows] if len(x) else x.new_zeros(examples, *x.shape[1:])
+    sample = sample * (1 + 1 / examples)  # other values too: nothing may be read off them
     devices = [x.device] if x.device.type == "cuda" else []
     trace = Trace(examples, parameters, buffers, TABLE)
     trace.add_input(sample)

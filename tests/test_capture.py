@@ -1,0 +1,131 @@
+"""Modules become the programs they should, or the reason says what stands in the way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmaml.program.capture import capture
+from fastmaml.program.trace import NotCovered
+
+
+class Lambda(nn.Module):
+    def __init__(self, f) -> None:
+        super().__init__()
+        self.f = f
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x)
+
+
+def kinds(module: nn.Module, x: Tensor) -> list[str]:
+    return [
+        op.attrs["function"] if op.kind == "activation" else op.kind
+        for op in capture(module, x).ops
+    ]
+
+
+def test_every_spelling_is_one_op() -> None:
+    x = torch.randn(2, 4)
+    spellings = [F.relu, torch.relu, Tensor.relu, nn.ReLU(), lambda x: (x + 1).relu_() - 0]
+    for f in spellings[:-1]:
+        assert kinds(Lambda(f), x) == ["relu"]
+    assert kinds(Lambda(spellings[-1]), x) == ["scale", "relu", "scale"]
+
+
+def test_shapes_are_per_example() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(True), nn.Flatten(), nn.Linear(36, 2))
+    graph = capture(module, torch.randn(7, 1, 8, 8))
+    assert [op.kind for op in graph.ops] == ["conv2d", "activation", "view", "linear"]
+    assert graph.values == ((1, 8, 8), (4, 3, 3), (4, 3, 3), (36,), (2,))
+    assert graph.parameters == ("0.weight", "0.bias", "3.weight", "3.bias")
+    assert dict(graph.ops[0].attrs) == {"stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)}
+
+
+def test_linear_over_leading_axes_needs_no_view() -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    graph = capture(module, torch.randn(2, 6, 3))
+    assert [op.kind for op in graph.ops] == ["linear", "activation", "linear"]
+    assert graph.values[-1] == (6, 2)
+
+
+@pytest.mark.parametrize(
+    ("f", "expected"),
+    [
+        (lambda x: F.leaky_relu(x, 0.2), ["leaky_relu"]),
+        (lambda x: F.selu(F.elu(x, 0.5)), ["elu", "selu"]),
+        (lambda x: F.gelu(F.gelu(x), approximate="tanh"), ["gelu", "gelu_tanh"]),
+        (lambda x: F.relu6(F.logsigmoid(x)), ["log_sigmoid", "hardtanh"]),
+        (lambda x: F.softplus(x.sin().cos().exp()), ["sin", "cos", "exp", "softplus"]),
+        (lambda x: x**2 / 2 - 1, ["square", "scale", "scale"]),
+        (lambda x: x - 2 * torch.sigmoid(x), ["sigmoid", "scale", "add"]),
+        (lambda x: -F.silu(x), ["silu", "scale"]),
+        (lambda x: x.mean(1), ["mean"]),
+        (lambda x: x.transpose(1, 2).reshape(x.size(0), -1), ["permute", "view"]),
+        (lambda x: x.unsqueeze(1).flatten(2), ["view", "view"]),
+        (lambda x: F.dropout(x, training=False), []),
+    ],
+)
+def test_the_table(f, expected: list[str]) -> None:
+    assert kinds(Lambda(f), torch.randn(2, 3, 4)) == expected
+
+
+def test_batch_norm_knows_its_buffers() -> None:
+    module = nn.BatchNorm1d(3)
+    op = capture(module, torch.randn(4, 3)).ops[0]
+    assert op.attrs["running"] == ("running_mean", "running_var")
+    assert op.attrs["tracking"]
+    graph = capture(module.eval(), torch.randn(4, 3))
+    assert graph.buffers == ("running_mean", "running_var")
+    assert not graph.ops[0].attrs["training"]
+    op = capture(nn.BatchNorm1d(3, momentum=None), torch.randn(4, 3)).ops[0]
+    assert op.attrs["tracking"]
+    op = capture(nn.BatchNorm1d(3, track_running_stats=False), torch.randn(4, 3)).ops[0]
+    assert not op.attrs["tracking"]
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "reason"),
+    [
+        (nn.LayerNorm(3), (3,), "native_layer_norm in LayerNorm"),
+        (nn.Sequential(nn.Linear(3, 3), nn.Dropout()), (3,), "in Dropout"),
+        (nn.Conv2d(2, 4, 3, groups=2), (2, 5, 5), r"groups > 1\) in Conv2d"),
+        (Lambda(lambda x: x[:, ::2]), (3,), "aten.slice in Lambda"),
+        (Lambda(lambda x: x - x.mean(0)), (3,), "mean over examples"),
+        (Lambda(lambda x: x.relu_()), (3,), "network's input changed in place"),
+        (Lambda(lambda x: x if x.sum() > 0 else -x), (3,), "aten.sum"),
+        (Lambda(lambda x: x * float(x.detach().numpy().max())), (3,), "examples or their values"),
+        (Lambda(lambda x: x * x.shape[0]), (3,), "number of examples"),
+        (Lambda(lambda x: x.flatten()), (3,), "whose first axis is not the examples"),
+        (Lambda(lambda x: (x, x)), (3,), "does not come from the input"),
+        (Lambda(lambda x: x @ torch.ones(3, 3)), (3,), "a weight that is not a parameter"),
+        (Lambda(lambda x: x.undefined), (3,), "a forward that fails on a sample"),
+    ],
+)
+def test_refusals_say_why(module: nn.Module, shape: tuple[int, ...], reason: str) -> None:
+    with pytest.raises(NotCovered, match=reason):
+        capture(module, torch.randn(4, *shape))
+
+
+def test_a_view_changed_in_place_is_not_used_again() -> None:
+    def f(x: Tensor) -> Tensor:
+        h = torch.tanh(x)
+        h.view(-1, 2, 2).relu_()
+        return h
+
+    with pytest.raises(NotCovered, match="changed in place through another"):
+        capture(Lambda(f), torch.randn(3, 4))
+
+
+def test_capture_changes_nothing() -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    state, x = torch.get_rng_state(), torch.randn(4, 3)
+    state = torch.get_rng_state()
+    with pytest.raises(NotCovered):
+        capture(module, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert all(p.grad is None for p in module.parameters())
