@@ -1,0 +1,287 @@
+#include "gemm.h"
+
+#include <utility>
+
+namespace fastmaml {
+namespace FASTMAML_ISA {
+namespace {
+
+// Rows of a tile by the vectors it spans: accumulators, one row of b and a broadcast value share
+// the registers, and every row of a keeps a pointer of its own in `row_tile`.
+constexpr int kRowTile[] = {0, FASTMAML_VECTOR_BYTES == 16 ? 6 : 12,
+                            FASTMAML_VECTOR_BYTES == 64   ? 12
+                            : FASTMAML_VECTOR_BYTES == 32 ? 6
+                                                          : 4,
+                            8, 6};
+constexpr int kOuterTile[] = {0, FASTMAML_VECTOR_BYTES == 16 ? 6 : 12,
+                              FASTMAML_VECTOR_BYTES == 64   ? 14
+                              : FASTMAML_VECTOR_BYTES == 32 ? 6
+                                                            : 4,
+                              9, 6};
+
+constexpr Index kCacheBytes = 24 * 1024;  // what a loop may keep in half of a small L1 cache
+constexpr Index kOuterRows = 96;          // rows of an outer product between updates of c
+
+FASTMAML_INLINE Index row_of(const std::int32_t* list, Index i) { return list ? list[i] : i; }
+
+template <typename T, int R, int NV>
+__attribute__((noinline)) void row_tile(const RowProduct<T>& product, const std::int32_t* source,
+                                        const std::int32_t* destination, Index first,
+                                        Index column) {
+  Vec<T> sum[R][NV] = {};
+  const Index ld = product.ld;
+  for (int t = 0; t < product.term_count; ++t) {
+    const ProductTerm<T>& term = product.terms[t];
+    const T* rows[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) rows[r] = term.a + row_of(source, first + r) * term.lda;
+    for (int s = 0; s < product.segment_count; ++s) {
+      const Segment segment = product.segments[s];
+      const T* a[R];
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) a[r] = rows[r] + segment.a_offset;
+      const T* b = term.b + segment.b_offset * ld + column;
+      for (Index k = 0; k < segment.k; ++k, b += ld) {
+        Vec<T> values[NV];
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) values[j] = load(b + j * kLanes<T>);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          const Vec<T> x = broadcast(a[r][k]);
+#pragma GCC unroll 4
+          for (int j = 0; j < NV; ++j) sum[r][j] = fma(x, values[j], sum[r][j]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    T* c = product.c + row_of(destination, first + r) * ld + column;
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      Vec<T> value = sum[r][j];
+      if (product.bias) value += load(product.bias + column + j * kLanes<T>);
+      if (product.accumulate) value += load(c + j * kLanes<T>);
+      store(c + j * kLanes<T>, value);
+    }
+  }
+}
+
+template <typename T, int R, int NV, bool kPaired>
+__attribute__((noinline)) void outer_tile(const OuterProduct<T>& product, Index first,
+                                          Index column) {
+  Vec<T> sum[R][NV] = {};
+  for (int t = 0; t < product.term_count; ++t) {
+    const ProductTerm<T>& term = product.terms[t];
+    const T* a = term.a + first;
+    const T* b = term.b + column;
+    for (Index i = 0; i < product.rows; ++i) {
+      const Index a_row = kPaired ? product.pairs[i].a : i;
+      const Index b_row = kPaired ? product.pairs[i].b : i;
+      const T* x = a + a_row * term.lda;
+      const T* y = b + b_row * product.ld;
+      Vec<T> values[NV];
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) values[j] = load(y + j * kLanes<T>);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Vec<T> scale = broadcast(x[r]);
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) sum[r][j] = fma(scale, values[j], sum[r][j]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    T* c = product.c + (first + r) * product.ld + column;
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      Vec<T> value = sum[r][j];
+      if (product.accumulate) value += load(c + j * kLanes<T>);
+      store(c + j * kLanes<T>, value);
+    }
+  }
+}
+
+template <typename T>
+using RowTile = void (*)(const RowProduct<T>&, const std::int32_t*, const std::int32_t*, Index,
+                         Index);
+template <typename T>
+using OuterTile = void (*)(const OuterProduct<T>&, Index, Index);
+
+template <typename T, int NV, int... R>
+RowTile<T> pick_row_tile(Index rows, std::integer_sequence<int, R...>) {
+  static constexpr RowTile<T> kTiles[] = {&row_tile<T, R + 1, NV>...};
+  return kTiles[rows - 1];
+}
+template <typename T, int NV, bool kPaired, int... R>
+OuterTile<T> pick_outer_tile(Index rows, std::integer_sequence<int, R...>) {
+  static constexpr OuterTile<T> kTiles[] = {&outer_tile<T, R + 1, NV, kPaired>...};
+  return kTiles[rows - 1];
+}
+
+template <typename T, int NV>
+void row_panel(const RowProduct<T>& product, const std::int32_t* source,
+               const std::int32_t* destination, Index first, Index rows, Index column) {
+  const Index tiles = divide_up(rows, kRowTile[NV]);
+  for (Index i = 0; i < tiles; ++i) {
+    const Range tile = split(rows, {static_cast<int>(i), static_cast<int>(tiles)});
+    const auto run = pick_row_tile<T, NV>(tile.end - tile.begin,
+                                          std::make_integer_sequence<int, kRowTile[NV]>());
+    run(product, source, destination, first + tile.begin, column);
+  }
+}
+
+template <typename T, int NV>
+void outer_panel(const OuterProduct<T>& product, Range k, Index column) {
+  const auto sizes = std::make_integer_sequence<int, kOuterTile[NV]>();
+  const Index rows = k.end - k.begin;
+  const auto run = product.pairs ? pick_outer_tile<T, NV, true>(rows, sizes)
+                                 : pick_outer_tile<T, NV, false>(rows, sizes);
+  run(product, k.begin, column);
+}
+
+Index outer_tile_count(Index k, Index vectors) {
+  const Index widest = divide_up(vectors, panel_count(vectors));
+  return divide_up(k, kOuterTile[widest]);
+}
+
+}  // namespace
+
+template <typename T>
+void multiply_rows(const RowProduct<T>& product, const std::int32_t* source,
+                   const std::int32_t* destination, Index first, Index rows, Range columns) {
+  if (rows <= 0) return;
+  const Index vectors = columns.end - columns.begin;
+  for (Index p = 0; p < panel_count(vectors); ++p) {
+    const Range span = panel(vectors, p);
+    const Index column = (columns.begin + span.begin) * kLanes<T>;
+    switch (span.end - span.begin) {
+      case 1:
+        row_panel<T, 1>(product, source, destination, first, rows, column);
+        break;
+      case 2:
+        row_panel<T, 2>(product, source, destination, first, rows, column);
+        break;
+#if FASTMAML_VECTOR_BYTES == 64
+      case 3:
+        row_panel<T, 3>(product, source, destination, first, rows, column);
+        break;
+      case 4:
+        row_panel<T, 4>(product, source, destination, first, rows, column);
+        break;
+#endif
+    }
+  }
+}
+
+Index outer_units(Index k, Index vectors) {
+  return outer_tile_count(k, vectors) * panel_count(vectors);
+}
+
+template <typename T>
+void multiply_outer(const OuterProduct<T>& product, Index k, Index vectors, Range units) {
+  const Index tiles = outer_tile_count(k, vectors);
+  for (Index unit = units.begin; unit < units.end; ++unit) {
+    const Range span = panel(vectors, unit / tiles);
+    const Range rows = split(k, {static_cast<int>(unit % tiles), static_cast<int>(tiles)});
+    const Index column = span.begin * kLanes<T>;
+    switch (span.end - span.begin) {
+      case 1:
+        outer_panel<T, 1>(product, rows, column);
+        break;
+      case 2:
+        outer_panel<T, 2>(product, rows, column);
+        break;
+#if FASTMAML_VECTOR_BYTES == 64
+      case 3:
+        outer_panel<T, 3>(product, rows, column);
+        break;
+      case 4:
+        outer_panel<T, 4>(product, rows, column);
+        break;
+#endif
+    }
+  }
+}
+
+template <typename T>
+void matmul(Index rows, Index k, Index n, const T* a, Index lda, const T* b, const T* a2,
+            Index lda2, const T* b2, const T* bias, T* c, bool accumulate, Share share) {
+  const Index ld = padded_to_lanes<T>(n), vectors = ld / kLanes<T>;
+  const bool by_rows = rows >= share.parts * kRowTile[kPanel];
+  const Range mine = split(by_rows ? rows : vectors, share);
+  const Range row_range = by_rows ? mine : Range{0, rows};
+  const Range columns = by_rows ? Range{0, vectors} : mine;
+  // Several passes over c pay off only where the rows reuse what they bring into the cache.
+  const Index panel_row = smaller(vectors, kPanel) * FASTMAML_VECTOR_BYTES;
+  const Index chunk = rows > 2 * kRowTile[1] ? larger(kCacheBytes / panel_row, 1) : k;
+  const Index chunks = larger(divide_up(k, larger(chunk, 1)), 1);
+  for (Index i = 0; i < chunks; ++i) {
+    const Range part = split(k, {static_cast<int>(i), static_cast<int>(chunks)});
+    const Segment segment = {part.begin, part.begin, part.end - part.begin};
+    const RowProduct<T> product = {
+        {{a, lda, b}, {a2, lda2, b2}}, a2 ? 2 : 1, &segment, 1,
+        i == 0 ? bias : nullptr,       c,          ld,       accumulate || i > 0};
+    multiply_rows(product, nullptr, nullptr, row_range.begin, row_range.end - row_range.begin,
+                  columns);
+  }
+}
+
+template <typename T>
+void matmul_tn(Index rows, Index k, Index n, const T* a, Index lda, const T* b, const T* a2,
+               Index lda2, const T* b2, T* c, bool accumulate, Share share) {
+  const Index ld = padded_to_lanes<T>(n), vectors = ld / kLanes<T>;
+  const Range units = split(outer_units(k, vectors), share);
+  const Index blocks = larger(divide_up(rows, kOuterRows), 1);
+  for (Index i = 0; i < blocks; ++i) {
+    const Range block = split(rows, {static_cast<int>(i), static_cast<int>(blocks)});
+    const OuterProduct<T> product = {
+        {{a + block.begin * lda, lda, b + block.begin * ld},
+         {a2 ? a2 + block.begin * lda2 : nullptr, lda2, b2 ? b2 + block.begin * ld : nullptr}},
+        a2 ? 2 : 1,
+        nullptr,
+        block.end - block.begin,
+        c,
+        ld,
+        accumulate || i > 0};
+    multiply_outer(product, k, vectors, units);
+  }
+}
+
+template <typename T>
+void column_sums(Index rows, Index n, const T* a, T* out, bool accumulate, Share share) {
+  const Index ld = padded_to_lanes<T>(n);
+  const Range mine = split(ld / kLanes<T>, share);
+  for (Index column = mine.begin * kLanes<T>; column < mine.end * kLanes<T>; column += kLanes<T>) {
+    Vec<T> total = {};
+    for (Index first = 0; first < rows; first += kOuterRows) {  // in blocks: rounding grows slower
+      const Index last = smaller(first + kOuterRows, rows);
+      Vec<T> even = {}, odd = {};
+      Index row = first;
+      for (; row + 1 < last; row += 2) {
+        even += load(a + row * ld + column);
+        odd += load(a + (row + 1) * ld + column);
+      }
+      if (row < last) even += load(a + row * ld + column);
+      total += even + odd;
+    }
+    if (accumulate) total += load(out + column);
+    store(out + column, total);
+  }
+}
+
+#define FASTMAML_INSTANTIATE(T)                                                                  \
+  template void multiply_rows<T>(const RowProduct<T>&, const std::int32_t*, const std::int32_t*, \
+                                 Index, Index, Range);                                           \
+  template void multiply_outer<T>(const OuterProduct<T>&, Index, Index, Range);                  \
+  template void matmul<T>(Index, Index, Index, const T*, Index, const T*, const T*, Index,       \
+                          const T*, const T*, T*, bool, Share);                                  \
+  template void matmul_tn<T>(Index, Index, Index, const T*, Index, const T*, const T*, Index,    \
+                             const T*, T*, bool, Share);                                         \
+  template void column_sums<T>(Index, Index, const T*, T*, bool, Share);
+FASTMAML_INSTANTIATE(float)
+FASTMAML_INSTANTIATE(double)
+
+}  // namespace FASTMAML_ISA
+}  // namespace fastmaml

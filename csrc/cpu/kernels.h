@@ -1,0 +1,193 @@
+// The boundary between the program executor and the arithmetic: one table of plain functions per
+// instruction set and scalar type. Every kernel works on ONE task, on rows of channels:
+//
+//   a value of n examples is [n * positions][ld], channels innermost, ld = padded(channels)
+//   (the network's input keeps ld = channels: it is only ever read one scalar at a time).
+//
+// Padding lanes of weights, biases and gradients are zero; those of activations may hold anything
+// finite. `share` splits one call over the threads of a team: every thread makes the same call with
+// its own part, and no two parts write the same element.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace fastmaml {
+
+using Index = std::int64_t;
+
+struct Share {
+  int part = 0;
+  int parts = 1;
+};
+
+enum class Activation : int {
+  kRelu,
+  kLeakyRelu,  // alpha: negative slope
+  kElu,        // alpha: scale of the negative part
+  kSelu,
+  kGelu,
+  kGeluTanh,
+  kSilu,
+  kSigmoid,
+  kTanh,
+  kSoftplus,  // alpha: beta, beta: threshold
+  kHardtanh,  // alpha: lower bound, beta: upper bound (relu6 is 0, 6)
+  kLogSigmoid,
+  kSquare,
+  kSin,
+  kCos,
+  kExp,
+};
+
+enum class Loss : int { kCrossEntropy, kMeanSquaredError };
+
+struct ConvGeometry {
+  int in_channels, out_channels;
+  int height, width, out_height, out_width;
+  int kernel_h, kernel_w;
+  int stride_h, stride_w;
+  int pad_h, pad_w;
+  int dilation_h, dilation_w;
+};
+
+// What a convolution of n images needs beside its data (row lists, blocking); depends on the
+// geometry, n and the lanes of the table that made it. Immutable, shared by threads.
+struct ConvPlan;
+
+// One pooling window per output position, in input positions [h0, h1) x [w0, w1) (dilated by `step`).
+struct PoolWindow {
+  int h0, h1, w0, w1;
+  double scale;  // 1 / divisor for averages
+};
+struct PoolGeometry {
+  int height, width, out_height, out_width;
+  int step_h, step_w;
+  std::vector<PoolWindow> windows;  // [out_height * out_width]
+};
+
+template <typename T>
+struct Kernels {
+  const char* isa;  // "avx512", "avx2", "portable"
+  int lanes;        // channels are padded to a multiple of this
+
+  // --- matrices ---------------------------------------------------------------------------------
+  // c[rows][padded(n)] = (accumulate ? c : 0) + bias + a[rows][k] b[k][padded(n)] + a2 b2.
+  // bias and the second pair may be null. lda, lda2: row strides of a and a2.
+  void (*matmul)(Index rows, Index k, Index n, const T* a, Index lda, const T* b, const T* a2,
+                 Index lda2, const T* b2, const T* bias, T* c, bool accumulate, Share share);
+  // c[k][padded(n)] = (accumulate ? c : 0) + sum over rows of a[row][k] b[row][n] (+ a2 b2).
+  void (*matmul_tn)(Index rows, Index k, Index n, const T* a, Index lda, const T* b, const T* a2,
+                    Index lda2, const T* b2, T* c, bool accumulate, Share share);
+  // out[padded(n)] = (accumulate ? out : 0) + column sums of a[rows][padded(n)].
+  void (*column_sums)(Index rows, Index n, const T* a, T* out, bool accumulate, Share share);
+  // taps matrices [k][padded(n)] -> [n][padded(k)]; both sides' padding is written as zero.
+  void (*transpose)(Index taps, Index k, Index n, const T* in, T* out, Share share);
+
+  // --- convolution: weights packed [kernel_h][kernel_w][in][padded(out)] --------------------------
+  ConvPlan* (*conv_plan)(const ConvGeometry& geometry, Index images);
+  void (*conv_plan_free)(ConvPlan* plan);
+  // y = bias + x * w (+ x2 * w2). ldx: row stride of x (and x2).
+  void (*conv_forward)(const ConvPlan& plan, const T* x, Index ldx, const T* w, const T* x2,
+                       const T* w2, const T* bias, T* y, Share share);
+  // gx[.][padded(in)] = (accumulate ? gx : 0) + gy * wt (+ gy2 * wt2), wt = transpose(w).
+  void (*conv_input_grad)(const ConvPlan& plan, const T* gy, const T* wt, const T* gy2,
+                          const T* wt2, T* gx, bool accumulate, Share share);
+  void (*conv_weight_grad)(const ConvPlan& plan, const T* x, Index ldx, const T* gy, const T* x2,
+                           const T* gy2, T* gw, bool accumulate, Share share);
+
+  // --- batch norm over rows, channels padded; gamma/beta and their tangents may be null ------------
+  // Training: writes xhat, y, mean, biased variance and inv_std. xhat may be x itself.
+  void (*norm_forward)(Index rows, Index channels, const T* x, const T* gamma, const T* beta,
+                       T eps, T* xhat, T* y, T* mean, T* variance, T* inv_std, Share share);
+  // ggamma and gbeta are always written (sums of gy*xhat and of gy), padded(channels) each;
+  // gx may be null.
+  void (*norm_backward)(Index rows, Index channels, const T* gy, const T* xhat, const T* gamma,
+                        const T* inv_std, T* gx, bool accumulate, T* ggamma, T* gbeta, Share share);
+  // Writes the tangents of xhat and y, and m = mean(dx * xhat) for the call below. dx may be null.
+  void (*norm_tangent)(Index rows, Index channels, const T* dx, const T* xhat, const T* gamma,
+                       const T* dgamma, const T* dbeta, const T* inv_std, T* dxhat, T* dy, T* m,
+                       Share share);
+  // ggamma, gbeta: what norm_backward wrote. dgy may be null (zero). dggamma, dgbeta always written.
+  void (*norm_backward_tangent)(Index rows, Index channels, const T* gy, const T* dgy,
+                                const T* xhat, const T* dxhat, const T* gamma, const T* dgamma,
+                                const T* inv_std, const T* m, const T* ggamma, const T* gbeta,
+                                T* dgx, bool accumulate, T* dggamma, T* dgbeta, Share share);
+  // Evaluation mode: y = gamma * (x - mean) * inv_std + beta with given statistics. The executor
+  // reuses norm_eval_forward's xhat below.
+  void (*norm_eval_forward)(Index rows, Index channels, const T* x, const T* mean,
+                            const T* variance, T eps, const T* gamma, const T* beta, T* xhat, T* y,
+                            T* inv_std, Share share);
+  void (*norm_eval_backward)(Index rows, Index channels, const T* gy, const T* xhat,
+                             const T* gamma, const T* inv_std, T* gx, bool accumulate, T* ggamma,
+                             T* gbeta, Share share);
+  void (*norm_eval_tangent)(Index rows, Index channels, const T* dx, const T* xhat, const T* gamma,
+                            const T* dgamma, const T* dbeta, const T* inv_std, T* dxhat, T* dy,
+                            Share share);
+  void (*norm_eval_backward_tangent)(Index rows, Index channels, const T* gy, const T* dgy,
+                                     const T* xhat, const T* dxhat, const T* gamma,
+                                     const T* dgamma, const T* inv_std, T* dgx, bool accumulate,
+                                     T* dggamma, T* dgbeta, Share share);
+
+  // --- pointwise, over count elements (padding included) -------------------------------------------
+  void (*act_forward)(Activation kind, T alpha, T beta, Index count, const T* x, T* y, Share share);
+  void (*act_backward)(Activation kind, T alpha, T beta, Index count, const T* x, const T* gy,
+                       T* gx, bool accumulate, Share share);
+  // dy = f'(x) dx
+  void (*act_tangent)(Activation kind, T alpha, T beta, Index count, const T* x, const T* dx, T* dy,
+                      Share share);
+  // dgx = f''(x) dx gy + f'(x) dgy; dx or dgy may be null (zero).
+  void (*act_backward_tangent)(Activation kind, T alpha, T beta, Index count, const T* x,
+                               const T* dx, const T* gy, const T* dgy, T* dgx, bool accumulate,
+                               Share share);
+  // out = (accumulate ? out : 0) + a * x + b * y; y may be null.
+  void (*axpby)(Index count, T a, const T* x, T b, const T* y, T* out, bool accumulate,
+                Share share);
+  // out = x + a * rate[i] * g[i]; rate may be null (one).
+  void (*update)(Index count, T a, const T* rate, const T* x, const T* g, T* out, Share share);
+
+  // --- pooling: argmax holds the input position of each output element; x, y rows of `ld` ----------
+  void (*max_pool_forward)(const PoolGeometry& geometry, Index images, Index ld, const T* x, T* y,
+                           std::int32_t* argmax, Share share);
+  void (*max_pool_backward)(const PoolGeometry& geometry, Index images, Index ld,
+                            const std::int32_t* argmax, const T* gy, T* gx, bool accumulate,
+                            Share share);
+  void (*max_pool_tangent)(const PoolGeometry& geometry, Index images, Index ld,
+                           const std::int32_t* argmax, const T* dx, T* dy, Share share);
+  void (*avg_pool_forward)(const PoolGeometry& geometry, Index images, Index ld, Index ldx,
+                           const T* x, T* y, Share share);
+  void (*avg_pool_backward)(const PoolGeometry& geometry, Index images, Index ld, const T* gy,
+                            T* gx, bool accumulate, Share share);
+
+  // --- rearranging: out[i] = in[map[i]] per example, or 0 where map[i] < 0 -------------------------
+  void (*gather)(Index examples, Index in_size, Index out_size, const std::int32_t* map,
+                 const T* in, T* out, bool accumulate, Share share);
+
+  // --- losses, mean over the task; y [rows][padded(columns)] ---------------------------------------
+  // Cross-entropy: labels; mean squared error: values [rows][columns]. Returns the loss, writes its
+  // gradient (padding zero). Throws std::invalid_argument on a label outside [0, columns).
+  T (*loss_gradient)(Loss kind, Index rows, Index columns, const T* y, const std::int64_t* labels,
+                     const T* values, T* gy);
+  // dgy = (d2 loss / dy2) dy
+  void (*loss_tangent)(Loss kind, Index rows, Index columns, const T* y, const T* dy, T* dgy);
+
+  // --- the machine ----------------------------------------------------------------------------------
+  // So many rounds of independent fused multiply-adds in registers; returns how many multiplications
+  // and additions that was. Timed, it is what this processor can do at best.
+  double (*fma_rounds)(Index rounds);
+};
+
+// The best table this processor runs, or the one FASTMAML_ISA=avx512|avx2|portable names (throws
+// std::runtime_error where the processor cannot run it or the name is unknown).
+template <typename T>
+const Kernels<T>& kernels();
+// The table of one of `runnable_isas()`, whatever the environment says.
+template <typename T>
+const Kernels<T>& kernels_for(const std::string& isa);
+// What was built and this processor can run, best first.
+std::vector<std::string> runnable_isas();
+
+inline Index padded(Index n, int lanes) { return (n + lanes - 1) / lanes * lanes; }
+
+}  // namespace fastmaml

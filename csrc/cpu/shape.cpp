@@ -1,0 +1,85 @@
+#include "shape.h"
+
+namespace fastmaml {
+namespace FASTMAML_ISA {
+namespace {
+
+// One square of kLanes x kLanes, of which `rows` x `columns` exist in the source.
+template <typename T>
+FASTMAML_INLINE void transpose_block(const T* in, Index ld_in, Index rows, Index columns, T* out,
+                                     Index ld_out, Index out_rows) {
+  alignas(64) T block[kLanes<T>][kLanes<T>] = {};
+  for (Index i = 0; i < rows; ++i) {
+    for (Index j = 0; j < columns; ++j) block[j][i] = in[i * ld_in + j];
+  }
+  for (Index j = 0; j < out_rows; ++j) store(out + j * ld_out, load(block[j]));
+}
+
+}  // namespace
+
+template <typename T>
+void transpose(Index taps, Index k, Index n, const T* in, T* out, Share share) {
+  const Index ld_in = padded_to_lanes<T>(n), ld_out = padded_to_lanes<T>(k);
+  const Index blocks_k = ld_out / kLanes<T>, blocks_n = ld_in / kLanes<T>;
+  const Range mine = split(taps * blocks_k * blocks_n, share);
+  for (Index unit = mine.begin; unit < mine.end; ++unit) {
+    const Index tap = unit / (blocks_k * blocks_n), rest = unit % (blocks_k * blocks_n);
+    const Index row = rest / blocks_n * kLanes<T>, column = rest % blocks_n * kLanes<T>;
+    const Index columns = smaller(n - column, kLanes<T>);
+    transpose_block(in + (tap * k + row) * ld_in + column, ld_in, smaller(k - row, kLanes<T>),
+                    columns, out + (tap * n + column) * ld_out + row, ld_out, columns);
+  }
+}
+
+template <typename T>
+void gather(Index examples, Index in_size, Index out_size, const std::int32_t* map, const T* in,
+            T* out, bool accumulate, Share share) {
+  const Range mine = split(examples * out_size, share);
+  for (Index row = mine.begin; row < mine.end;) {
+    const Index example = row / out_size, start = example * out_size;
+    const Index last = smaller(mine.end - start, out_size);
+    const T* source = in + example * in_size;
+    T* destination = out + start;
+    for (Index i = row - start; i < last; ++i) {
+      const T value = map[i] < 0 ? T(0) : source[map[i]];
+      destination[i] = accumulate ? destination[i] + value : value;
+    }
+    row = start + last;
+  }
+}
+
+template <typename T>
+void axpby(Index count, T a, const T* x, T b, const T* y, T* out, bool accumulate, Share share) {
+  const Range mine = split_elements<T>(count, share);
+  const Vec<T> va = broadcast(a), vb = broadcast(b);
+  for (Index i = mine.begin; i < mine.end; i += kLanes<T>) {
+    const Index left = mine.end - i;
+    Vec<T> value = va * load_up_to(x + i, left);
+    if (y) value = fma(vb, load_up_to(y + i, left), value);
+    if (accumulate) value += load_up_to(out + i, left);
+    store_up_to(out + i, value, left);
+  }
+}
+
+template <typename T>
+void update(Index count, T a, const T* rate, const T* x, const T* g, T* out, Share share) {
+  const Range mine = split_elements<T>(count, share);
+  const Vec<T> va = broadcast(a);
+  for (Index i = mine.begin; i < mine.end; i += kLanes<T>) {
+    const Index left = mine.end - i;
+    Vec<T> step = load_up_to(g + i, left);
+    if (rate) step *= load_up_to(rate + i, left);
+    store_up_to(out + i, fma(va, step, load_up_to(x + i, left)), left);
+  }
+}
+
+#define FASTMAML_INSTANTIATE(T)                                                                 \
+  template void transpose<T>(Index, Index, Index, const T*, T*, Share);                         \
+  template void gather<T>(Index, Index, Index, const std::int32_t*, const T*, T*, bool, Share); \
+  template void axpby<T>(Index, T, const T*, T, const T*, T*, bool, Share);                     \
+  template void update<T>(Index, T, const T*, const T*, const T*, T*, Share);
+FASTMAML_INSTANTIATE(float)
+FASTMAML_INSTANTIATE(double)
+
+}  // namespace FASTMAML_ISA
+}  // namespace fastmaml

@@ -1,0 +1,62 @@
+// The table of one instruction set.
+#include "activation.h"
+#include "conv2d.h"
+#include "gemm.h"
+#include "loss.h"
+#include "norm.h"
+#include "peak.h"
+#include "pool.h"
+#include "shape.h"
+
+#define FASTMAML_STRING_(x) #x
+#define FASTMAML_STRING(x) FASTMAML_STRING_(x)
+
+namespace fastmaml {
+namespace FASTMAML_ISA {
+
+template <typename T>
+const Kernels<T>& table() {
+  static const Kernels<T> kTable = {
+      FASTMAML_STRING(FASTMAML_ISA),
+      kLanes<T>,
+      &matmul<T>,
+      &matmul_tn<T>,
+      &column_sums<T>,
+      &transpose<T>,
+      &conv_plan<T>,
+      &free_conv_plan,
+      &conv_forward<T>,
+      &conv_input_grad<T>,
+      &conv_weight_grad<T>,
+      &norm_forward<T>,
+      &norm_backward<T>,
+      &norm_tangent<T>,
+      &norm_backward_tangent<T>,
+      &norm_eval_forward<T>,
+      &norm_eval_backward<T>,
+      &norm_eval_tangent<T>,
+      &norm_eval_backward_tangent<T>,
+      &act_forward<T>,
+      &act_backward<T>,
+      &act_tangent<T>,
+      &act_backward_tangent<T>,
+      &axpby<T>,
+      &update<T>,
+      &max_pool_forward<T>,
+      &max_pool_backward<T>,
+      &max_pool_tangent<T>,
+      &avg_pool_forward<T>,
+      &avg_pool_backward<T>,
+      &gather<T>,
+      &loss_gradient<T>,
+      &loss_tangent<T>,
+      &fma_rounds<T>,
+  };
+  return kTable;
+}
+
+template const Kernels<float>& table<float>();
+template const Kernels<double>& table<double>();
+
+}  // namespace FASTMAML_ISA
+}  // namespace fastmaml
