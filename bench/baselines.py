@@ -112,7 +112,7 @@ def functional_meta_gradient(case: Case, model: nn.Module) -> Callable[..., dict
     """The meta-gradient as a pure function of parameters and batch, tasks by vmap."""
 
     def task_loss(theta: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return case.loss(functional_call(model, theta, (x,)), y)
+        return case.loss(functional_call(model, theta, (x,), tie_weights=False), y)
 
     def adapted_loss(
         theta: dict[str, Tensor], support_x: Tensor, support_y: Tensor, x: Tensor, y: Tensor

@@ -17,7 +17,7 @@ def jax(case: Case, dtype: torch.dtype) -> Step:
 
     jx.config.update("jax_enable_x64", True)
     model = case.model(dtype)
-    apply = network(model)
+    apply = network(model, case.batch(dtype).support_x[0])
     theta = [jnp.asarray(p.detach().numpy()) for p in model.parameters()]
     batch = [jnp.asarray(t.numpy()) for t in case.batch(dtype)]
 
@@ -46,54 +46,71 @@ def jax(case: Case, dtype: torch.dtype) -> Step:
     return step
 
 
-def network(model: nn.Module) -> Callable[[list, object], object]:
+def network(model: nn.Module, example: Tensor) -> Callable[[list, object], object]:
     """A pure function (parameters in the order of `model.parameters()`, x) -> y.
 
-    Knows the layers of the cases' nets; between the convolutions and the first linear layer it
-    does what the net does there: the mean over positions where the widths say so, else flatten.
+    The layers are those of the cases' nets, in the order in which the net calls them; before the
+    first linear layer it does what the net does there: the mean over positions where the widths
+    say so, else flatten.
     """
-    layers = [m for m in model.modules() if not list(m.children())]
+    index = {id(p): i for i, p in enumerate(model.parameters())}
+    layers = [
+        (layer, [index[id(p)] for p in (layer.weight, layer.bias)] if parametrised(layer) else [])
+        for layer in calls(model, example)
+    ]
 
     def apply(theta: list, x: object) -> object:
-        parameters = iter(theta)
-        for layer in layers:
-            x = _layer(layer, parameters, x)
+        for layer, indices in layers:
+            x = apply_layer(layer, [theta[i] for i in indices], x)
         return x
 
     return apply
 
 
-def _layer(layer: nn.Module, parameters: object, x: object) -> object:
+def parametrised(layer: nn.Module) -> bool:
+    return next(layer.parameters(), None) is not None
+
+
+def calls(model: nn.Module, example: Tensor) -> list[nn.Module]:
+    """The leaf modules of a net in the order of their calls."""
+    order: list[nn.Module] = []
+    hooks = [
+        module.register_forward_hook(lambda layer, *_: order.append(layer))
+        for module in model.modules()
+        if not list(module.children())
+    ]
+    with torch.no_grad():
+        model(example)
+    for hook in hooks:
+        hook.remove()
+    return order
+
+
+def apply_layer(layer: nn.Module, parameters: list, x: object) -> object:
     import jax as jx
     import jax.numpy as jnp
 
     if isinstance(layer, nn.Linear):
         if x.ndim == 4 and x.shape[1] == layer.in_features:
             x = jnp.mean(x, axis=(2, 3))
-        weight, bias = next(parameters), next(parameters)
+        weight, bias = parameters
         return x.reshape(x.shape[0], -1) @ weight.T + bias
     if isinstance(layer, nn.Conv2d):
-        weight, bias = next(parameters), next(parameters)
+        weight, bias = parameters
         pads = [(p, p) for p in layer.padding]
         return jx.lax.conv_general_dilated(x, weight, layer.stride, pads) + bias[:, None, None]
     if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
         axes = (0, *range(2, x.ndim))
         shape = (1, -1) + (1,) * (x.ndim - 2)
+        weight, bias = (p.reshape(shape) for p in parameters)
         centred = x - jnp.mean(x, axes, keepdims=True)
         variance = jnp.mean(centred**2, axes, keepdims=True)
-        y = centred / jnp.sqrt(variance + layer.eps)
-        return y * next(parameters).reshape(shape) + next(parameters).reshape(shape)
+        return centred / jnp.sqrt(variance + layer.eps) * weight + bias
     if isinstance(layer, nn.ReLU):
         return jx.nn.relu(x)
     if isinstance(layer, nn.MaxPool2d):
-        window = (
-            (1, 1, *[layer.kernel_size] * 2)
-            if isinstance(layer.kernel_size, int)
-            else (1, 1, *layer.kernel_size)
-        )
+        window = (1, 1, 2, 2)  # the only pooling among the cases
         return jx.lax.reduce_window(x, -jnp.inf, jx.lax.max, window, window, "VALID")
-    if type(layer).__name__ in ("Flatten", "Identity"):
-        return x.reshape(x.shape[0], -1) if type(layer).__name__ == "Flatten" else x
-    if next(layer.parameters(), None) is None:
-        return x
+    if not parametrised(layer):
+        return x  # flatten and the like: what the linear layer needs is done there
     raise NotImplementedError(f"the JAX contender has no {type(layer).__name__}")

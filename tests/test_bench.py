@@ -1,0 +1,72 @@
+"""The benchmark suite's own honesty: its gate, its flop counts, its report."""
+
+import json
+
+import pytest
+
+pytest.importorskip("bench", reason="the benchmarks lie outside the package")
+
+from bench import report
+from bench.cases import CASES, oracle, useful_gflop
+from bench.run import percentiles
+from bench.worker import Job, _prepare
+
+SMALL = {"tasks": 2, "support": 5, "query": 5, "steps": 1}
+
+
+def gate_of(contender):
+    job = Job(contender, "omnifc", SMALL)
+    return _prepare(job, oracle(CASES["omnifc"].resized(**SMALL)))[1]
+
+
+@pytest.mark.parametrize("contender", ["eager", "vmap-norm", "door1", "door2", "door3"])
+def test_a_right_gradient_passes_the_gate(contender):
+    gate = gate_of(contender)
+    assert gate.status == "ok", gate.reason
+    assert gate.error64 < 1e-9
+
+
+def test_a_wrong_gradient_does_not():
+    gate = gate_of("vmap")  # torch.func.vmap over the fused batch norm
+    assert gate.status == "wrong"
+    assert gate.error64 > 1e-5
+    assert "float64" in gate.reason
+
+
+def test_useful_flop_leave_out_padding_and_what_the_data_does_not_need():
+    # conv taps that read pixels, by hand: 41, 20, 10 and 5 of 42, 21, 12 and 6 per axis
+    conv = [41**2 * 64, 20**2 * 64 * 64, 10**2 * 64 * 64, 5**2 * 64 * 64]
+    first, later = 2 * conv[0], 2 * (sum(conv[1:]) + 64 * 5)
+    expected = 32 * (first * (5 * 2 + 5 * 2 + 5 * 2) + later * (5 * 3 + 5 * 3 + 5 * 6)) / 1e9
+    assert useful_gflop(CASES["omni51"]) == pytest.approx(expected)
+
+
+def test_percentiles_are_of_all_samples():
+    found = percentiles([0.1, 0.3, 0.2, 0.5, 0.4, 0.6])
+    assert found["p50_s"] == pytest.approx(0.35)
+    assert found["p20_s"] < found["p50_s"] < found["p80_s"]
+    assert percentiles([]) == {"samples": 0}
+
+
+def test_the_report_shows_wrong_contenders_without_a_time(tmp_path):
+    machine = {
+        "threads": 2, "cpu": "a processor", "isa": "avx2", "peak_gflops": 100.0,
+        "torch": "2", "peers": {}, "commit": "abc",
+    }  # fmt: skip
+    common = {"case": "sine", "environment": machine}
+    records = [
+        {**common, "contender": "door3", "status": "ok", "p50_s": 1e-4, "peak_fraction": 0.5},
+        {**common, "contender": "eager", "status": "ok", "p50_s": 0.02, "peak_fraction": 0.01},
+        {**common, "contender": "vmap", "status": "wrong", "reason": "off"},
+        {**common, "contender": "higher", "status": "unavailable", "reason": "not installed"},
+    ]
+    source = report.RESULTS / "run-x.jsonl"
+    text = report.table([json.loads(json.dumps(r)) for r in records], source)
+    assert "| torch.func vmap, as written | wrong |" in text
+    assert "higher" not in text
+    assert "**200×**" in text
+    assert "50 %" in text
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    report.insert(readme, text)
+    assert readme.read_text() == f"before\n{report.START}\n{text}\n{report.END}\nafter\n"
