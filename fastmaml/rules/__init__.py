@@ -1,0 +1,16 @@
+"""The rules: the reference for every op and loss, in plain PyTorch. See ``base.Rule``."""
+
+from fastmaml.rules import activation, conv2d, linear, norm, pool, shape
+from fastmaml.rules.base import Rule
+from fastmaml.rules.loss import LOSSES, LossRule
+
+RULES: dict[str, Rule] = {
+    **linear.RULES,
+    **conv2d.RULES,
+    **norm.RULES,
+    **activation.RULES,
+    **pool.RULES,
+    **shape.RULES,
+}
+
+__all__ = ["LOSSES", "RULES", "LossRule", "Rule"]

@@ -1,0 +1,74 @@
+"""Moving and mixing elements: ``view``, ``permute``, ``mean``, ``add``, ``scale``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from torch import Tensor
+
+from fastmaml.program.ir import Op, Shape
+from fastmaml.rules.base import Tensors
+from fastmaml.rules.transposable import LinearMapRule
+
+
+class View(LinearMapRule):
+    """The same elements in another per-example shape."""
+
+    def apply(self, op: Op, out_shape: Shape, inputs: Sequence[Tensor]) -> Tensor:
+        return inputs[0].reshape(*inputs[0].shape[:2], *out_shape)
+
+    def transpose(self, op: Op, inputs: Sequence[Tensor], gy: Tensor) -> list[Tensor | None]:
+        return [gy.reshape(inputs[0].shape)]
+
+
+class Permute(LinearMapRule):
+    """Per-example axes in another order; ``dims`` as in ``Tensor.permute``."""
+
+    def apply(self, op: Op, out_shape: Shape, inputs: Sequence[Tensor]) -> Tensor:
+        return inputs[0].permute(0, 1, *(d + 2 for d in op.attrs["dims"]))
+
+    def transpose(self, op: Op, inputs: Sequence[Tensor], gy: Tensor) -> list[Tensor | None]:
+        dims = op.attrs["dims"]
+        return [gy.permute(0, 1, *(dims.index(d) + 2 for d in range(len(dims))))]
+
+
+class Mean(LinearMapRule):
+    """The mean over per-example axes ``dims``."""
+
+    def apply(self, op: Op, out_shape: Shape, inputs: Sequence[Tensor]) -> Tensor:
+        axes = [d + 2 for d in op.attrs["dims"]]
+        return inputs[0].mean(axes, keepdim=op.attrs["keepdim"])
+
+    def transpose(self, op: Op, inputs: Sequence[Tensor], gy: Tensor) -> list[Tensor | None]:
+        x, axes = inputs[0], [d + 2 for d in op.attrs["dims"]]
+        kept = [1 if d in axes else size for d, size in enumerate(x.shape)]
+        return [gy.reshape(kept).expand_as(x) / prod(x.shape[d] for d in axes)]
+
+
+class Add(LinearMapRule):
+    """a + alpha b."""
+
+    def apply(self, op: Op, out_shape: Shape, inputs: Sequence[Tensor]) -> Tensor:
+        return inputs[0] + op.attrs["alpha"] * inputs[1]
+
+    def transpose(self, op: Op, inputs: Sequence[Tensor], gy: Tensor) -> list[Tensor | None]:
+        return [gy, op.attrs["alpha"] * gy]
+
+
+class Scale(LinearMapRule):
+    """alpha x + beta; its tangent has no beta."""
+
+    def forward(
+        self, op: Op, out_shape: Shape, params: Tensors, buffers: Tensors, inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, Shape]:
+        return self.apply(op, out_shape, inputs) + op.attrs["beta"], out_shape
+
+    def apply(self, op: Op, out_shape: Shape, inputs: Sequence[Tensor]) -> Tensor:
+        return op.attrs["alpha"] * inputs[0]
+
+    def transpose(self, op: Op, inputs: Sequence[Tensor], gy: Tensor) -> list[Tensor | None]:
+        return [op.attrs["alpha"] * gy]
+
+
+RULES = {"view": View(), "permute": Permute(), "mean": Mean(), "add": Add(), "scale": Scale()}
