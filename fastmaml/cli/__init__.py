@@ -1,0 +1,28 @@
+"""The `fastmaml` command: one file per verb."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fastmaml.cli import demo, evaluate, info, train
+from fastmaml.training import DivergedError
+
+VERBS = (demo, train, evaluate, info)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the process's exit status."""
+    parser = argparse.ArgumentParser(
+        prog="fastmaml", description="MAML for PyTorch at the speed of the machine."
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for verb in VERBS:
+        verb.add_parser(verbs)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (FileNotFoundError, FileExistsError, ValueError, DivergedError) as error:
+        print(f"fastmaml: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,92 @@
+"""`fastmaml demo`: watch MAML learn to read new scripts from one example a character."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from fastmaml.cli.evaluate import report
+from fastmaml.cli.options import Verbs, add_threads, positive, positive_float, set_threads
+from fastmaml.figure import draw_figure
+from fastmaml.training import Evaluation, Recipe, Trainer, load_data, train
+
+ITERATIONS = 3000
+CURVE_POINTS = 30
+EPISODES = 4
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "demo", help="meta-train on characters drawn from matplotlib's fonts (no download)"
+    )
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        "--iterations", type=positive, default=ITERATIONS, help=f"(default {ITERATIONS})"
+    )
+    length.add_argument(
+        "--seconds",
+        type=positive_float,
+        help="train for this long instead; the figures then depend on the machine's speed",
+    )
+    parser.add_argument("--tasks", type=positive, default=600, help="test tasks (default 600)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--out", type=Path, default=Path("fastmaml-demo.png"), help="(default fastmaml-demo.png)"
+    )
+    add_threads(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    set_threads(arguments)
+    recipe = Recipe(dataset="glyphs", seed=arguments.seed)
+    print("drawing the characters (once; they are cached)", flush=True)
+    data, split = load_data("glyphs", arguments.seed)
+    trainer = Trainer(recipe, data, split)
+    _introduce(trainer)
+
+    iterations = arguments.iterations if arguments.seconds is None else 10**9
+    trainer.validate(tasks=100)
+    stopped_by = train(
+        trainer,
+        iterations,
+        seconds=arguments.seconds,
+        validate_every=max(1, arguments.iterations // CURVE_POINTS),
+    )
+    result = trainer.test(arguments.tasks)
+    report(trainer, result)
+    _draw(arguments.out, trainer, result)
+    print(f"wrote {arguments.out}")
+    return 0 if stopped_by is None else 128 + stopped_by
+
+
+def _introduce(trainer: Trainer) -> None:
+    recipe, split = trainer.recipe, trainer.split
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    print(
+        f"{recipe.ways}-way {recipe.shots}-shot, second order, {recipe.meta_batch} tasks an "
+        f"update; Conv4-64 with {parameters:,} parameters\n"
+        f"train  {len(split.train)} classes: {_scripts(trainer, split.train)}\n"
+        f"test   {len(split.test)} classes: {_scripts(trainer, split.test)}",
+        flush=True,
+    )
+
+
+def _scripts(trainer: Trainer, classes: list[int]) -> str:
+    return ", ".join(dict.fromkeys(trainer.data.names[i].split("/")[0] for i in classes))
+
+
+def _draw(path: Path, trainer: Trainer, result: Evaluation) -> None:
+    recipe = trainer.recipe
+    shown = replace(recipe, queries=2)
+    batch = shown.episodes(trainer.data, trainer.split.test, EPISODES, rotations=False).sample()
+    draw_figure(
+        path,
+        f"MAML on the characters of {_scripts(trainer, trainer.split.test)}",
+        batch,
+        before=trainer.maml.adapted(batch, steps=0).predict(),
+        after=trainer.maml.adapted(batch, steps=recipe.test_steps).predict(),
+        history=trainer.history,
+        result=result,
+    )

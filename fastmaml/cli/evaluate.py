@@ -1,0 +1,41 @@
+"""`fastmaml evaluate`: accuracy of a checkpoint on its held-out classes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fastmaml.cli.options import Verbs, add_threads, positive, set_threads
+from fastmaml.training import Evaluation, Trainer, load_checkpoint
+
+
+def add_parser(verbs: Verbs) -> None:
+    parser = verbs.add_parser(
+        "evaluate", help="few-shot accuracy of a checkpoint on classes never trained on"
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--tasks", type=positive, default=600, help="test tasks (default 600)")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder of the data (default: where it was)"
+    )
+    add_threads(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    set_threads(arguments)
+    trainer = load_checkpoint(arguments.checkpoint, arguments.data)
+    print(f"{arguments.checkpoint}: {trainer.iteration} iterations")
+    report(trainer, trainer.test(arguments.tasks))
+    return 0
+
+
+def report(trainer: Trainer, result: Evaluation) -> None:
+    """Print an evaluation on the test classes."""
+    recipe = trainer.recipe
+    print(
+        f"{recipe.ways}-way {recipe.shots}-shot on {len(trainer.split.test)} held-out classes, "
+        f"{result.tasks} tasks, 95 % confidence:\n"
+        f"  before adaptation  {result.before}\n"
+        f"  after {recipe.test_steps} step{'s' * (recipe.test_steps != 1)}      {result.after}"
+    )

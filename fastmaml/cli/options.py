@@ -1,0 +1,38 @@
+"""Options that several verbs share, and the types of their values."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+Verbs = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def positive(text: str) -> int:
+    """An int of 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A number above 0."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """`--threads`: the CPU threads that the native core and torch use."""
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="CPU threads (default: what torch uses)"
+    )
+
+
+def set_threads(arguments: argparse.Namespace) -> None:
+    """Apply `--threads`."""
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)

@@ -1,0 +1,67 @@
+"""Runs on disk: one file that is always whole."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmaml.files import write_atomically
+from fastmaml.training.recipe import Recipe, load_data
+from fastmaml.training.trainer import Trainer
+
+FORMAT = "fastmaml checkpoint 1"
+
+
+def save_checkpoint(path: str | Path, trainer: Trainer) -> None:
+    """Write the run to `path`: a crash leaves the old file or the new one, never half of one."""
+    content = {
+        "format": FORMAT,
+        "recipe": asdict(trainer.recipe),
+        "root": None if trainer.root is None else str(Path(trainer.root).absolute()),
+        "state": trainer.state(),
+    }
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint, with `"recipe"` as a `Recipe`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is something else.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"checkpoint {path} does not exist; `fastmaml train ... --checkpoint {path}` writes it"
+        )
+    # The legacy reader that torch.load has for other files fails in many ways.
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} must be a fastmaml checkpoint, got another or a damaged file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} must be a fastmaml checkpoint, but: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} must be a fastmaml checkpoint ({FORMAT!r}), got another file")
+    content["recipe"] = Recipe(**content["recipe"])
+    return content
+
+
+def load_checkpoint(path: str | Path, root: str | Path | None = None) -> Trainer:
+    """The trainer that `path` holds, ready to go on; `root` overrides where its data set is.
+
+    Raises:
+        FileNotFoundError: the checkpoint, or the data set, is not there.
+        ValueError: the file is no checkpoint.
+    """
+    content = read_checkpoint(path)
+    recipe: Recipe = content["recipe"]
+    root = root or content["root"]
+    trainer = Trainer(recipe, *load_data(recipe.dataset, recipe.seed, root), root)
+    trainer.load_state(content["state"])
+    return trainer

@@ -1,0 +1,142 @@
+"""The meta-training loop: progress, validation, checkpoints, and a clean stop."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from tqdm import tqdm
+
+from fastmaml.training.trainer import DivergedError, Trainer
+
+MEASURE_EVERY = 20
+
+
+class StopRequest:
+    """Which signal asked for a stop, if any."""
+
+    signal: int | None = None
+
+
+def train(
+    trainer: Trainer,
+    iterations: int,
+    *,
+    seconds: float | None = None,
+    save: Callable[[], None] | None = None,
+    save_every: int = 500,
+    validate_every: int = 0,
+    validation_tasks: int = 100,
+    progress: bool = True,
+) -> int | None:
+    """Advance `trainer` to `iterations` meta-updates in all.
+
+    `save` is called every `save_every` updates, at the end, on Ctrl-C, SIGTERM and on a crash that
+    leaves the trainer whole. Ctrl-C and SIGTERM let the update in hand finish; a second one stops
+    at once and keeps the last checkpoint.
+
+    Args:
+        trainer: the run; its history gets a point at each validation.
+        iterations: the number to reach, counted from the very start of the run.
+        seconds: stop after this long (results then depend on the machine's speed).
+        save: writes a checkpoint.
+        save_every: updates between checkpoints.
+        validate_every: updates between validations; 0 for none.
+        validation_tasks: tasks of a validation.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The signal that stopped the run early, or None.
+
+    Raises:
+        DivergedError: the meta-loss is infinite or NaN; the last checkpoint is kept.
+    """
+    deadline = time.monotonic() + seconds if seconds is not None else float("inf")
+    with _catch_signals() as stop, _Bar(trainer, iterations, progress) as bar:
+        try:
+            while trainer.iteration < iterations and time.monotonic() < deadline:
+                measure = trainer.iteration % MEASURE_EVERY == 0
+                bar.update(*trainer.step(measure))
+                if validate_every and trainer.iteration % validate_every == 0:
+                    bar.validated(trainer.validate(validation_tasks).after.mean)
+                if save and trainer.iteration % save_every == 0:
+                    save()
+                if stop.signal is not None:
+                    break
+        except DivergedError:
+            raise
+        except Exception:
+            if save and trainer.whole:
+                save()
+            raise
+    if save:
+        save()
+    return stop.signal
+
+
+@contextmanager
+def _catch_signals() -> Iterator[StopRequest]:
+    """Turn the first SIGINT or SIGTERM into a request, unless the process ignores that signal."""
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    previous = {name: old for name, old in handlers.items() if old not in (None, signal.SIG_IGN)}
+
+    def restore() -> None:
+        for name, handler in previous.items():
+            signal.signal(name, handler)
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stop.signal = number
+        restore()
+
+    for name in previous:
+        signal.signal(name, request)
+    try:
+        yield stop
+    finally:
+        restore()
+
+
+class _Bar:
+    """A progress bar with the smoothed meta-loss and query accuracy."""
+
+    def __init__(self, trainer: Trainer, iterations: int, show: bool) -> None:
+        self._bar = tqdm(
+            total=iterations,
+            initial=trainer.iteration,
+            disable=not show,
+            unit="it",
+            mininterval=0.2 if sys.stderr.isatty() else 20,
+            dynamic_ncols=True,
+        )
+        self._shown: dict[str, float] = {}
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, loss: float, accuracy: float | None) -> None:
+        self._smooth("loss", loss, 0.02)
+        if accuracy is not None:
+            self._smooth("query accuracy", 100 * accuracy, 0.2)
+        text = {name: f"{value:.3f}" for name, value in self._shown.items() if name == "loss"}
+        text |= {name: f"{value:.1f}%" for name, value in self._shown.items() if name != "loss"}
+        self._bar.set_postfix(text, refresh=False)
+        self._bar.update()
+
+    def validated(self, accuracy: float) -> None:
+        self._shown["validation"] = 100 * accuracy
+
+    def _smooth(self, name: str, value: float, weight: float) -> None:
+        old = self._shown.get(name, value)
+        self._shown[name] = old + weight * (value - old)

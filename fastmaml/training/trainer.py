@@ -1,0 +1,155 @@
+"""The state of a meta-training run and the one step that advances it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmaml.maml import MAML
+from fastmaml.training.evaluation import Evaluation, accuracies, evaluate
+from fastmaml.training.recipe import Recipe
+from fastmaml.vision.datasets import ImageClasses, Split
+
+EVALUATION_BATCH = 50
+
+
+class Trainer:
+    """Network, optimizer, sampler and history of a run.
+
+    A trainer made from the same recipe and data, given `state()` through `load_state()`, goes on
+    bit for bit as this one does.
+    """
+
+    def __init__(
+        self, recipe: Recipe, data: ImageClasses, split: Split, root: str | Path | None = None
+    ) -> None:
+        self.recipe = recipe
+        self.data = data
+        self.split = split
+        self.root = root  # the folder the data came from, for checkpoints
+        torch.manual_seed(recipe.seed)
+        self.model = recipe.build_model()
+        self.maml = MAML(self.model, lr=recipe.inner_lr, first_order=recipe.first_order)
+        self.optimizer = torch.optim.Adam(self.maml.parameters(), lr=recipe.lr)
+        self.sampler = recipe.episodes(data, split.train, recipe.meta_batch, recipe.rotations)
+        self.iteration = 0
+        self.history: list[dict[str, float]] = []
+        # False only while the parameters are being changed.
+        self.whole = True
+
+    def step(self, measure: bool = False) -> tuple[float, float | None]:
+        """One meta-update. Returns the meta-loss and, if asked, its batch's query accuracy.
+
+        If anything fails before the update, the trainer is as it was before the call.
+        """
+        start = self._position()
+        try:
+            loss, accuracy = self._gradient(measure)
+        except BaseException:
+            self._return_to(start)
+            raise
+        self.whole = False
+        self.optimizer.step()
+        self.iteration += 1
+        self.whole = True
+        return loss, accuracy
+
+    def validate(self, tasks: int) -> Evaluation:
+        """Accuracy on the validation classes, and a point of the history. The tasks are fixed."""
+        result = self.evaluate(self.split.validation, tasks)
+        self.history.append(
+            {
+                "iteration": self.iteration,
+                "before": result.before.mean,
+                "after": result.after.mean,
+            }
+        )
+        return result
+
+    def test(self, tasks: int) -> Evaluation:
+        """Accuracy on the test classes with the parameters as they are now."""
+        return self.evaluate(self.split.test, tasks)
+
+    def evaluate(self, classes: list[int], tasks: int) -> Evaluation:
+        """Accuracy on upright episodes of the given classes, the same ones at every call."""
+        sampler = self.recipe.episodes(
+            self.data, classes, min(tasks, EVALUATION_BATCH), rotations=False
+        )
+        return evaluate(self.maml, sampler, tasks, self.recipe.test_steps)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that decides how the run goes on."""
+        return {
+            "iteration": self.iteration,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "random": _random_state(),
+            "history": list(self.history),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state()` of a trainer with the same recipe."""
+        self.iteration = state["iteration"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.sampler.load_state_dict(state["sampler"])
+        _set_random_state(state["random"])
+        self.history = list(state["history"])
+
+    def _gradient(self, measure: bool) -> tuple[float, float | None]:
+        batch = self.sampler.sample()
+        self.optimizer.zero_grad()
+        try:
+            loss = self.maml.meta_loss(batch, steps=self.recipe.steps)
+        except FloatingPointError as error:
+            raise DivergedError(
+                f"the run diverged at iteration {self.iteration + 1}; lower the inner learning "
+                f"rate (--inner-lr) or the learning rate (--lr): {error}"
+            ) from error
+        loss.backward()
+        if not measure:
+            return loss.item(), None
+        predictions = self.maml.adapted(batch, steps=self.recipe.steps).predict()
+        return loss.item(), accuracies(predictions, batch.query_y).mean().item()
+
+    def _position(self) -> tuple[Any, Any, list[Tensor]]:
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        return self.sampler.state_dict(), _random_state(), buffers
+
+    def _return_to(self, position: tuple[Any, Any, list[Tensor]]) -> None:
+        sampler, generators, buffers = position
+        self.sampler.load_state_dict(sampler)
+        _set_random_state(generators)
+        with torch.no_grad():
+            for buffer, value in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(value)
+
+
+class DivergedError(RuntimeError):
+    """The meta-loss is no longer finite."""
+
+
+def _random_state() -> dict[str, Any]:
+    """The global generators that a model may draw from, in types a checkpoint may hold."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

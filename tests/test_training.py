@@ -1,0 +1,287 @@
+"""The meta-training loop: it learns, it resumes bit for bit, it never loses a run."""
+
+import os
+import random
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from fastmaml.data import EpisodeSampler
+from fastmaml.training import (
+    DivergedError,
+    Recipe,
+    Trainer,
+    evaluate,
+    load_checkpoint,
+    save_checkpoint,
+    train,
+)
+from fastmaml.training import checkpoint as checkpoint_module
+from fastmaml.training.evaluation import accuracies, summarise
+from fastmaml.vision.datasets import ImageClasses, Split
+
+RECIPE = Recipe(dataset="glyphs", ways=3, queries=2, meta_batch=4, test_steps=2, seed=5)
+CLASSES = 12
+
+
+def make_data():
+    """Each class is a fixed random pattern; its images add noise."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randint(0, 120, (CLASSES, 1, 28, 28), generator=generator)
+    noise = torch.randint(0, 135, (CLASSES, 6, 28, 28), generator=generator)
+    images = (patterns + noise).to(torch.uint8).flatten(0, 1)
+    labels = torch.arange(CLASSES).repeat_interleave(6)
+    names = [f"made/{i}" for i in range(CLASSES)]
+    split = Split([0, 1, 2, 3, 4, 5], [6, 7, 8], [9, 10, 11])
+    return ImageClasses(images, labels, names), split
+
+
+@pytest.fixture
+def trainer():
+    return Trainer(RECIPE, *make_data())
+
+
+@pytest.fixture(autouse=True)
+def no_drawing(monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "load_data", lambda *_: make_data())
+
+
+def assert_same(left, right):
+    assert left.iteration == right.iteration
+    assert left.history == right.history
+    states = left.state(), right.state()
+    for a, b in zip(*(state["model"].values() for state in states), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(*(flat(state["optimizer"]) for state in states), strict=True):
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    first, second = left.sampler.sample(), right.sampler.sample()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def flat(optimizer_state):
+    return [value for each in optimizer_state["state"].values() for value in each.values()]
+
+
+def parameters(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def test_resume_is_bit_for_bit(tmp_path, trainer):
+    path = tmp_path / "run.pt"
+    train(trainer, 6, validate_every=2, validation_tasks=3, progress=False)
+    straight_draws = torch.rand(3), random.random(), np.random.rand()
+
+    half = Trainer(RECIPE, *make_data())
+    save = lambda: save_checkpoint(path, half)  # noqa: E731
+    train(half, 3, save=save, validate_every=2, validation_tasks=3, progress=False)
+    torch.manual_seed(99)
+    random.seed(99)
+    np.random.seed(99)
+    resumed = load_checkpoint(path)
+    assert resumed.iteration == 3
+    train(resumed, 6, validate_every=2, validation_tasks=3, progress=False)
+    assert torch.equal(torch.rand(3), straight_draws[0])
+
+    assert [point["iteration"] for point in resumed.history] == [2, 4, 6]
+    assert_same(resumed, trainer)
+    assert not torch.equal(parameters(resumed), parameters(half))
+
+
+def test_python_and_numpy_generators_are_restored(tmp_path, trainer):
+    random.seed(1)
+    np.random.seed(1)
+    save_checkpoint(tmp_path / "run.pt", trainer)
+    expected = random.random(), np.random.rand()
+    random.seed(2)
+    np.random.seed(2)
+    load_checkpoint(tmp_path / "run.pt")
+    assert (random.random(), np.random.rand()) == expected
+
+
+def test_same_seed_same_run_other_seed_another():
+    def run(seed):
+        trainer = Trainer(Recipe(**(vars(RECIPE) | {"seed": seed})), *make_data())
+        train(trainer, 2, progress=False)
+        return parameters(trainer)
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+
+
+def test_it_learns(trainer):
+    losses = [trainer.step()[0] for _ in range(40)]
+    assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
+    result = trainer.validate(30)
+    assert result.after.mean > result.before.mean + 0.3
+    assert trainer.history[-1]["after"] == result.after.mean
+
+
+def test_evaluation_changes_nothing_and_repeats(trainer):
+    state = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    first, second = trainer.test(7), trainer.test(7)
+    assert first == second
+    assert first.tasks == 7
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_evaluation_counts_exactly_the_tasks_asked_for(trainer):
+    data, split = make_data()
+    sampler = EpisodeSampler(
+        data.images, data.labels, ways=3, shots=1, queries=2, tasks=4, classes=split.test, seed=1
+    )
+    again = EpisodeSampler(
+        data.images, data.labels, ways=3, shots=1, queries=2, tasks=4, classes=split.test, seed=1
+    )
+    batches = [again.sample(), again.sample()]
+    expected = torch.cat(
+        [accuracies(trainer.maml.adapted(b, steps=1).predict(), b.query_y) for b in batches]
+    )
+    result = evaluate(trainer.maml, sampler, tasks=6, steps=1)
+    assert result.after == summarise(expected[:6])
+
+
+def test_confidence_interval():
+    values = torch.tensor([0.0, 0.5, 1.0, 0.5], dtype=torch.float64)
+    accuracy = summarise(values)
+    assert accuracy.mean == 0.5
+    assert accuracy.interval == pytest.approx(1.96 * (0.5 / 3) ** 0.5 / 2)
+    assert str(accuracy) == "50.00 % ± 40.01"
+    assert summarise(values[:1]).interval == 0
+
+
+def test_evaluate_needs_a_task(trainer):
+    with pytest.raises(ValueError, match="tasks must be at least 1, got 0"):
+        evaluate(trainer.maml, trainer.sampler, tasks=0, steps=1)
+
+
+def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, trainer, monkeypatch):
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, trainer)
+    trainer.step()
+    real = torch.save
+
+    def half(content, file):
+        file.write(b"PK\x03\x04 half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, trainer)
+    monkeypatch.setattr(torch, "save", real)
+    assert load_checkpoint(path).iteration == 0
+    assert os.listdir(tmp_path) == ["run.pt"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_update_and_saves(tmp_path, trainer, number):
+    path = tmp_path / "run.pt"
+    step = trainer.step
+
+    def interrupted(measure):
+        if trainer.iteration == 2:
+            os.kill(os.getpid(), number)
+        return step(measure)
+
+    trainer.step = interrupted
+    handler = signal.getsignal(number)
+    save = lambda: save_checkpoint(path, trainer)  # noqa: E731
+    assert train(trainer, 10, save=save, progress=False) == number
+    assert signal.getsignal(number) is handler
+    resumed = load_checkpoint(path)
+    straight = Trainer(RECIPE, *make_data())
+    train(straight, 3, progress=False)
+    assert_same(resumed, straight)
+
+
+def test_a_second_signal_stops_at_once(tmp_path, trainer):
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, trainer)
+
+    def stuck(measure):
+        trainer.iteration += 1
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.step = stuck
+    with pytest.raises(KeyboardInterrupt):
+        train(trainer, 10, save=lambda: save_checkpoint(path, trainer), progress=False)
+    assert load_checkpoint(path).iteration == 0
+
+
+def test_a_crash_saves_the_last_whole_state(tmp_path, trainer, monkeypatch):
+    path = tmp_path / "run.pt"
+    meta_loss = trainer.maml.meta_loss
+    calls = []
+
+    def failing(batch, steps):
+        calls.append(1)
+        torch.rand(5)
+        if len(calls) == 4:
+            raise MemoryError
+        return meta_loss(batch, steps=steps)
+
+    trainer.maml.meta_loss = failing
+    with pytest.raises(MemoryError):
+        train(trainer, 6, save=lambda: save_checkpoint(path, trainer), progress=False)
+    straight = Trainer(RECIPE, *make_data())
+    train(straight, 3, progress=False)
+    resumed = load_checkpoint(path)
+    assert_same(resumed, straight)
+
+
+def test_a_crash_inside_the_update_keeps_the_old_checkpoint(tmp_path, trainer, monkeypatch):
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, trainer)
+    train(trainer, 1, progress=False)
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(trainer, 3, save=lambda: save_checkpoint(path, trainer), progress=False)
+    assert load_checkpoint(path).iteration == 0
+
+
+def test_divergence_says_what_to_lower_and_keeps_the_checkpoint(tmp_path, trainer):
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, trainer)
+    train(trainer, 2, progress=False)
+    with torch.no_grad():
+        next(trainer.model.parameters()).fill_(float("nan"))
+    with pytest.raises(DivergedError, match=r"iteration 3; lower the inner learning rate"):
+        train(trainer, 4, save=lambda: save_checkpoint(path, trainer), progress=False)
+    assert load_checkpoint(path).iteration == 0
+
+
+def test_train_runs_outside_the_main_thread(trainer):
+    thread = threading.Thread(target=train, args=(trainer, 2), kwargs={"progress": False})
+    thread.start()
+    thread.join()
+    assert trainer.iteration == 2
+
+
+def test_training_stops_after_the_seconds_given(trainer):
+    train(trainer, 10**9, seconds=0.0, progress=False)
+    assert trainer.iteration == 0
+
+
+def test_missing_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.pt does not exist; `fastmaml train"):
+        load_checkpoint(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"something else", None])
+def test_a_file_that_is_no_checkpoint(tmp_path, content):
+    path = tmp_path / "other.pt"
+    if content is None:
+        torch.save({"weights": torch.zeros(2)}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"other\.pt must be a fastmaml checkpoint"):
+        load_checkpoint(path)
+
+
+def test_unknown_names_in_a_recipe():
+    with pytest.raises(ValueError, match="model must be one of cnn, fc, got 'vit'"):
+        Recipe(model="vit").build_model()
