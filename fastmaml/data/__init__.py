@@ -1,0 +1,5 @@
+"""Tasks and where they come from."""
+
+from fastmaml.data.task_batch import TaskBatch
+
+__all__ = ["TaskBatch"]

@@ -1,0 +1,146 @@
+"""Modules whose parameters are tensors of a graph: clone, detach, update.
+
+For one's own inner loops, as with learn2learn's functions of these names. ``fastmaml.MAML`` does
+not use them: its learners keep their parameters in one flat tensor.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+Module = TypeVar("Module")
+
+
+def clone_parameters(param_list: Iterable[Tensor]) -> list[Tensor]:
+    """Clones that gradients flow through, in the same order."""
+    return [p.clone() for p in param_list]
+
+
+def clone_named_parameters(param_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Clones that gradients flow through, under the same names."""
+    return {name: p.clone() for name, p in param_dict.items()}
+
+
+def clone_module(module: Module, memo: dict[Any, Any] | None = None) -> Module:
+    """A copy of the module whose parameters are clones: gradients flow back to ``module``'s.
+
+    A tensor or sub-module that occurs in several places is cloned once and stays tied. Buffers
+    are cloned where they require a gradient and otherwise shared with ``module``, as are all other
+    attributes.
+
+    Args:
+        memo: originals to their clones; pass one dict to several calls to keep weights tied
+            between modules.
+
+    Returns:
+        The clone; ``module`` itself where it is no ``nn.Module``.
+    """
+    if not isinstance(module, nn.Module):
+        return module
+    memo = {} if memo is None else memo
+    if module in memo:
+        return memo[module]
+    clone = module.__new__(type(module))
+    memo[module] = clone
+    clone.__dict__.update(module.__dict__)
+    clone.__dict__["_parameters"] = {
+        name: _clone_tensor(p, memo) for name, p in module._parameters.items()
+    }
+    clone.__dict__["_buffers"] = {
+        name: _clone_tensor(b, memo) if b is not None and b.requires_grad else b
+        for name, b in module._buffers.items()
+    }
+    clone.__dict__["_modules"] = {
+        name: clone_module(child, memo) for name, child in module._modules.items()
+    }
+    _refresh(clone)
+    return clone
+
+
+def _clone_tensor(tensor: Tensor | None, memo: dict[Any, Any]) -> Tensor | None:
+    if tensor is None:
+        return None
+    if tensor not in memo:
+        memo[tensor] = tensor.clone()
+    return memo[tensor]
+
+
+def _refresh(module: nn.Module) -> None:
+    """Recurrent layers keep their weights in a list of their own as well."""
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
+
+
+def detach_module(module: Any, keep_requires_grad: bool = False) -> None:
+    """Cut a clone's parameters, and buffers with a gradient, from their graph, in place.
+
+    Args:
+        module: the module; anything else is left alone.
+        keep_requires_grad: keep ``requires_grad`` as it was, instead of setting it to False.
+    """
+    if not isinstance(module, nn.Module):
+        return
+    for part in module.modules():
+        for tensor in (*part._parameters.values(), *part._buffers.values()):
+            if tensor is not None and tensor.requires_grad:
+                tensor.detach_().requires_grad_(keep_requires_grad)
+
+
+def update_module(
+    module: nn.Module,
+    updates: Sequence[Tensor | None] | None = None,
+    memo: dict[Tensor, Tensor] | None = None,
+) -> nn.Module:
+    """Replace every parameter p by p + u, so that gradients flow to both.
+
+    Args:
+        updates: one u per parameter, in the order of ``module.parameters()``; None skips one. A
+            parameter (or buffer) beyond them, or all where ``updates`` is None, takes its
+            attribute ``.update`` if it has one.
+        memo: originals to their replacements; pass one dict to several calls to keep weights tied
+            between modules.
+
+    Returns:
+        ``module``.
+
+    Warns:
+        UserWarning: there are more or fewer updates than parameters.
+    """
+    changes = _pair(list(module.parameters()), updates)
+    memo = {} if memo is None else memo
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = _updated(tensor, changes, memo)  # type: ignore[assignment]
+        _refresh(part)
+    return module
+
+
+def _pair(
+    parameters: list[nn.Parameter], updates: Sequence[Tensor | None] | None
+) -> dict[Tensor, Tensor | None]:
+    if updates is None:
+        return {}
+    if len(updates) != len(parameters):
+        warnings.warn(
+            f"updates should have one entry per parameter, {len(parameters)}, got {len(updates)}; "
+            "they are paired in order and the rest is ignored",
+            stacklevel=3,
+        )
+    return dict(zip(parameters, updates, strict=False))
+
+
+def _updated(
+    tensor: Tensor, changes: dict[Tensor, Tensor | None], memo: dict[Tensor, Tensor]
+) -> Tensor:
+    if tensor not in memo:
+        change = changes[tensor] if tensor in changes else getattr(tensor, "update", None)
+        if change is None:
+            return tensor
+        memo[tensor] = tensor + change
+    return memo[tensor]

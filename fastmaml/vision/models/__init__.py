@@ -1,0 +1,21 @@
+"""The networks of the few-shot literature, under learn2learn's names and state_dict keys.
+
+Every network has ``.features`` and ``.classifier``.
+"""
+
+from fastmaml.vision.models.blocks import ConvBase, ConvBlock, LinearBlock, fc_init_, maml_init_
+from fastmaml.vision.models.cnn4 import CNN4, CNN4Backbone, MiniImagenetCNN
+from fastmaml.vision.models.omniglot import OmniglotCNN, OmniglotFC
+
+__all__ = [
+    "CNN4",
+    "CNN4Backbone",
+    "ConvBase",
+    "ConvBlock",
+    "LinearBlock",
+    "MiniImagenetCNN",
+    "OmniglotCNN",
+    "OmniglotFC",
+    "fc_init_",
+    "maml_init_",
+]
