@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.losses import TaskLoss
+from fastmaml.program.substitute import call_with
 
 
 def sequential_maml(
@@ -36,7 +36,7 @@ def sequential_maml(
     for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
         params = dict(base)
         for _ in range(steps):
-            inner = loss(functional_call(module, params, (support_x,)), support_y)
+            inner = loss(call_with(module, params, (support_x,)), support_y)
             grads = torch.autograd.grad(
                 inner, list(params.values()), create_graph=not first_order, allow_unused=True
             )
@@ -44,7 +44,7 @@ def sequential_maml(
                 name: p if g is None else p - lr * g
                 for (name, p), g in zip(params.items(), grads, strict=True)
             }
-        total = total + loss(functional_call(module, params, (query_x,)), query_y)
+        total = total + loss(call_with(module, params, (query_x,)), query_y)
     value = total / len(batch.support_x)
     grads = torch.autograd.grad(value, list(base.values()), allow_unused=True)
     return value.detach(), {

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmaml.program.capture import capture
+from fastmaml.program.substitute import call_with
 from fastmaml.program.trace import NotCovered
 
 
@@ -36,7 +37,9 @@ def test_every_spelling_is_one_op() -> None:
 
 
 def test_shapes_are_per_example() -> None:
-    module = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(True), nn.Flatten(), nn.Linear(36, 2))
+    module = nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(True), nn.Flatten(), nn.Linear(36, 2)
+    )
     graph = capture(module, torch.randn(7, 1, 8, 8))
     assert [op.kind for op in graph.ops] == ["conv2d", "activation", "view", "linear"]
     assert graph.values == ((1, 8, 8), (4, 3, 3), (4, 3, 3), (36,), (2,))
@@ -129,3 +132,28 @@ def test_capture_changes_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     assert all(p.grad is None for p in module.parameters())
+
+
+class TwoNames(nn.Module):
+    """One part under two names, as in learn2learn's networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        self.features = nn.Sequential(self.base, nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x)
+
+
+def test_a_module_under_two_names_comes_back_whole() -> None:
+    module = TwoNames()
+    before = [*module.parameters(), *module.buffers()]
+    values = [t.clone() for t in before]
+    capture(module, torch.randn(4, 3))
+    with pytest.raises(KeyError, match="TwoNames has no parameter or buffer"):
+        call_with(module, {"missing": torch.ones(1)}, (torch.randn(4, 3),))
+    call_with(module, {"base.0.weight": torch.zeros(3, 3)}, (torch.randn(4, 3),))
+    after = [*module.parameters(), *module.buffers()]
+    assert all(a is b for a, b in zip(after, before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(after[:4], values[:4], strict=True))

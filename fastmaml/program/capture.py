@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fastmaml.program.ir import Graph, Op
 from fastmaml.program.lowering import TABLE
+from fastmaml.program.substitute import call_with
 from fastmaml.program.trace import NotCovered, Trace
 
 _TRACED_EXAMPLES = (3, 5)  # two runs: a program must not depend on how many examples there are
@@ -62,7 +62,7 @@ def _trace(module: nn.Module, x: Tensor, examples: int) -> Graph:
 
 def _run(module: nn.Module, tensors: dict[str, Tensor], sample: Tensor) -> Any:
     try:
-        return functional_call(module, tensors, (sample,))
+        return call_with(module, tensors, (sample,))
     except NotCovered:
         raise
     except Exception as error:  # the module's own failure: it will be shown by the real call

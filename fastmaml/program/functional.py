@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fastmaml.program.statistics import RunningStatistics, Tracked
+from fastmaml.program.substitute import call_with
 
 
 @contextmanager
@@ -154,7 +155,7 @@ class FunctionalProgram:
             for name, buffer in m.named_buffers(recurse=False)
         }
         with PrimitiveNorm({id(b): name for name, b in buffers.items()}) as norm:
-            output = functional_call(self._module, {**parameters, **buffers}, args, kwargs)
+            output = call_with(self._module, {**parameters, **buffers}, args, kwargs)
         self._met = norm.tracked
         return output, norm.statistics
 

@@ -45,9 +45,7 @@ def _matrix_product(trace: Trace, a: Arguments, result: Tensor) -> None:
     if a.get("alpha", 1) != 1 or a.get("beta", 1) != 1:
         raise NotCovered("addmm with factors")
     weight = a.get("weight")
-    slot = (
-        trace.read(a["mat2"], transposed=True) if weight is None else trace.read(weight)
-    )
+    slot = trace.read(a["mat2"], transposed=True) if weight is None else trace.read(weight)
     trace.emit("linear", result, (trace.value(x),), (slot, trace.read(bias)))
 
 
@@ -66,9 +64,7 @@ def _convolution(trace: Trace, a: Arguments, result: Tensor) -> None:
     )
 
 
-def _batch_norm(
-    trace: Trace, a: Arguments, result: Any, *, training: bool | None = None
-) -> None:
+def _batch_norm(trace: Trace, a: Arguments, result: Any, *, training: bool | None = None) -> None:
     x = trace.value(a["input"])
     if x.merged or len(x.shape) not in (1, 2, 3):
         raise NotCovered(f"an input of shape {list(a['input'].shape)}")

@@ -46,9 +46,7 @@ def meta_step(executor: Executor, call: MetaStep) -> MetaStepResult:
     steps: list[_Step] = []
     statistics: list[Tensor] = []
     for _ in range(call.steps):
-        y, stats, state = executor.forward(
-            theta, call.phi, call.buffers, call.support_x, keep=True
-        )
+        y, stats, state = executor.forward(theta, call.phi, call.buffers, call.support_x, keep=True)
         gy = loss.gradient(y, call.support_y)
         gtheta, _, _, gradient = executor.backward(state, gy, want_phi=False, want_x=False)
         statistics += [] if stats is None else [stats]
