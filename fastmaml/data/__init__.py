@@ -1,5 +1,17 @@
 """Tasks and where they come from."""
 
+from fastmaml.data.episodes import EpisodeSampler
+from fastmaml.data.meta_dataset import FilteredMetaDataset, MetaDataset, UnionMetaDataset
 from fastmaml.data.task_batch import TaskBatch
+from fastmaml.data.task_generator import LabelEncoder, SampleDataset, TaskGenerator
 
-__all__ = ["TaskBatch"]
+__all__ = [
+    "EpisodeSampler",
+    "FilteredMetaDataset",
+    "LabelEncoder",
+    "MetaDataset",
+    "SampleDataset",
+    "TaskBatch",
+    "TaskGenerator",
+    "UnionMetaDataset",
+]
