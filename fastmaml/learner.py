@@ -91,19 +91,13 @@ class Learner(BaseLearner):
         self._record(program, statistics)
         return outputs
 
-    @property
-    def module(self) -> nn.Module:
-        """The module with this learner's parameters; parts of it may be called on their own.
-
-        Raises:
-            AttributeError: for a learner of T tasks, whose parameters are ``[T, *shape]``.
-        """
-        if self.tasks is not None:
+    def __getattr__(self, name: str) -> Any:
+        if name == "module" and self.tasks is not None:
             raise AttributeError(
                 f"a learner of {self.tasks} tasks has no single module to take parts of; call "
                 "learner(x), read learner.adapted_parameters(), or clone() one task"
             )
-        return self._modules.build().module
+        return super().__getattr__(name)
 
     def _program(self, x: Any) -> Program:
         clone = self._modules.built

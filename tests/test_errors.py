@@ -73,7 +73,9 @@ def test_unused_parameters_are_named() -> None:
 
 def test_task_axes(maml: MAML) -> None:
     learner = maml.clone(tasks=4)
-    with pytest.raises(ValueError, match=r"x must have shape \[T, N, \.\.\.\] with T = 4.*\[5, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"x must have shape \[T, N, \.\.\.\] with T = 4.*\[5, 3\]"
+    ):
         learner(torch.randn(5, 3))
     with pytest.raises(ValueError, match=r"losses of shape \[4\] or their sum, got shape \[5\]"):
         learner.adapt(learner(torch.randn(4, 5, 3)).sum((0, 2)))
@@ -93,10 +95,22 @@ def test_task_axes(maml: MAML) -> None:
         ({"support_y": torch.zeros(2, 4).long()}, ValueError, r"support_y must start with .*2, 5"),
         ({"support_x": torch.randn(2, 0, 3)}, ValueError, r"N >= 1 examples, got \[2, 0, 3\]"),
         ({"query_y": None}, TypeError, r"query_y must be a tensor \[T, N, \.\.\.\], got NoneType"),
-        ({"query_x": torch.randn(2, 4, 3).double()}, ValueError, r"query_x must have the param.*64"),
+        (
+            {"query_x": torch.randn(2, 4, 3).double()},
+            ValueError,
+            r"query_x must have the param.*64",
+        ),
         ({"support_x": torch.randn(2, 5, 3, device="meta")}, ValueError, r"device cpu, got meta"),
-        ({"support_y": torch.randint(2, (2, 5)).int()}, ValueError, r"int64 labels of shape \[T, N"),
-        ({"query_y": torch.full((2, 4), 2)}, ValueError, r"query_y must be labels in \[0, 2\), got"),
+        (
+            {"support_y": torch.randint(2, (2, 5)).int()},
+            ValueError,
+            r"int64 labels of shape \[T, N",
+        ),
+        (
+            {"query_y": torch.full((2, 4), 2)},
+            ValueError,
+            r"query_y must be labels in \[0, 2\), got",
+        ),
         ({"support_y": torch.full((2, 5), -1)}, ValueError, r"support_y must be labels in \[0, 2"),
     ],
 )

@@ -14,6 +14,7 @@ from fastmaml.backends.base import MetaStep, MetaStepResult
 from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
 
+_PYTHON_ONLY = ("running", "momentum")  # whose running statistics a batch norm feeds, and how
 DEFAULT_MEMORY_BUDGET = 1 << 30  # bytes of saved activations before a meta-step recomputes them
 
 
@@ -43,7 +44,7 @@ class CpuExecutor:
                     "output": op.output,
                     "params": [-1 if p is None else p for p in op.params],
                     "buffers": [-1 if b is None else b for b in op.buffers],
-                    **op.attrs,
+                    **{k: v for k, v in op.attrs.items() if k not in _PYTHON_ONLY},
                 }
                 for op in graph.ops
             ],

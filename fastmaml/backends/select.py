@@ -81,4 +81,3 @@ def report_fallback(module: nn.Module, reason: str) -> None:
         FallbackWarning,
         stacklevel=4,
     )
-

@@ -28,9 +28,8 @@ from fastmaml.program.substitute import call_with
 def twice_differentiable(module: nn.Module) -> Iterator[None]:
     """Kernels that autograd can differentiate twice, where PyTorch has a choice."""
     with ExitStack() as stack:
-        if any(isinstance(m, nn.RNNBase) for m in module.modules()):
+        if torch.cuda.is_available() and any(isinstance(m, nn.RNNBase) for m in module.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 

@@ -50,10 +50,12 @@ class _Norm:
         return getattr(self._owner, "momentum", self._momentum)
 
     def buffers(self) -> list[Tensor]:
-        return [getattr(self._owner, self._mean), getattr(self._owner, self._variance)]
+        # .data: eager batch norms hold these for their backward, and also write them unseen
+        return [getattr(self._owner, self._mean).data, getattr(self._owner, self._variance).data]
 
     def count(self) -> Tensor | None:
-        return getattr(self._owner, "num_batches_tracked", None)
+        count: Tensor | None = getattr(self._owner, "num_batches_tracked", None)
+        return None if count is None else count.data
 
 
 class RunningStatistics:
@@ -86,9 +88,9 @@ class RunningStatistics:
         """Copies of the buffers as they are."""
         return Snapshot([b.clone() for b in self._buffers()], [c.clone() for c in self._counts()])
 
-    def versions(self) -> list[tuple[int, int]]:
-        """Changes whenever somebody else writes to a buffer or replaces it."""
-        return [(id(b), b._version) for b in self._buffers()]
+    def unchanged(self, since: Snapshot) -> bool:
+        """Whether the buffers are as they were."""
+        return all(map(torch.equal, self._buffers(), since.buffers))
 
     @torch.no_grad()
     def fold(self, statistics: Tensor, start: Snapshot | None = None) -> None:
@@ -137,16 +139,16 @@ class Recorder:
     def __init__(self, running: RunningStatistics) -> None:
         self._running = running
         self._start: Snapshot | None = None
+        self._left: Snapshot | None = None
         self._calls: list[Tensor] = []
-        self._versions: list[tuple[int, int]] = []
 
     def record(self, statistics: Tensor) -> None:
         """One call's ``[T, S]``: the buffers become what the loop over tasks has after as many."""
         if len(statistics) == 1:
             self._running.fold(statistics[:, None])
             return
-        if self._start is None or self._running.versions() != self._versions:
+        if self._start is None or self._left is None or not self._running.unchanged(self._left):
             self._start, self._calls = self._running.snapshot(), []
         self._calls.append(statistics)
         self._running.fold(torch.stack(self._calls, 1), self._start)
-        self._versions = self._running.versions()
+        self._left = self._running.snapshot()
