@@ -1,0 +1,112 @@
+"""The native core. Tensors are ``data_ptr()`` integers of contiguous memory; 0 stands for absent."""
+
+from collections.abc import Sequence
+from typing import Any
+
+class Context: ...
+class Gradient: ...
+class Tangent: ...
+
+class Program:
+    def __init__(
+        self,
+        dtype: str,
+        values: Sequence[tuple[int, ...]],
+        ops: Sequence[dict[str, Any]],
+        slots: Sequence[dict[str, Any]],
+        buffers: Sequence[tuple[int, ...]],
+        output: int,
+        *,
+        theta_size: int = -1,
+        shared_size: int = -1,
+    ) -> None: ...
+    @property
+    def theta_size(self) -> int: ...
+    @property
+    def shared_size(self) -> int: ...
+    @property
+    def stats_size(self) -> int: ...
+    @property
+    def buffers_size(self) -> int: ...
+    def forward(
+        self,
+        *,
+        theta: int,
+        theta_stride: int,
+        shared: int,
+        buffers: int,
+        x: int,
+        tasks: int,
+        examples: int,
+        y: int,
+        stats: int = 0,
+        threads: int = 1,
+        keep: bool = True,
+    ) -> Context: ...
+    def backward(
+        self,
+        *,
+        context: Context,
+        gy: int,
+        gtheta: int,
+        gshared: int = 0,
+        gx: int = 0,
+        threads: int = 1,
+        keep: bool = True,
+    ) -> Gradient: ...
+    def tangent(
+        self,
+        *,
+        context: Context,
+        dtheta: int,
+        dtheta_stride: int,
+        dshared: int = 0,
+        dx: int = 0,
+        dy: int,
+        threads: int = 1,
+        keep: bool = True,
+    ) -> Tangent: ...
+    def backward_tangent(
+        self,
+        *,
+        context: Context,
+        gradient: Gradient,
+        tangent: Tangent,
+        dgy: int,
+        dgtheta: int,
+        dgshared: int = 0,
+        dgx: int = 0,
+        threads: int = 1,
+    ) -> None: ...
+    def meta_step(
+        self,
+        *,
+        theta: int,
+        shared: int,
+        buffers: int,
+        support_x: int,
+        support_y: int,
+        support_examples: int,
+        query_x: int,
+        query_y: int,
+        query_examples: int,
+        tasks: int,
+        steps: int,
+        loss: str,
+        first_order: bool,
+        rate: float,
+        rates: int = 0,
+        rate_steps: int = 1,
+        losses: int = 0,
+        gtheta: int = 0,
+        gshared: int = 0,
+        grates: int = 0,
+        stats: int = 0,
+        adapted: int = 0,
+        predictions: int = 0,
+        threads: int = 1,
+        memory_budget_bytes: int = ...,
+    ) -> None: ...
+
+def info() -> dict[str, Any]: ...
+def fma_peak(threads: int = 1) -> float: ...
