@@ -1,0 +1,213 @@
+// fastmaml._core: the only file that knows Python. Tensors arrive as data_ptr() integers.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "cpu/kernels.h"
+#include "fastmaml/core.h"
+
+namespace py = pybind11;
+
+namespace fastmaml {
+
+std::vector<std::string> runnable_isas();
+
+namespace {
+
+template <typename T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+const void* in(std::uintptr_t address) { return pointer<const void>(address); }
+void* out(std::uintptr_t address) { return pointer<void>(address); }
+
+Attribute attribute(const std::string& name, const py::handle& value) {
+  if (py::isinstance<py::bool_>(value)) return value.cast<bool>();
+  if (py::isinstance<py::int_>(value)) return value.cast<Index>();
+  if (py::isinstance<py::float_>(value)) return value.cast<double>();
+  if (py::isinstance<py::str>(value)) return value.cast<std::string>();
+  if (py::isinstance<py::tuple>(value) || py::isinstance<py::list>(value)) {
+    return value.cast<std::vector<Index>>();
+  }
+  throw py::type_error("attribute " + name + " must be a bool, int, float, str or tuple of ints");
+}
+
+OpSpec op_spec(const py::dict& dict) {
+  OpSpec op;
+  for (const auto& item : dict) {
+    const auto name = item.first.cast<std::string>();
+    if (name == "kind") {
+      op.kind = item.second.cast<std::string>();
+    } else if (name == "inputs") {
+      op.inputs = item.second.cast<std::vector<int>>();
+    } else if (name == "output") {
+      op.output = item.second.cast<int>();
+    } else if (name == "params") {
+      op.params = item.second.cast<std::vector<int>>();
+    } else if (name == "buffers") {
+      op.buffers = item.second.cast<std::vector<int>>();
+    } else if (!item.second.is_none()) {
+      op.attributes.emplace(name, attribute(name, item.second));
+    }
+  }
+  return op;
+}
+
+DType dtype_named(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "float64") return DType::kFloat64;
+  throw py::value_error("dtype must be 'float32' or 'float64', got '" + name + "'");
+}
+
+TaskLoss loss_named(const std::string& name) {
+  if (name == "cross_entropy") return TaskLoss::kCrossEntropy;
+  if (name == "mse") return TaskLoss::kMeanSquaredError;
+  throw py::value_error("loss must be 'cross_entropy' or 'mse', got '" + name + "'");
+}
+
+std::shared_ptr<Program> program(const std::string& dtype, std::vector<Shape> values,
+                                 const std::vector<py::dict>& ops,
+                                 const std::vector<py::dict>& slots, std::vector<Shape> buffers,
+                                 int output, Index theta_size, Index shared_size) {
+  ProgramSpec spec;
+  spec.dtype = dtype_named(dtype);
+  spec.values = std::move(values);
+  for (const py::dict& op : ops) spec.ops.push_back(op_spec(op));
+  for (const py::dict& slot : slots) {
+    spec.slots.push_back({slot["shape"].cast<Shape>(), slot["adapted"].cast<bool>(),
+                          slot["offset"].cast<Index>()});
+  }
+  spec.buffers = std::move(buffers);
+  spec.output = output;
+  spec.theta_size = theta_size;
+  spec.shared_size = shared_size;
+  py::gil_scoped_release unlocked;
+  return make_program(spec);
+}
+
+std::shared_ptr<Context> forward(Program& self, std::uintptr_t theta, Index theta_stride,
+                                 std::uintptr_t shared, std::uintptr_t buffers, std::uintptr_t x,
+                                 Index tasks, Index examples, std::uintptr_t y,
+                                 std::uintptr_t stats, int threads, bool keep) {
+  return self.forward({in(theta), theta_stride, in(shared), in(buffers), in(x), tasks, examples,
+                       out(y), out(stats), threads, keep});
+}
+
+std::shared_ptr<Gradient> backward(Program& self, Context& context, std::uintptr_t gy,
+                                   std::uintptr_t gtheta, std::uintptr_t gshared,
+                                   std::uintptr_t gx, int threads, bool keep) {
+  return self.backward(context, {in(gy), out(gtheta), out(gshared), out(gx), threads, keep});
+}
+
+std::shared_ptr<Tangent> tangent(Program& self, Context& context, std::uintptr_t dtheta,
+                                 Index dtheta_stride, std::uintptr_t dshared, std::uintptr_t dx,
+                                 std::uintptr_t dy, int threads, bool keep) {
+  return self.tangent(context,
+                      {in(dtheta), dtheta_stride, in(dshared), in(dx), out(dy), threads, keep});
+}
+
+void backward_tangent(Program& self, Context& context, Gradient& gradient, Tangent& tangent,
+                      std::uintptr_t dgy, std::uintptr_t dgtheta, std::uintptr_t dgshared,
+                      std::uintptr_t dgx, int threads) {
+  self.backward_tangent(context, gradient, tangent,
+                        {in(dgy), out(dgtheta), out(dgshared), out(dgx), threads});
+}
+
+void meta_step(Program& self, std::uintptr_t theta, std::uintptr_t shared, std::uintptr_t buffers,
+               std::uintptr_t support_x, std::uintptr_t support_y, Index support_examples,
+               std::uintptr_t query_x, std::uintptr_t query_y, Index query_examples, Index tasks,
+               Index steps, const std::string& loss, bool first_order, double rate,
+               std::uintptr_t rates, Index rate_steps, std::uintptr_t losses,
+               std::uintptr_t gtheta, std::uintptr_t gshared, std::uintptr_t grates,
+               std::uintptr_t stats, std::uintptr_t adapted, std::uintptr_t predictions,
+               int threads, std::size_t memory_budget_bytes) {
+  MetaStepArgs args;
+  args.theta = in(theta);
+  args.shared = in(shared);
+  args.buffers = in(buffers);
+  args.support_x = in(support_x);
+  args.support_y = in(support_y);
+  args.support_examples = support_examples;
+  args.query_x = in(query_x);
+  args.query_y = in(query_y);
+  args.query_examples = query_examples;
+  args.tasks = tasks;
+  args.steps = steps;
+  args.loss = loss_named(loss);
+  args.first_order = first_order;
+  args.rate = rate;
+  args.rates = in(rates);
+  args.rate_steps = rate_steps;
+  args.losses = out(losses);
+  args.gtheta = out(gtheta);
+  args.gshared = out(gshared);
+  args.grates = out(grates);
+  args.stats = out(stats);
+  args.adapted = out(adapted);
+  args.predictions = out(predictions);
+  args.threads = threads;
+  args.memory_budget_bytes = memory_budget_bytes;
+  py::gil_scoped_release unlocked;
+  self.meta_step(args);
+}
+
+py::dict info() {
+  py::dict facts;
+  const Kernels<float>& table = kernels<float>();
+  facts["version"] = FASTMAML_VERSION;
+  facts["isa"] = table.isa;
+  facts["isas"] = runnable_isas();
+  facts["lanes"] = table.lanes;
+  facts["cuda"] = false;
+  return facts;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "The native core of fastmaml: task-batched programs on raw pointers.";
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+  py::class_<Context, std::shared_ptr<Context>>(module, "Context");
+  py::class_<Gradient, std::shared_ptr<Gradient>>(module, "Gradient");
+  py::class_<Tangent, std::shared_ptr<Tangent>>(module, "Tangent");
+
+  py::class_<Program, std::shared_ptr<Program>>(module, "Program")
+      .def(py::init(&program), py::arg("dtype"), py::arg("values"), py::arg("ops"),
+           py::arg("slots"), py::arg("buffers"), py::arg("output"), py::kw_only(),
+           py::arg("theta_size") = -1, py::arg("shared_size") = -1)
+      .def_property_readonly("theta_size", [](const Program& p) { return p.sizes().theta; })
+      .def_property_readonly("shared_size", [](const Program& p) { return p.sizes().shared; })
+      .def_property_readonly("stats_size", [](const Program& p) { return p.sizes().stats; })
+      .def_property_readonly("buffers_size", [](const Program& p) { return p.sizes().buffers; })
+      .def("forward", &forward, Unlocked(), py::kw_only(), py::arg("theta"),
+           py::arg("theta_stride"), py::arg("shared"), py::arg("buffers"), py::arg("x"),
+           py::arg("tasks"), py::arg("examples"), py::arg("y"), py::arg("stats") = 0,
+           py::arg("threads") = 1, py::arg("keep") = true)
+      .def("backward", &backward, Unlocked(), py::kw_only(), py::arg("context"), py::arg("gy"),
+           py::arg("gtheta"), py::arg("gshared") = 0, py::arg("gx") = 0, py::arg("threads") = 1,
+           py::arg("keep") = true)
+      .def("tangent", &tangent, Unlocked(), py::kw_only(), py::arg("context"), py::arg("dtheta"),
+           py::arg("dtheta_stride"), py::arg("dshared") = 0, py::arg("dx") = 0, py::arg("dy"),
+           py::arg("threads") = 1, py::arg("keep") = true)
+      .def("backward_tangent", &backward_tangent, Unlocked(), py::kw_only(), py::arg("context"),
+           py::arg("gradient"), py::arg("tangent"), py::arg("dgy"), py::arg("dgtheta"),
+           py::arg("dgshared") = 0, py::arg("dgx") = 0, py::arg("threads") = 1)
+      .def("meta_step", &meta_step, py::kw_only(), py::arg("theta"), py::arg("shared"),
+           py::arg("buffers"), py::arg("support_x"), py::arg("support_y"),
+           py::arg("support_examples"), py::arg("query_x"), py::arg("query_y"),
+           py::arg("query_examples"), py::arg("tasks"), py::arg("steps"), py::arg("loss"),
+           py::arg("first_order"), py::arg("rate"), py::arg("rates") = 0,
+           py::arg("rate_steps") = 1, py::arg("losses") = 0, py::arg("gtheta") = 0,
+           py::arg("gshared") = 0, py::arg("grates") = 0, py::arg("stats") = 0,
+           py::arg("adapted") = 0, py::arg("predictions") = 0, py::arg("threads") = 1,
+           py::arg("memory_budget_bytes") = std::size_t{1} << 30);
+
+  module.def("info", &info, "What was built, and what this processor runs.");
+  module.def("fma_peak", &fma_peak, py::arg("threads") = 1, Unlocked(),
+             "Measured GFLOP/s of float32 fused multiply-adds in registers.");
+}
+
+}  // namespace fastmaml

@@ -1,0 +1,104 @@
+// The native program: the four operations (program.cpp) and the meta-step (program_meta.cpp).
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "cpu/program_memory.h"
+#include "cpu/program_op.h"
+#include "fastmaml/core.h"
+
+namespace fastmaml {
+
+// Sums over tasks must not depend on how many threads there are: tasks are summed in order within
+// groups, and the groups in order, and how tasks fall into groups depends on their number and on the
+// size of a sum alone.
+class TaskGroups {
+ public:
+  TaskGroups(Index tasks, Index sum_bytes);
+  Index count() const { return count_; }
+  Range tasks(Index group) const {
+    return split(tasks_, Share{static_cast<int>(group), static_cast<int>(count_)});
+  }
+
+ private:
+  Index tasks_, count_;
+};
+
+// One row of sums per group.
+template <typename T>
+class GroupSums {
+ public:
+  GroupSums() = default;
+  GroupSums(ArenaPool& memory, Index groups, Index width)
+      : groups_(groups), width_(width), rows_(memory.take<T>(groups * width)) {}
+
+  T* row(Index group) const { return rows_.get() + group * width_; }
+  // Adds all rows to the first.
+  const T* total(const Kernels<T>& kernels, int threads) const;
+
+ private:
+  Index groups_ = 0, width_ = 0;
+  std::shared_ptr<T> rows_;
+};
+
+// Both groups of parameters (or directions in their space), packed, for one or several tasks.
+template <typename T>
+struct PackedParameters {
+  std::shared_ptr<T> theta, theta_transposed, phi, phi_transposed;
+  Index copies = 1;  // of theta: one for all tasks, or one each
+  Sources transposed_for = 0;
+
+  Weights<T> of(const Plan<T>& plan, Index task) const;
+};
+
+template <typename T>
+class NativeProgram final : public Program,
+                            public std::enable_shared_from_this<NativeProgram<T>> {
+ public:
+  explicit NativeProgram(const ProgramSpec& spec);
+
+  ProgramSizes sizes() const override { return plan_.sizes; }
+  std::shared_ptr<Context> forward(const ForwardArgs& args) override;
+  std::shared_ptr<Gradient> backward(Context& context, const BackwardArgs& args) override;
+  std::shared_ptr<Tangent> tangent(Context& context, const TangentArgs& args) override;
+  void backward_tangent(Context& context, Gradient& gradient, Tangent& tangent,
+                        const BackwardTangentArgs& args) override;
+  void meta_step(const MetaStepArgs& args) override;
+
+  const Plan<T>& plan() const { return plan_; }
+  ArenaPool& memory() const { return *memory_; }
+  std::shared_ptr<const BatchPlan<T>> batch(Index examples);
+
+  PackedParameters<T> pack(const T* theta, Index stride, Index tasks, const T* phi, int threads);
+  // Makes the transposes that differentiating `sources` reads, unless they are there.
+  void transpose(PackedParameters<T>& parameters, Sources sources, int threads);
+  std::shared_ptr<T> pack_buffers(const T* buffers);
+
+ private:
+  const Plan<T> plan_;
+  const std::shared_ptr<ArenaPool> memory_ = std::make_shared<ArenaPool>();
+  std::map<Index, std::shared_ptr<const BatchPlan<T>>> batches_;
+  std::mutex call_mutex_;  // one call at a time
+};
+
+// Elements of a region of gradients with respect to `sources`.
+template <typename T>
+Index gradient_region_size(const Plan<T>& plan, const BatchPlan<T>& batch, Sources sources);
+
+// Between torch's layout and the program's, one task at a time, shared by its team.
+template <typename T>
+void load_input(Run<T>& run, const T* x, T* out);
+template <typename T>
+void store_output(Run<T>& run, const T* from, T* y);
+// Puts the output's gradient, given in torch's layout, into a reset flow.
+template <typename T>
+void load_output_gradient(Run<T>& run, Flow<T>& flow, const T* gy);
+// Resets the flow and marks the output's gradient as arrived; the caller writes it there.
+template <typename T>
+T* begin_flow(Run<T>& run, Flow<T>& flow);
+template <typename T>
+void store_stats(const Run<T>& run, T* stats);
+
+}  // namespace fastmaml

@@ -1,0 +1,185 @@
+// What the four operations and the meta-step share.
+#include <algorithm>
+
+#include "cpu/program.h"
+#include "cpu/program_plan.h"
+
+namespace fastmaml {
+
+namespace {
+
+constexpr Index kMostGroups = 16;
+constexpr Index kMostSumBytes = Index{256} << 20;
+
+}  // namespace
+
+TaskGroups::TaskGroups(Index tasks, Index sum_bytes) : tasks_(tasks) {
+  const Index affordable = std::max<Index>(2, kMostSumBytes / std::max<Index>(1, sum_bytes));
+  count_ = std::min({tasks, kMostGroups, affordable});
+}
+
+template <typename T>
+const T* GroupSums<T>::total(const Kernels<T>& kernels, int threads) const {
+  if (width_ == 0) return nullptr;
+  ThreadPool::instance().run(threads, [&](int part) {
+    for (Index group = 1; group < groups_; ++group) {
+      kernels.axpby(width_, T(1), row(group), T(0), nullptr, row(0), true, Share{part, threads});
+    }
+  });
+  return row(0);
+}
+
+template <typename T>
+Weights<T> PackedParameters<T>::of(const Plan<T>& plan, Index task) const {
+  const Index copy = copies == 1 ? 0 : task;
+  const auto at = [&](const std::shared_ptr<T>& memory, Index size) -> const T* {
+    return memory == nullptr ? nullptr : memory.get() + copy * size;
+  };
+  return {at(theta, plan.theta.packed_size()), at(theta_transposed, plan.theta.transposed_size()),
+          phi.get(), phi_transposed.get()};
+}
+
+template <typename T>
+NativeProgram<T>::NativeProgram(const ProgramSpec& spec) : plan_(make_plan(spec, kernels<T>())) {}
+
+template <typename T>
+std::shared_ptr<const BatchPlan<T>> NativeProgram<T>::batch(Index examples) {
+  constexpr std::size_t kMostBatches = 64;
+  auto found = batches_.find(examples);
+  if (found == batches_.end()) {
+    if (batches_.size() >= kMostBatches) batches_.clear();
+    found = batches_.emplace(examples, std::make_shared<BatchPlan<T>>(plan_, examples)).first;
+  }
+  return found->second;
+}
+
+template <typename T>
+PackedParameters<T> NativeProgram<T>::pack(const T* theta, Index stride, Index tasks,
+                                           const T* phi, int threads) {
+  PackedParameters<T> packed;
+  packed.copies = stride == 0 ? 1 : tasks;
+  if (theta != nullptr) {
+    const Index size = plan_.theta.packed_size();
+    packed.theta = memory_->take<T>(packed.copies * size);
+    for_each_unit(packed.copies, threads, [&](const TeamMember& member, Index copy) {
+      plan_.theta.pack(theta + copy * stride, packed.theta.get() + copy * size, member.share);
+    });
+  }
+  if (phi != nullptr) {
+    packed.phi = memory_->take<T>(plan_.phi.packed_size());
+    plan_.phi.pack(phi, packed.phi.get(), Share{});
+  }
+  return packed;
+}
+
+template <typename T>
+void NativeProgram<T>::transpose(PackedParameters<T>& parameters, Sources sources, int threads) {
+  if ((sources & ~parameters.transposed_for) == 0) return;
+  parameters.transposed_for |= sources;
+  const Sources all = parameters.transposed_for;
+  const auto of_group = [&](const ParameterGroup& group, const T* packed, Index copies,
+                            std::shared_ptr<T>& transposed) {
+    if (packed == nullptr) return;
+    if (transposed == nullptr) transposed = memory_->take<T>(copies * group.transposed_size());
+    for_each_unit(copies, threads, [&](const TeamMember& member, Index copy) {
+      group.transpose(*plan_.kernels, packed + copy * group.packed_size(), all,
+                      transposed.get() + copy * group.transposed_size(), member.share);
+    });
+  };
+  of_group(plan_.theta, parameters.theta.get(), parameters.copies, parameters.theta_transposed);
+  of_group(plan_.phi, parameters.phi.get(), 1, parameters.phi_transposed);
+}
+
+template <typename T>
+std::shared_ptr<T> NativeProgram<T>::pack_buffers(const T* buffers) {
+  std::shared_ptr<T> packed = memory_->take<T>(plan_.buffers_size);
+  if (packed == nullptr) return nullptr;
+  std::fill(packed.get(), packed.get() + plan_.buffers_size, T(0));
+  for (const PackedBuffer& buffer : plan_.buffers) {
+    std::copy(buffers + buffer.offset, buffers + buffer.offset + buffer.size,
+              packed.get() + buffer.packed);
+  }
+  return packed;
+}
+
+template <typename T>
+Index gradient_region_size(const Plan<T>& plan, const BatchPlan<T>& batch, Sources sources) {
+  const bool output_needs_it = (plan.storages[plan.output].depends & (kTheta | kPhi)) == 0;
+  const bool with_input = (sources & kInput) != 0 || output_needs_it;
+  return with_input ? batch.gradient_size_with_input : batch.gradient_size;
+}
+
+template <typename T>
+void load_input(Run<T>& run, const T* x, T* out) {
+  const Plan<T>& plan = run.plan;
+  if (plan.input_from_torch.empty()) {
+    const Range part = split(run.examples() * plan.input_size, run.share);
+    std::copy(x + part.begin, x + part.end, out + part.begin);
+  } else {
+    run.kernels.gather(run.examples(), plan.input_size, plan.storages[0].size,
+                       plan.input_from_torch.data(), x, out, false, run.share);
+  }
+  run.sync();
+}
+
+template <typename T>
+void store_output(Run<T>& run, const T* from, T* y) {
+  const Plan<T>& plan = run.plan;
+  const Index size = run.examples() * plan.output_size;
+  if (from == nullptr) {
+    const Range part = split(size, run.share);
+    std::fill(y + part.begin, y + part.end, T(0));
+  } else {
+    run.kernels.gather(run.examples(), plan.storages[plan.output].size, plan.output_size,
+                       plan.output_to_torch.data(), from, y, false, run.share);
+  }
+}
+
+template <typename T>
+T* begin_flow(Run<T>& run, Flow<T>& flow) {
+  run.reset(flow);
+  flow.value_written[run.plan.output] = 1;
+  return flow.region + run.batch.gradient[run.plan.output];
+}
+
+template <typename T>
+void load_output_gradient(Run<T>& run, Flow<T>& flow, const T* gy) {
+  const Plan<T>& plan = run.plan;
+  run.kernels.gather(run.examples(), plan.output_size, plan.storages[plan.output].gradient_size,
+                     plan.output_from_torch.data(), gy, begin_flow(run, flow), false, run.share);
+  run.sync();
+}
+
+template <typename T>
+void store_stats(const Run<T>& run, T* stats) {
+  if (stats == nullptr || run.share.part != 0) return;
+  for (const auto& op : run.plan.ops) {
+    op->write_stats(run, stats);
+    stats += op->stats_size();
+  }
+}
+
+#define FASTMAML_INSTANTIATE(T)                                                              \
+  template class GroupSums<T>;                                                               \
+  template struct PackedParameters<T>;                                                       \
+  template NativeProgram<T>::NativeProgram(const ProgramSpec&);                              \
+  template std::shared_ptr<const BatchPlan<T>> NativeProgram<T>::batch(Index);               \
+  template PackedParameters<T> NativeProgram<T>::pack(const T*, Index, Index, const T*, int); \
+  template void NativeProgram<T>::transpose(PackedParameters<T>&, Sources, int);             \
+  template std::shared_ptr<T> NativeProgram<T>::pack_buffers(const T*);                      \
+  template Index gradient_region_size<T>(const Plan<T>&, const BatchPlan<T>&, Sources);      \
+  template void load_input<T>(Run<T>&, const T*, T*);                                        \
+  template void store_output<T>(Run<T>&, const T*, T*);                                      \
+  template T* begin_flow<T>(Run<T>&, Flow<T>&);                                              \
+  template void load_output_gradient<T>(Run<T>&, Flow<T>&, const T*);                        \
+  template void store_stats<T>(const Run<T>&, T*);
+FASTMAML_INSTANTIATE(float)
+FASTMAML_INSTANTIATE(double)
+#undef FASTMAML_INSTANTIATE
+
+std::shared_ptr<Program> make_program(const ProgramSpec& spec) {
+  if (spec.dtype == DType::kFloat64) return std::make_shared<NativeProgram<double>>(spec);
+  return std::make_shared<NativeProgram<float>>(spec);
+}
+
+}  // namespace fastmaml

@@ -1,0 +1,45 @@
+// Memory that is kept between calls, so that in a steady state nothing is allocated.
+#pragma once
+
+#include <cstddef>
+#include <deque>
+#include <memory>
+#include <mutex>
+
+#include "cpu/kernels.h"
+
+namespace fastmaml {
+
+class ArenaPool : public std::enable_shared_from_this<ArenaPool> {
+ public:
+  ArenaPool() = default;
+  ArenaPool(const ArenaPool&) = delete;
+  ArenaPool& operator=(const ArenaPool&) = delete;
+  ~ArenaPool();
+
+  // Memory for `count` elements, aligned to 64 bytes, with some finite contents; null for none. It
+  // returns to the pool when the last reference goes.
+  template <typename T>
+  std::shared_ptr<T> take(Index count) {
+    if (count == 0) return nullptr;
+    const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
+    void* memory = take_bytes(bytes);
+    return std::shared_ptr<T>(static_cast<T*>(memory),
+                              [pool = shared_from_this(), bytes](T* p) { pool->give(p, bytes); });
+  }
+
+ private:
+  struct Block {
+    void* memory;
+    std::size_t bytes;
+  };
+
+  void* take_bytes(std::size_t bytes);
+  void give(void* memory, std::size_t bytes);
+
+  std::mutex mutex_;
+  std::deque<Block> free_;  // oldest first
+  std::size_t free_bytes_ = 0;
+};
+
+}  // namespace fastmaml

@@ -1,0 +1,511 @@
+// The meta-step: K inner gradient steps per task, the query loss, and the exact adjoint of it all.
+//
+//   theta_{k+1} = theta_k - A_k g_k          A_k = diag(rate * rates_k), g_k = grad L_support(theta_k)
+//   lambda_K    = grad L_query(theta_K)
+//   lambda_k    = lambda_{k+1} - H_k A_k lambda_{k+1}
+//
+// H v is a tangent followed by a backward_tangent (Pearlmutter 1994). Everything stays in packed
+// layout; only the sums over tasks are unpacked.
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/program.h"
+
+namespace fastmaml {
+
+namespace {
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+template <typename T>
+class MetaStep {
+ public:
+  MetaStep(NativeProgram<T>& program, const MetaStepArgs& args);
+  void run();
+
+ private:
+  // One inner step's share of the memory that the adjoint needs again.
+  struct StepMemory {
+    std::shared_ptr<T> values, gradients, transposed;
+  };
+
+  // What a team works in, one task after the other.
+  struct Workspace {
+    std::vector<StepMemory> steps;           // the last ones of K
+    std::vector<std::shared_ptr<T>> thetas;  // theta_1 ... theta_K
+    std::vector<std::shared_ptr<T>> step_gradients;
+    std::shared_ptr<T> support_input, query_input;
+    std::shared_ptr<T> adjoint, product, direction, direction_transposed, phi;
+    StepMemory query;
+    std::shared_ptr<T> tangents, second_gradients;
+  };
+
+  // One thread of a team at one task.
+  struct Member {
+    Member(const MetaStep& step, const TeamMember& member)
+        : support(step.plan_, *step.support_batch_, member),
+          query(step.plan_, *step.query_batch_, member) {}
+
+    Run<T> support, query;
+    Workspace* work = nullptr;
+    Index task = 0, group = 0;
+    bool first_in_group = false;
+  };
+
+  void check() const;
+  void check_labels(const void* labels, Index examples, const char* name) const;
+  void allocate();
+  void take(Workspace& work) const;
+  StepMemory take_step(const BatchPlan<T>& batch, Sources sources) const;
+  Index step_bytes() const;
+
+  void run_task(Member& member) const;
+  void load(Member& member) const;
+  void inner_step(Member& member, Index k) const;
+  void replay(Member& member, Index k) const;
+  void query(Member& member) const;
+  void adjoint_step(Member& member, Index k) const;
+  void add_rates_gradient(Member& member, Index k) const;
+  const T* direction(Member& member, Index k) const;
+  void finish_task(Member& member, bool pending) const;
+
+  void bind(Member& member, Index k) const;
+  T loss(Run<T>& run, const void* targets, Index task) const;
+  const T* theta_at(const Member& member, Index k) const {
+    return k == 0 ? start_.theta.get() : member.work->thetas[k - 1].get();
+  }
+  StepMemory& step_memory(Workspace& work, Index k) const {
+    return work.steps[std::max<Index>(0, k - first_saved_)];
+  }
+  T* step_gradient(const Member& member, Index k) const {
+    const Index slot = args_.grates == nullptr ? 0 : std::max<Index>(0, k - first_saved_);
+    return member.work->step_gradients[slot].get();
+  }
+  const T* rates_at(Index k) const {
+    return rates_ == nullptr ? nullptr : rates_.get() + rate_row(k) * theta_size_;
+  }
+  Index rate_row(Index k) const { return args_.rate_steps == 1 ? 0 : k; }
+  bool wants_gradient() const {
+    return args_.gtheta != nullptr || args_.gshared != nullptr || args_.grates != nullptr;
+  }
+  Index stats_rows() const { return args_.steps + (args_.query_examples > 0 ? 1 : 0); }
+  T* stats_row(Index task, Index row) const {
+    auto* stats = static_cast<T*>(args_.stats);
+    return stats == nullptr ? nullptr : stats + (task * stats_rows() + row) * plan_.sizes.stats;
+  }
+
+  NativeProgram<T>& program_;
+  const MetaStepArgs& args_;
+  const Plan<T>& plan_;
+  const Kernels<T>& kernels_;
+  const Loss loss_;
+  const T rate_;
+  const Index theta_size_, phi_size_;  // packed
+  const Sources outer_;                // what the meta-gradient is taken with respect to
+  TaskGroups groups_;
+  int teams_ = 1;
+  Index first_saved_ = 0;
+
+  std::shared_ptr<const BatchPlan<T>> support_batch_, query_batch_;
+  PackedParameters<T> start_;
+  std::shared_ptr<T> buffers_, rates_;
+  std::vector<Workspace> workspaces_;
+  GroupSums<T> theta_sums_, phi_sums_, rates_sums_;
+};
+
+template <typename T>
+MetaStep<T>::MetaStep(NativeProgram<T>& program, const MetaStepArgs& args)
+    : program_(program),
+      args_(args),
+      plan_(program.plan()),
+      kernels_(*plan_.kernels),
+      loss_(args.loss == TaskLoss::kCrossEntropy ? Loss::kCrossEntropy : Loss::kMeanSquaredError),
+      rate_(static_cast<T>(args.rate)),
+      theta_size_(plan_.theta.packed_size()),
+      phi_size_(plan_.phi.packed_size()),
+      outer_(kTheta | (args.gshared != nullptr && phi_size_ > 0 ? kPhi : 0)),
+      groups_(std::max<Index>(1, args.tasks), theta_size_ * static_cast<Index>(sizeof(T))) {
+  check();
+  support_batch_ = program.batch(std::max<Index>(1, args.support_examples));
+  query_batch_ = program.batch(std::max<Index>(1, args.query_examples));
+  teams_ = team_count(groups_.count(), args.threads);
+  start_ = program.pack(static_cast<const T*>(args.theta), 0, args.tasks,
+                        static_cast<const T*>(args.shared), args.threads);
+  program.transpose(start_, outer_, args.threads);
+  buffers_ = program.pack_buffers(static_cast<const T*>(args.buffers));
+  allocate();
+}
+
+template <typename T>
+void MetaStep<T>::check() const {
+  require(args_.tasks > 0, "tasks must be at least 1: there is nothing to do without a task");
+  require(args_.steps >= 0, "steps must not be negative, got " + std::to_string(args_.steps));
+  require(args_.theta != nullptr || plan_.sizes.theta == 0, "theta must be given");
+  require(args_.shared != nullptr || plan_.sizes.shared == 0, "shared must be given");
+  require(args_.buffers != nullptr || plan_.sizes.buffers == 0, "buffers must be given");
+  if (args_.steps > 0) {
+    require(args_.support_examples > 0 && args_.support_x != nullptr && args_.support_y != nullptr,
+            "support_x and support_y must hold at least one example per task");
+  }
+  if (args_.query_examples > 0) {
+    require(args_.query_x != nullptr, "query_x must be given where query_examples is not 0");
+    require(args_.query_y != nullptr || (!wants_gradient() && args_.losses == nullptr),
+            "query_y must be given where losses or gradients are wanted");
+  } else {
+    require(!wants_gradient() && args_.losses == nullptr && args_.predictions == nullptr,
+            "query_examples must be at least 1 where losses, predictions or gradients are wanted");
+  }
+  require(args_.rate_steps == 1 || args_.rate_steps == args_.steps,
+          "rate_steps must be 1 or the number of steps, got " + std::to_string(args_.rate_steps));
+  if (loss_ != Loss::kCrossEntropy) return;
+  require(plan_.output_rows == 1,
+          "cross_entropy needs one row of class scores per example as the program's output");
+  if (args_.steps > 0) check_labels(args_.support_y, args_.support_examples, "support_y");
+  if (args_.query_y != nullptr) check_labels(args_.query_y, args_.query_examples, "query_y");
+}
+
+template <typename T>
+void MetaStep<T>::check_labels(const void* labels, Index examples, const char* name) const {
+  const auto* values = static_cast<const std::int64_t*>(labels);
+  for (Index i = 0; i < args_.tasks * examples; ++i) {
+    require(values[i] >= 0 && values[i] < plan_.output_columns,
+            std::string(name) + " must hold labels in [0, " +
+                std::to_string(plan_.output_columns) + "), got " + std::to_string(values[i]) +
+                " in task " + std::to_string(i / examples));
+  }
+}
+
+template <typename T>
+Index MetaStep<T>::step_bytes() const {
+  const Index gradients = args_.grates == nullptr ? 0 : theta_size_;
+  return static_cast<Index>(sizeof(T)) *
+         (support_batch_->value_size + gradient_region_size(plan_, *support_batch_, outer_) +
+          plan_.theta.transposed_size() + gradients);
+}
+
+template <typename T>
+void MetaStep<T>::allocate() {
+  ArenaPool& memory = program_.memory();
+  const Index affordable =
+      static_cast<Index>(args_.memory_budget_bytes) / (teams_ * std::max<Index>(1, step_bytes()));
+  const bool returns = wants_gradient() && (!args_.first_order || args_.grates != nullptr);
+  const Index saved = returns ? std::max<Index>(1, std::min(args_.steps, affordable)) : 1;
+  first_saved_ = std::max<Index>(0, args_.steps - saved);
+  if (args_.rates != nullptr) {
+    rates_ = memory.take<T>(args_.rate_steps * theta_size_);
+    for (Index row = 0; row < args_.rate_steps; ++row) {
+      plan_.theta.pack(static_cast<const T*>(args_.rates) + row * plan_.sizes.theta,
+                       rates_.get() + row * theta_size_, Share{});
+    }
+  }
+  const Index groups = groups_.count();
+  if (args_.gtheta != nullptr) theta_sums_ = GroupSums<T>(memory, groups, theta_size_);
+  if ((outer_ & kPhi) != 0) phi_sums_ = GroupSums<T>(memory, groups, phi_size_);
+  if (args_.grates != nullptr) {
+    rates_sums_ = GroupSums<T>(memory, groups, args_.rate_steps * theta_size_);
+  }
+  workspaces_.resize(teams_);
+  for (Workspace& work : workspaces_) take(work);
+}
+
+template <typename T>
+typename MetaStep<T>::StepMemory MetaStep<T>::take_step(const BatchPlan<T>& batch,
+                                                        Sources sources) const {
+  ArenaPool& memory = program_.memory();
+  return {memory.take<T>(batch.value_size),
+          memory.take<T>(gradient_region_size(plan_, batch, sources)),
+          memory.take<T>(plan_.theta.transposed_size())};
+}
+
+template <typename T>
+void MetaStep<T>::take(Workspace& work) const {
+  ArenaPool& memory = program_.memory();
+  const Index saved = args_.steps - first_saved_;
+  for (Index i = 0; i < saved; ++i) work.steps.push_back(take_step(*support_batch_, outer_));
+  for (Index k = 0; k < args_.steps; ++k) work.thetas.push_back(memory.take<T>(theta_size_));
+  const Index gradients = args_.steps == 0 ? 0 : args_.grates == nullptr ? 1 : saved;
+  for (Index i = 0; i < gradients; ++i) {
+    work.step_gradients.push_back(memory.take<T>(theta_size_));
+  }
+  if (!plan_.input_from_torch.empty()) {
+    work.support_input = memory.take<T>(support_batch_->examples * plan_.storages[0].size);
+    work.query_input = memory.take<T>(query_batch_->examples * plan_.storages[0].size);
+  }
+  if (args_.query_examples == 0) return;
+  if (!wants_gradient()) {
+    work.query.values = memory.take<T>(query_batch_->value_size);
+    work.query.gradients = memory.take<T>(gradient_region_size(plan_, *query_batch_, outer_));
+    return;
+  }
+  work.query = take_step(*query_batch_, outer_);
+  work.adjoint = memory.take<T>(theta_size_);
+  work.phi = memory.take<T>((outer_ & kPhi) != 0 ? phi_size_ : 0);
+  if (args_.first_order || args_.steps == 0) return;
+  work.product = memory.take<T>(theta_size_);
+  work.direction = memory.take<T>(rates_ == nullptr ? 0 : theta_size_);
+  work.direction_transposed = memory.take<T>(plan_.theta.transposed_size());
+  work.tangents = memory.take<T>(support_batch_->tangent_size);
+  work.second_gradients = memory.take<T>(gradient_region_size(plan_, *support_batch_, outer_));
+}
+
+template <typename T>
+void MetaStep<T>::run() {
+  for_each_unit(groups_.count(), args_.threads, [&](const TeamMember& team, Index group) {
+    Member member(*this, team);
+    member.work = &workspaces_[team.team];
+    member.group = group;
+    const Range tasks = groups_.tasks(group);
+    for (member.task = tasks.begin; member.task < tasks.end; ++member.task) {
+      member.first_in_group = member.task == tasks.begin;
+      run_task(member);
+    }
+  });
+  const T mean = T(1) / static_cast<T>(args_.tasks);
+  const auto store = [&](const ParameterGroup& group, const GroupSums<T>& sums, Index rows,
+                         void* out) {
+    if (out == nullptr) return;
+    const T* total = sums.total(kernels_, args_.threads);
+    ThreadPool::instance().run(args_.threads, [&](int part) {
+      for (Index row = 0; row < rows; ++row) {
+        group.unpack(total + row * group.packed_size(), mean,
+                     static_cast<T*>(out) + row * group.size(), Share{part, args_.threads});
+      }
+    });
+  };
+  store(plan_.theta, theta_sums_, 1, args_.gtheta);
+  store(plan_.phi, phi_sums_, 1, args_.gshared);
+  store(plan_.theta, rates_sums_, args_.rate_steps, args_.grates);
+}
+
+template <typename T>
+void MetaStep<T>::run_task(Member& member) const {
+  load(member);
+  for (Index k = 0; k < args_.steps; ++k) inner_step(member, k);
+  if (args_.adapted != nullptr) {
+    auto* out = static_cast<T*>(args_.adapted) + member.task * plan_.theta.size();
+    plan_.theta.unpack(theta_at(member, args_.steps), T(1), out, member.support.share);
+    member.support.sync();
+    if (member.support.share.part == 0) {
+      plan_.theta.copy_uncovered(static_cast<const T*>(args_.theta), out);
+    }
+  }
+  if (args_.query_examples > 0) query(member);
+  if (!wants_gradient()) return;
+  const bool second_order = !args_.first_order;
+  for (Index k = args_.steps - 1; k >= 0; --k) {
+    if (k < first_saved_ && (second_order || args_.grates != nullptr)) replay(member, k);
+    if (args_.grates != nullptr) add_rates_gradient(member, k);
+    if (second_order) adjoint_step(member, k);
+  }
+  finish_task(member, second_order && args_.steps > 0);
+}
+
+template <typename T>
+void MetaStep<T>::load(Member& member) const {
+  const auto place = [&](Run<T>& run, const void* x, Index examples, T* converted) {
+    if (examples == 0) return;
+    const T* from = static_cast<const T*>(x) + member.task * examples * plan_.input_size;
+    run.input = from;
+    run.buffers = buffers_.get();
+    if (converted == nullptr) return;
+    load_input(run, from, converted);
+    run.input = converted;
+  };
+  Workspace& work = *member.work;
+  if (args_.steps > 0) {
+    place(member.support, args_.support_x, args_.support_examples, work.support_input.get());
+  }
+  place(member.query, args_.query_x, args_.query_examples, work.query_input.get());
+}
+
+// Points the support run at step k.
+template <typename T>
+void MetaStep<T>::bind(Member& member, Index k) const {
+  Run<T>& run = member.support;
+  const StepMemory& memory = step_memory(*member.work, k);
+  run.values = memory.values.get();
+  run.weights = start_.of(plan_, 0);
+  if (k > 0) {
+    run.weights.theta = theta_at(member, k);
+    run.weights.theta_transposed = memory.transposed.get();
+  }
+  run.first.region = memory.gradients.get();
+  run.first.sources = kTheta;
+  run.first.theta = step_gradient(member, k);
+}
+
+template <typename T>
+T MetaStep<T>::loss(Run<T>& run, const void* targets, Index task) const {
+  const Index rows = run.examples() * plan_.output_rows;
+  const Index offset = task * rows * plan_.output_columns;
+  T* gy = begin_flow(run, run.first);
+  T value = 0;
+  if (run.share.part == 0) {
+    const bool labels = loss_ == Loss::kCrossEntropy;
+    value = kernels_.loss_gradient(
+        loss_, rows, plan_.output_columns, run.value(plan_.output),
+        labels ? static_cast<const std::int64_t*>(targets) + task * rows : nullptr,
+        labels ? nullptr : static_cast<const T*>(targets) + offset, gy);
+  }
+  run.sync();
+  return value;
+}
+
+// Forward and backward at theta_k.
+template <typename T>
+void MetaStep<T>::replay(Member& member, Index k) const {
+  bind(member, k);
+  Run<T>& run = member.support;
+  if (k > 0) {
+    plan_.theta.transpose(kernels_, theta_at(member, k), outer_,
+                          step_memory(*member.work, k).transposed.get(), run.share);
+    run.sync();
+  }
+  run_forward(run);
+  loss(run, args_.support_y, member.task);
+  run_backward(run, run.first);
+}
+
+template <typename T>
+void MetaStep<T>::inner_step(Member& member, Index k) const {
+  replay(member, k);
+  Run<T>& run = member.support;
+  store_stats(run, stats_row(member.task, k));
+  kernels_.update(theta_size_, -rate_, rates_at(k), theta_at(member, k), step_gradient(member, k),
+                  member.work->thetas[k].get(), run.share);
+  run.sync();
+}
+
+template <typename T>
+void MetaStep<T>::query(Member& member) const {
+  Run<T>& run = member.query;
+  Workspace& work = *member.work;
+  run.values = work.query.values.get();
+  run.weights = start_.of(plan_, 0);
+  if (args_.steps > 0) {
+    run.weights.theta = theta_at(member, args_.steps);
+    run.weights.theta_transposed = work.query.transposed.get();
+  }
+  run_forward(run);
+  store_stats(run, stats_row(member.task, args_.steps));
+  if (args_.predictions != nullptr) {
+    store_output(run, run.value(plan_.output),
+                 static_cast<T*>(args_.predictions) +
+                     member.task * args_.query_examples * plan_.output_size);
+  }
+  if (args_.query_y == nullptr) return;
+  run.first.region = work.query.gradients.get();
+  const T value = loss(run, args_.query_y, member.task);
+  if (args_.losses != nullptr && run.share.part == 0) {
+    static_cast<T*>(args_.losses)[member.task] = value;
+  }
+  if (!wants_gradient()) return;
+  if (args_.steps > 0) {
+    plan_.theta.transpose(kernels_, run.weights.theta, outer_, work.query.transposed.get(),
+                          run.share);
+    run.sync();
+  }
+  run.first.sources = outer_;
+  run.first.theta = work.adjoint.get();
+  run.first.phi = work.phi.get();
+  run_backward(run, run.first);
+  if ((outer_ & kPhi) != 0) {
+    kernels_.axpby(phi_size_, T(1), work.phi.get(), T(0), nullptr, phi_sums_.row(member.group),
+                   !member.first_in_group, run.share);
+    run.sync();
+  }
+}
+
+// d loss / d rates = -rate * lambda_{k+1} * g_k, element by element.
+template <typename T>
+void MetaStep<T>::add_rates_gradient(Member& member, Index k) const {
+  Run<T>& run = member.support;
+  T* sum = rates_sums_.row(member.group) + rate_row(k) * theta_size_;
+  const bool first = member.first_in_group && (args_.rate_steps > 1 || k == args_.steps - 1);
+  if (first) {
+    kernels_.axpby(theta_size_, T(0), member.work->adjoint.get(), T(0), nullptr, sum, false,
+                   run.share);
+    run.sync();
+  }
+  kernels_.update(theta_size_, -rate_, member.work->adjoint.get(), sum, step_gradient(member, k),
+                  sum, run.share);
+  run.sync();
+}
+
+// The direction of the Hessian product at step k, but for the factor `rate`.
+template <typename T>
+const T* MetaStep<T>::direction(Member& member, Index k) const {
+  const T* adjoint = member.work->adjoint.get();
+  const T* rates = rates_at(k);
+  if (rates == nullptr) return adjoint;
+  T* out = member.work->direction.get();
+  const Range part = split(theta_size_, member.support.share);
+  for (Index i = part.begin; i < part.end; ++i) out[i] = rates[i] * adjoint[i];
+  member.support.sync();
+  return out;
+}
+
+// Leaves H_k A_k lambda_{k+1} / rate in `product`, and subtracts it from the adjoint unless k = 0,
+// where finish_task does both that and the sum over tasks in one pass.
+template <typename T>
+void MetaStep<T>::adjoint_step(Member& member, Index k) const {
+  Workspace& work = *member.work;
+  bind(member, k);
+  Run<T>& run = member.support;
+  run.tangents = work.tangents.get();
+  run.tangent_sources = kTheta;
+  run.directions = {direction(member, k), work.direction_transposed.get(), nullptr, nullptr};
+  plan_.theta.transpose(kernels_, run.directions.theta, outer_, work.direction_transposed.get(),
+                        run.share);
+  run.sync();
+  run_tangent(run);
+  run.second.region = work.second_gradients.get();
+  run.second.sources = outer_;
+  run.second.theta = work.product.get();
+  run.second.phi = work.phi.get();
+  run.reset(run.second);
+  if (run.has_tangent(plan_.output)) {
+    T* dgy = begin_flow(run, run.second);
+    if (run.share.part == 0) {
+      kernels_.loss_tangent(loss_, run.examples() * plan_.output_rows, plan_.output_columns,
+                            run.value(plan_.output), run.tangent(plan_.output), dgy);
+    }
+    run.sync();
+  }
+  run_backward_tangent(run);
+  if ((outer_ & kPhi) != 0) {
+    kernels_.axpby(phi_size_, -rate_, work.phi.get(), T(0), nullptr, phi_sums_.row(member.group),
+                   true, run.share);
+  }
+  if (k > 0) {
+    kernels_.update(theta_size_, -rate_, nullptr, work.adjoint.get(), work.product.get(),
+                    work.adjoint.get(), run.share);
+  }
+  run.sync();
+}
+
+template <typename T>
+void MetaStep<T>::finish_task(Member& member, bool pending) const {
+  if (args_.gtheta == nullptr || theta_size_ == 0) return;
+  const Workspace& work = *member.work;
+  kernels_.axpby(theta_size_, T(1), work.adjoint.get(), -rate_,
+                 pending ? work.product.get() : nullptr, theta_sums_.row(member.group),
+                 !member.first_in_group, member.support.share);
+  member.support.sync();
+}
+
+}  // namespace
+
+template <typename T>
+void NativeProgram<T>::meta_step(const MetaStepArgs& args) {
+  std::lock_guard<std::mutex> lock(call_mutex_);
+  MetaStep<T>(*this, args).run();
+}
+
+template void NativeProgram<float>::meta_step(const MetaStepArgs&);
+template void NativeProgram<double>::meta_step(const MetaStepArgs&);
+
+}  // namespace fastmaml

@@ -1,0 +1,249 @@
+// One operation of a planned program, and what it works on: a task's buffers.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/program_layout.h"
+#include "cpu/program_parameters.h"
+#include "cpu/thread_pool.h"
+#include "fastmaml/core.h"
+
+namespace fastmaml {
+
+template <typename T>
+class Op;
+
+// Memory that holds one or more values (views and in-place ops share it).
+struct Storage {
+  Index size = 0;           // elements per example, of the value and of its tangent
+  Index gradient_size = 0;  // of its gradient: the input's has padding that the input has not
+  Sources depends = 0;      // what the value is a function of
+  bool live = false;        // the output depends on it
+};
+
+// A buffer among all buffers, as given and with its padding.
+struct PackedBuffer {
+  Index offset = 0, size = 0, packed = 0;
+};
+
+// A program ready to run on any number of examples.
+template <typename T>
+struct Plan {
+  const Kernels<T>* kernels = nullptr;
+  std::vector<Storage> storages;  // 0 is the input
+  std::vector<std::unique_ptr<Op<T>>> ops;
+  std::vector<PackedSlot> slots;
+  ParameterGroup theta;
+  ParameterGroup phi;
+  std::vector<PackedBuffer> buffers;
+  Index buffers_size = 0;  // with padding
+  ProgramSizes sizes;
+
+  int output = 0;
+  Index input_size = 0, output_size = 0;            // per example, torch layout
+  Index output_rows = 0, output_columns = 0;        // per example, padded rows
+  std::vector<std::int32_t> input_from_torch;       // empty: torch's layout as it is
+  std::vector<std::int32_t> input_gradient_to_torch;
+  std::vector<std::int32_t> output_to_torch;
+  std::vector<std::int32_t> output_from_torch;
+};
+
+// Where the pieces of one op lie in the three regions of a frame, and its convolution plan.
+struct OpPlaces {
+  std::vector<Index> saved, gradient, tangent;
+  std::shared_ptr<const ConvPlan> conv;
+};
+
+// The frame of a task with a given number of examples: offsets, in elements, into a region of values
+// (and what ops save), one of gradients and one of tangents.
+template <typename T>
+struct BatchPlan {
+  BatchPlan(const Plan<T>& plan, Index examples);
+
+  Index reserve_value(Index count) { return take(value_size, count); }
+  Index reserve_gradient(Index count) { return take(gradient_size, count); }
+  Index reserve_tangent(Index count) { return take(tangent_size, count); }
+
+  Index examples;
+  std::vector<Index> value, gradient, tangent;  // by storage
+  std::vector<OpPlaces> ops;
+  Index value_size = 0;
+  Index gradient_size = 0;  // the input's gradient comes last: it is needed only where asked for
+  Index gradient_size_with_input = 0;
+  Index tangent_size = 0;
+
+ private:
+  static Index take(Index& size, Index count) {
+    const Index place = size;
+    size += padded(count, 64 / static_cast<int>(sizeof(T)));
+    return place;
+  }
+};
+
+// Where a gradient goes: add to it, or be the first to write it. Null: it is not wanted.
+template <typename T>
+struct Target {
+  T* data = nullptr;
+  bool accumulate = false;
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// Gradients on their way back through the program: of the loss, or (second order) their derivative
+// along the tangent. Each thread of a team keeps its own, with the same contents.
+template <typename T>
+struct Flow {
+  T* region = nullptr;
+  T* theta = nullptr;  // packed gradients
+  T* phi = nullptr;
+  Sources sources = 0;  // what the gradient is taken with respect to
+  std::vector<char> value_written;
+  std::vector<char> slot_written;
+};
+
+// One task's run through the program, as one thread of its team sees it.
+template <typename T>
+class Run {
+ public:
+  Run(const Plan<T>& plan, const BatchPlan<T>& batch, const TeamMember& member)
+      : plan(plan), batch(batch), kernels(*plan.kernels), member(member), share(member.share) {}
+
+  const Plan<T>& plan;
+  const BatchPlan<T>& batch;
+  const Kernels<T>& kernels;
+  TeamMember member;
+  Share share;
+
+  T* values = nullptr;
+  const T* input = nullptr;
+  const T* buffers = nullptr;  // padded
+  Weights<T> weights;
+
+  T* tangents = nullptr;
+  const T* input_tangent = nullptr;
+  Weights<T> directions;
+  Sources tangent_sources = 0;  // what has a tangent
+
+  Flow<T> first;   // gradients
+  Flow<T> second;  // their tangents
+
+  Index examples() const { return batch.examples; }
+  void sync() const { member.sync(); }
+
+  // --- values ---------------------------------------------------------------------------------
+  const T* value(int storage) const {
+    return storage == 0 ? input : values + batch.value[storage];
+  }
+  T* value_out(int storage) const { return values + batch.value[storage]; }
+
+  const T* weight(int slot) const {
+    return slot < 0 ? nullptr : weights.value(plan.slots[slot]);
+  }
+  const T* transposed(int slot) const { return weights.transposed(plan.slots[slot]); }
+
+  // --- tangents: null where zero --------------------------------------------------------------
+  bool has_tangent(int storage) const {
+    return (plan.storages[storage].depends & tangent_sources) != 0;
+  }
+  const T* tangent(int storage) const {
+    if (!has_tangent(storage)) return nullptr;
+    return storage == 0 ? input_tangent : tangents + batch.tangent[storage];
+  }
+  T* tangent_out(int storage) const { return tangents + batch.tangent[storage]; }
+
+  const T* direction(int slot) const {
+    return slot < 0 ? nullptr : directions.value(plan.slots[slot]);
+  }
+  const T* direction_transposed(int slot) const {
+    return direction(slot) == nullptr ? nullptr : directions.transposed(plan.slots[slot]);
+  }
+
+  // --- gradients ------------------------------------------------------------------------------
+  void reset(Flow<T>& flow) const {
+    flow.value_written.assign(plan.storages.size(), 0);
+    flow.slot_written.assign(plan.slots.size(), 0);
+  }
+  // The gradient that has arrived at a value; null where none has (zero).
+  const T* arrived(const Flow<T>& flow, int storage) const {
+    return flow.value_written[storage] ? flow.region + batch.gradient[storage] : nullptr;
+  }
+  const T* gradient(int storage) const { return first.region + batch.gradient[storage]; }
+
+  bool wanted(const Flow<T>& flow, int storage) const {
+    return (plan.storages[storage].depends & flow.sources) != 0;
+  }
+  Target<T> into(Flow<T>& flow, int storage) const {
+    if (!wanted(flow, storage)) return {};
+    const bool accumulate = flow.value_written[storage];
+    flow.value_written[storage] = 1;
+    return {flow.region + batch.gradient[storage], accumulate};
+  }
+  Target<T> into_slot(Flow<T>& flow, int slot) const {
+    if (slot < 0 || (plan.slots[slot].source() & flow.sources) == 0) return {};
+    const bool accumulate = flow.slot_written[slot];
+    flow.slot_written[slot] = 1;
+    return {(plan.slots[slot].adapted ? flow.theta : flow.phi) + plan.slots[slot].packed,
+            accumulate};
+  }
+};
+
+// An op reads and writes storages. Its four functions are called by every thread of the team, with
+// the team's barrier between two ops. backward serves both flows: where an op's output has no
+// tangent, the second-order pass through it is plain backward of the second flow.
+template <typename T>
+class Op {
+ public:
+  virtual ~Op() = default;
+
+  virtual void reserve(const Kernels<T>&, BatchPlan<T>&, OpPlaces&) const {}
+  virtual void forward(Run<T>& run) const = 0;
+  // The output's gradient has arrived in `flow`.
+  virtual void backward(Run<T>& run, Flow<T>& flow) const = 0;
+  // The output has a tangent: at least one input or parameter has.
+  virtual void tangent(Run<T>& run) const = 0;
+  // As above, and run.first holds what backward left; the output's second gradient may be zero.
+  virtual void backward_tangent(Run<T>& run) const = 0;
+  // Elements of a statistics row (2 * channels for a tracking norm), and how to fill it.
+  virtual Index stats_size() const { return 0; }
+  virtual void write_stats(const Run<T>&, T*) const {}
+
+  int index = 0;  // in the plan
+  std::vector<int> inputs;
+  std::vector<int> slots;
+  int output = 0;
+
+ protected:
+  const OpPlaces& places(const Run<T>& run) const { return run.batch.ops[index]; }
+};
+
+// An op that is linear in its inputs and has no parameters: its tangent is its forward.
+template <typename T>
+class LinearOp : public Op<T> {
+ public:
+  void forward(Run<T>& run) const override {
+    apply(run, run.value(this->inputs[0]), run.value_out(this->output));
+  }
+  void tangent(Run<T>& run) const override {
+    apply(run, run.tangent(this->inputs[0]), run.tangent_out(this->output));
+  }
+  void backward_tangent(Run<T>& run) const override {
+    if (run.arrived(run.second, this->output) != nullptr) this->backward(run, run.second);
+  }
+
+ protected:
+  virtual void apply(Run<T>& run, const T* x, T* y) const = 0;
+};
+
+// The four passes. Before backward, the gradient of the output must be in the flow; the passes over
+// gradients end with every wanted parameter gradient written.
+template <typename T>
+void run_forward(Run<T>& run);
+template <typename T>
+void run_backward(Run<T>& run, Flow<T>& flow);
+template <typename T>
+void run_tangent(Run<T>& run);
+template <typename T>
+void run_backward_tangent(Run<T>& run);
+
+}  // namespace fastmaml

@@ -1,0 +1,114 @@
+// What an op is built from, and the constructors of all kinds.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/program_op.h"
+
+namespace fastmaml {
+
+// An input as an op finds it.
+struct Place {
+  int storage = 0;
+  Layout layout;
+};
+
+enum class Padding {
+  kRequired,
+  kOptional,  // rows of the network's input, which has none, are fine
+};
+
+// Reads one op of a spec, with errors that name the op and the argument, and places its values. An
+// op's constructor asks for its parameters and inputs first, then produces its output.
+class OpReader {
+ public:
+  OpReader(const ProgramSpec& spec, int index) : spec_(spec), index_(index) {}
+  virtual ~OpReader() = default;
+
+  const OpSpec& op() const { return spec_.ops[index_]; }
+  [[noreturn]] void fail(const std::string& message) const;
+
+  // --- attributes -------------------------------------------------------------------------------
+  bool flag(const std::string& name) const;
+  double number(const std::string& name) const;
+  bool has(const std::string& name) const;
+  Index integer(const std::string& name, Index minimum) const;
+  std::string text(const std::string& name) const;
+  std::array<int, 2> pair(const std::string& name, int minimum) const;
+  // Per-example axes, each at most once.
+  std::vector<Index> axes(const std::string& name) const;
+
+  // --- shapes -----------------------------------------------------------------------------------
+  void expect_inputs(std::size_t count) const;
+  const Shape& input(int i) const { return spec_.values[op().inputs[i]]; }
+  const Shape& image_input(int i) const;  // [C, H, W]
+  const Shape& output() const { return spec_.values[op().output]; }
+  void expect_output(const Shape& shape) const;
+
+  // --- slots: -1 where absent ---------------------------------------------------------------------
+  const Shape& slot_shape(int i, const std::string& name) const;
+  virtual int parameter(int i, const std::string& name, const Shape& shape, bool required) = 0;
+  // The buffer's place among the padded buffers.
+  virtual Index buffer(int i, const std::string& name, const Shape& shape) = 0;
+  virtual void need_transposed(int slot, int storage) = 0;
+
+  // --- placing ----------------------------------------------------------------------------------
+  virtual int lanes() const = 0;
+  // The input in this layout, rearranged where it is not.
+  virtual Place need(int input, const Layout& layout, Padding padding) = 0;
+  // The input in whatever padded layout it has.
+  virtual Place need_any(int input) = 0;
+  // Nothing else reads the memory of this input.
+  virtual bool may_overwrite(int input, const Place& place) const = 0;
+  virtual int produce(const Layout& layout) = 0;
+  // The output takes the memory of an input, and whoever wrote it must leave it alone.
+  virtual int produce_in_place(const Place& place) = 0;
+
+ protected:
+  // The number at place i of op().params or op().buffers, checked against what the spec holds.
+  int slot_number(int i, const std::vector<int>& numbers, std::size_t count,
+                  const std::string& name) const;
+  void expect_shape(const std::string& name, const Shape& expected, const Shape& actual) const;
+
+  const ProgramSpec& spec_;
+  int index_;
+
+ private:
+  template <typename Value>
+  const Value& attribute(const std::string& name, const std::string& type) const;
+};
+
+template <typename T>
+std::unique_ptr<Op<T>> make_linear(OpReader& reader);
+template <typename T>
+std::unique_ptr<Op<T>> make_conv2d(OpReader& reader);
+template <typename T>
+std::unique_ptr<Op<T>> make_batch_norm(OpReader& reader);
+template <typename T>
+std::unique_ptr<Op<T>> make_activation(OpReader& reader);
+template <typename T>
+std::unique_ptr<Op<T>> make_add(OpReader& reader);
+template <typename T>
+std::unique_ptr<Op<T>> make_scale(OpReader& reader);
+template <typename T>
+std::unique_ptr<Op<T>> make_max_pool2d(OpReader& reader);
+template <typename T>
+std::unique_ptr<Op<T>> make_avg_pool2d(OpReader& reader);
+template <typename T>
+std::unique_ptr<Op<T>> make_adaptive_avg_pool2d(OpReader& reader);
+template <typename T>
+std::unique_ptr<Op<T>> make_mean(OpReader& reader);
+// Rearranges a storage; the planner inserts these between layouts.
+template <typename T>
+std::unique_ptr<Op<T>> make_gather(int from, const Layout& from_layout, Index from_gradient_ld,
+                                   int to, const Layout& to_layout);
+
+#define FASTMAML_INSTANTIATE_OP(maker)                             \
+  template std::unique_ptr<Op<float>> maker<float>(OpReader & reader); \
+  template std::unique_ptr<Op<double>> maker<double>(OpReader & reader);
+
+}  // namespace fastmaml

@@ -1,0 +1,200 @@
+// Activations, sums and scalings: ops on elements, in whatever layout they find.
+#include <map>
+
+#include "cpu/program_ops.h"
+
+namespace fastmaml {
+
+namespace {
+
+Activation activation_named(const OpReader& reader, const std::string& name) {
+  static const std::map<std::string, Activation> names = {
+      {"relu", Activation::kRelu},
+      {"leaky_relu", Activation::kLeakyRelu},
+      {"elu", Activation::kElu},
+      {"selu", Activation::kSelu},
+      {"gelu", Activation::kGelu},
+      {"gelu_tanh", Activation::kGeluTanh},
+      {"silu", Activation::kSilu},
+      {"sigmoid", Activation::kSigmoid},
+      {"tanh", Activation::kTanh},
+      {"softplus", Activation::kSoftplus},
+      {"hardtanh", Activation::kHardtanh},
+      {"log_sigmoid", Activation::kLogSigmoid},
+      {"square", Activation::kSquare},
+      {"sin", Activation::kSin},
+      {"cos", Activation::kCos},
+      {"exp", Activation::kExp},
+  };
+  const auto found = names.find(name);
+  if (found == names.end()) reader.fail("function '" + name + "' is not known");
+  return found->second;
+}
+
+template <typename T>
+class ActivationOp final : public Op<T> {
+ public:
+  explicit ActivationOp(OpReader& reader)
+      : function_(activation_named(reader, reader.text("function"))),
+        alpha_(static_cast<T>(reader.has("alpha") ? reader.number("alpha") : 0)),
+        beta_(static_cast<T>(reader.has("beta") ? reader.number("beta") : 0)) {
+    reader.expect_output(reader.input(0));
+    const Place place = reader.need_any(0);
+    size_ = place.layout.size();
+    this->inputs = {place.storage};
+    // The sign of its output is all that a ReLU needs to know of its input.
+    in_place_ = function_ == Activation::kRelu && reader.may_overwrite(0, place);
+    this->output = in_place_ ? reader.produce_in_place(place) : reader.produce(place.layout);
+  }
+
+  void forward(Run<T>& run) const override {
+    run.kernels.act_forward(function_, alpha_, beta_, count(run), run.value(input()),
+                            run.value_out(this->output), run.share);
+  }
+
+  void backward(Run<T>& run, Flow<T>& flow) const override {
+    const T* gy = run.arrived(flow, this->output);
+    const Target<T> gx = into(run, flow);
+    run.kernels.act_backward(function_, alpha_, beta_, count(run), run.value(input()), gy, gx.data,
+                             gx.accumulate, run.share);
+  }
+
+  void tangent(Run<T>& run) const override {
+    run.kernels.act_tangent(function_, alpha_, beta_, count(run), run.value(input()),
+                            run.tangent(input()), run.tangent_out(this->output), run.share);
+  }
+
+  void backward_tangent(Run<T>& run) const override {
+    const T* dgy = run.arrived(run.second, this->output);
+    if (in_place_ && dgy == nullptr) return;  // a ReLU has no curvature
+    const Target<T> dgx = into(run, run.second);
+    run.kernels.act_backward_tangent(function_, alpha_, beta_, count(run), run.value(input()),
+                                     run.tangent(input()), run.gradient(this->output), dgy,
+                                     dgx.data, dgx.accumulate, run.share);
+  }
+
+ private:
+  int input() const { return this->inputs[0]; }
+  Index count(const Run<T>& run) const { return run.examples() * size_; }
+
+  Target<T> into(Run<T>& run, Flow<T>& flow) const {
+    Target<T> target = run.into(flow, input());
+    if (in_place_) target.accumulate = false;
+    return target;
+  }
+
+  Activation function_;
+  T alpha_, beta_;
+  Index size_ = 0;
+  bool in_place_ = false;
+};
+
+template <typename T>
+class AddOp final : public Op<T> {
+ public:
+  explicit AddOp(OpReader& reader) : alpha_(static_cast<T>(reader.number("alpha"))) {
+    reader.expect_inputs(2);
+    reader.expect_output(reader.input(0));
+    reader.expect_output(reader.input(1));
+    const Place a = reader.need_any(0);
+    const Place b = reader.need(1, a.layout, Padding::kRequired);
+    size_ = a.layout.size();
+    this->inputs = {a.storage, b.storage};
+    this->output = reader.produce(a.layout);
+  }
+
+  void forward(Run<T>& run) const override {
+    sum(run, run.value(this->inputs[0]), run.value(this->inputs[1]), run.value_out(this->output));
+  }
+
+  void backward(Run<T>& run, Flow<T>& flow) const override {
+    const T* gy = run.arrived(flow, this->output);
+    const T factors[2] = {T(1), alpha_};
+    for (int i = 0; i < 2; ++i) {
+      const Target<T> gx = run.into(flow, this->inputs[i]);
+      if (!gx) continue;
+      run.kernels.axpby(run.examples() * size_, factors[i], gy, T(0), nullptr, gx.data,
+                        gx.accumulate, run.share);
+    }
+  }
+
+  void tangent(Run<T>& run) const override {
+    sum(run, run.tangent(this->inputs[0]), run.tangent(this->inputs[1]),
+        run.tangent_out(this->output));
+  }
+
+  void backward_tangent(Run<T>& run) const override {
+    if (run.arrived(run.second, this->output) != nullptr) backward(run, run.second);
+  }
+
+ private:
+  void sum(Run<T>& run, const T* a, const T* b, T* out) const {
+    const Index count = run.examples() * size_;
+    if (a == nullptr) {
+      run.kernels.axpby(count, alpha_, b, T(0), nullptr, out, false, run.share);
+    } else {
+      run.kernels.axpby(count, T(1), a, alpha_, b, out, false, run.share);
+    }
+  }
+
+  T alpha_;
+  Index size_ = 0;
+};
+
+template <typename T>
+class ScaleOp final : public LinearOp<T> {
+ public:
+  explicit ScaleOp(OpReader& reader)
+      : alpha_(static_cast<T>(reader.number("alpha"))),
+        beta_(static_cast<T>(reader.number("beta"))) {
+    reader.expect_output(reader.input(0));
+    const Place place = reader.need_any(0);
+    size_ = place.layout.size();
+    this->inputs = {place.storage};
+    this->output = reader.produce(place.layout);
+  }
+
+  void forward(Run<T>& run) const override {
+    const T* x = run.value(this->inputs[0]);
+    T* y = run.value_out(this->output);
+    const Range part = split(run.examples() * size_, run.share);
+    for (Index i = part.begin; i < part.end; ++i) y[i] = alpha_ * x[i] + beta_;
+  }
+
+  void backward(Run<T>& run, Flow<T>& flow) const override {
+    const T* gy = run.arrived(flow, this->output);
+    const Target<T> gx = run.into(flow, this->inputs[0]);
+    run.kernels.axpby(run.examples() * size_, alpha_, gy, T(0), nullptr, gx.data, gx.accumulate,
+                      run.share);
+  }
+
+ protected:
+  void apply(Run<T>& run, const T* dx, T* dy) const override {
+    run.kernels.axpby(run.examples() * size_, alpha_, dx, T(0), nullptr, dy, false, run.share);
+  }
+
+ private:
+  T alpha_, beta_;
+  Index size_ = 0;
+};
+
+}  // namespace
+
+template <typename T>
+std::unique_ptr<Op<T>> make_activation(OpReader& reader) {
+  return std::make_unique<ActivationOp<T>>(reader);
+}
+template <typename T>
+std::unique_ptr<Op<T>> make_add(OpReader& reader) {
+  return std::make_unique<AddOp<T>>(reader);
+}
+template <typename T>
+std::unique_ptr<Op<T>> make_scale(OpReader& reader) {
+  return std::make_unique<ScaleOp<T>>(reader);
+}
+
+FASTMAML_INSTANTIATE_OP(make_activation)
+FASTMAML_INSTANTIATE_OP(make_add)
+FASTMAML_INSTANTIATE_OP(make_scale)
+
+}  // namespace fastmaml

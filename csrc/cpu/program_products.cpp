@@ -1,0 +1,231 @@
+// Linear layers and convolutions: ops that multiply their input by a weight. Their tangents are sums
+// of two products, which the kernels accumulate in one go.
+#include "cpu/program_ops.h"
+
+namespace fastmaml {
+
+namespace {
+
+// Up to two pairs of factors; pairs with a null (zero) factor drop out.
+template <typename T>
+struct Pairs {
+  const T* a[2] = {nullptr, nullptr};
+  const T* b[2] = {nullptr, nullptr};
+  int count = 0;
+
+  Pairs(const T* a1, const T* b1, const T* a2, const T* b2) {
+    add(a1, b1);
+    add(a2, b2);
+  }
+  explicit operator bool() const { return count > 0; }
+
+ private:
+  void add(const T* left, const T* right) {
+    if (left == nullptr || right == nullptr) return;
+    a[count] = left;
+    b[count++] = right;
+  }
+};
+
+template <typename T>
+void broadcast_row(Index rows, Index ld, const T* row, T* out, Share share) {
+  const Range part = split(rows, share);
+  for (Index r = part.begin; r < part.end; ++r) std::copy(row, row + ld, out + r * ld);
+}
+
+// The four passes in terms of three products, which linear and convolution each define.
+template <typename T>
+class WeightedOp : public Op<T> {
+ public:
+  void forward(Run<T>& run) const override {
+    product(run, {run.value(input()), run.weight(weight()), nullptr, nullptr},
+            run.weight(bias()), run.value_out(this->output));
+  }
+
+  void backward(Run<T>& run, Flow<T>& flow) const override {
+    const T* gy = run.arrived(flow, this->output);
+    weight_gradient(run, flow, {run.value(input()), gy, nullptr, nullptr});
+    bias_gradient(run, flow, gy);
+    if (run.wanted(flow, input())) {
+      input_gradient(run, {gy, run.transposed(weight()), nullptr, nullptr},
+                     run.into(flow, input()));
+    }
+  }
+
+  void tangent(Run<T>& run) const override {
+    const Pairs<T> pairs(run.tangent(input()), run.weight(weight()), run.value(input()),
+                         run.direction(weight()));
+    const T* bias_direction = run.direction(bias());
+    T* dy = run.tangent_out(this->output);
+    if (pairs) {
+      product(run, pairs, bias_direction, dy);
+    } else {
+      broadcast_row(rows(run), padded(out_channels_, run.kernels.lanes), bias_direction, dy,
+                    run.share);
+    }
+  }
+
+  void backward_tangent(Run<T>& run) const override {
+    const T* gy = run.gradient(this->output);
+    const T* dgy = run.arrived(run.second, this->output);
+    weight_gradient(run, run.second,
+                    {run.value(input()), dgy, run.tangent(input()), gy});
+    if (dgy != nullptr) bias_gradient(run, run.second, dgy);
+    if (!run.wanted(run.second, input())) return;
+    const Pairs<T> pairs(dgy, run.transposed(weight()), gy, run.direction_transposed(weight()));
+    if (pairs) input_gradient(run, pairs, run.into(run.second, input()));
+  }
+
+ protected:
+  virtual Index rows(const Run<T>& run) const = 0;
+  virtual void product(Run<T>& run, const Pairs<T>& x_w, const T* bias, T* y) const = 0;
+  virtual void weight_product(Run<T>& run, const Pairs<T>& x_gy, Target<T> gw) const = 0;
+  virtual void input_gradient(Run<T>& run, const Pairs<T>& gy_wt, Target<T> gx) const = 0;
+
+  void place(OpReader& reader, const Layout& in, const Layout& out) {
+    const Place x = reader.need(0, in, Padding::kOptional);
+    this->inputs = {x.storage};
+    ldx_ = x.layout.ld;
+    reader.need_transposed(weight(), x.storage);
+    this->output = reader.produce(out);
+  }
+
+  int input() const { return this->inputs[0]; }
+  int weight() const { return this->slots[0]; }
+  int bias() const { return this->slots[1]; }
+
+  Index out_channels_ = 0;
+  Index ldx_ = 0;
+
+ private:
+  void weight_gradient(Run<T>& run, Flow<T>& flow, const Pairs<T>& pairs) const {
+    if (!pairs) return;
+    if (const Target<T> target = run.into_slot(flow, weight())) weight_product(run, pairs, target);
+  }
+
+  void bias_gradient(Run<T>& run, Flow<T>& flow, const T* gy) const {
+    if (const Target<T> target = run.into_slot(flow, bias())) {
+      run.kernels.column_sums(rows(run), out_channels_, gy, target.data, target.accumulate,
+                              run.share);
+    }
+  }
+};
+
+template <typename T>
+class LinearLayerOp final : public WeightedOp<T> {
+ public:
+  explicit LinearLayerOp(OpReader& reader) {
+    const Shape& x = reader.input(0);
+    if (x.empty()) reader.fail("input must have at least one dimension, got a scalar");
+    in_channels_ = x.back();
+    this->out_channels_ = reader.output().empty() ? 0 : reader.output().back();
+    Shape expected = x;
+    expected.back() = this->out_channels_;
+    reader.expect_output(expected);
+    this->slots = {reader.parameter(0, "weight", {this->out_channels_, in_channels_}, true),
+                   reader.parameter(1, "bias", {this->out_channels_}, false)};
+    positions_ = element_count(x) / in_channels_;
+    this->place(reader, channels_last(x, reader.lanes()),
+                channels_last(expected, reader.lanes()));
+  }
+
+ protected:
+  Index rows(const Run<T>& run) const override { return run.examples() * positions_; }
+
+  void product(Run<T>& run, const Pairs<T>& x_w, const T* bias, T* y) const override {
+    run.kernels.matmul(rows(run), in_channels_, this->out_channels_, x_w.a[0], this->ldx_,
+                       x_w.b[0], x_w.a[1], this->ldx_, x_w.b[1], bias, y, false, run.share);
+  }
+  void weight_product(Run<T>& run, const Pairs<T>& x_gy, Target<T> gw) const override {
+    run.kernels.matmul_tn(rows(run), in_channels_, this->out_channels_, x_gy.a[0], this->ldx_,
+                          x_gy.b[0], x_gy.a[1], this->ldx_, x_gy.b[1], gw.data, gw.accumulate,
+                          run.share);
+  }
+  void input_gradient(Run<T>& run, const Pairs<T>& gy_wt, Target<T> gx) const override {
+    const Index ld = padded(this->out_channels_, run.kernels.lanes);
+    run.kernels.matmul(rows(run), this->out_channels_, in_channels_, gy_wt.a[0], ld, gy_wt.b[0],
+                       gy_wt.a[1], ld, gy_wt.b[1], nullptr, gx.data, gx.accumulate, run.share);
+  }
+
+ private:
+  Index in_channels_ = 0;
+  Index positions_ = 1;
+};
+
+template <typename T>
+class Conv2dOp final : public WeightedOp<T> {
+ public:
+  explicit Conv2dOp(OpReader& reader) {
+    const Shape& x = reader.image_input(0);
+    const auto stride = reader.pair("stride", 1);
+    const auto padding = reader.pair("padding", 0);
+    const auto dilation = reader.pair("dilation", 1);
+    const Shape& weight = reader.slot_shape(0, "weight");
+    if (weight.size() != 4 || weight[1] != x[0]) {
+      reader.fail("weight must have shape [out_channels, " + std::to_string(x[0]) +
+                  ", kernel_h, kernel_w], got " + to_string(weight));
+    }
+    const auto extent = [&](int axis) {
+      const Index reach = dilation[axis] * (weight[2 + axis] - 1) + 1;
+      const Index room = x[1 + axis] + 2 * padding[axis] - reach;
+      if (room < 0) {
+        reader.fail("the kernel is larger than the padded input " + to_string(x));
+      }
+      return room / stride[axis] + 1;
+    };
+    const Shape expected = {weight[0], extent(0), extent(1)};
+    reader.expect_output(expected);
+    this->out_channels_ = weight[0];
+    const auto narrow = [](Index value) { return static_cast<int>(value); };
+    geometry_ = {narrow(x[0]),        narrow(weight[0]),   narrow(x[1]),       narrow(x[2]),
+                 narrow(expected[1]), narrow(expected[2]), narrow(weight[2]),  narrow(weight[3]),
+                 stride[0],           stride[1],           padding[0],         padding[1],
+                 dilation[0],         dilation[1]};
+    this->slots = {reader.parameter(0, "weight", weight, true),
+                   reader.parameter(1, "bias", {weight[0]}, false)};
+    this->place(reader, channels_first(x, reader.lanes()),
+                channels_first(expected, reader.lanes()));
+  }
+
+  void reserve(const Kernels<T>& kernels, BatchPlan<T>& batch, OpPlaces& places) const override {
+    places.conv.reset(kernels.conv_plan(geometry_, batch.examples), kernels.conv_plan_free);
+  }
+
+ protected:
+  Index rows(const Run<T>& run) const override {
+    return run.examples() * geometry_.out_height * geometry_.out_width;
+  }
+  void product(Run<T>& run, const Pairs<T>& x_w, const T* bias, T* y) const override {
+    run.kernels.conv_forward(plan(run), x_w.a[0], this->ldx_, x_w.b[0], x_w.a[1], x_w.b[1], bias,
+                             y, run.share);
+  }
+  void weight_product(Run<T>& run, const Pairs<T>& x_gy, Target<T> gw) const override {
+    run.kernels.conv_weight_grad(plan(run), x_gy.a[0], this->ldx_, x_gy.b[0], x_gy.a[1],
+                                 x_gy.b[1], gw.data, gw.accumulate, run.share);
+  }
+  void input_gradient(Run<T>& run, const Pairs<T>& gy_wt, Target<T> gx) const override {
+    run.kernels.conv_input_grad(plan(run), gy_wt.a[0], gy_wt.b[0], gy_wt.a[1], gy_wt.b[1],
+                                gx.data, gx.accumulate, run.share);
+  }
+
+ private:
+  const ConvPlan& plan(const Run<T>& run) const { return *this->places(run).conv; }
+
+  ConvGeometry geometry_;
+};
+
+}  // namespace
+
+template <typename T>
+std::unique_ptr<Op<T>> make_linear(OpReader& reader) {
+  return std::make_unique<LinearLayerOp<T>>(reader);
+}
+template <typename T>
+std::unique_ptr<Op<T>> make_conv2d(OpReader& reader) {
+  return std::make_unique<Conv2dOp<T>>(reader);
+}
+
+FASTMAML_INSTANTIATE_OP(make_linear)
+FASTMAML_INSTANTIATE_OP(make_conv2d)
+
+}  // namespace fastmaml

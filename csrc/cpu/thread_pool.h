@@ -1,0 +1,97 @@
+// The threads of the core: one persistent pool per process, and teams that share one task.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace fastmaml {
+
+// Idle workers spin for a moment, since meta-steps follow each other closely, then sleep.
+class ThreadPool {
+ public:
+  // The process's pool. A forked child, which inherits no threads, gets a fresh one.
+  static ThreadPool& instance();
+
+  ~ThreadPool();
+
+  // Runs body(0) here and body(1) ... body(threads - 1) on workers, and waits for all of them. The
+  // first exception thrown by any of them is rethrown here. Concurrent calls take turns.
+  void run(int threads, const std::function<void(int)>& body);
+
+ private:
+  struct Worker;
+
+  void start_workers(int count);
+  void work(Worker& worker, int index);
+  void call(int index);
+  void finish_one();
+  void wait_for_workers();
+
+  std::mutex run_mutex_;
+  std::vector<std::unique_ptr<Worker>> workers_;
+  const std::function<void(int)>* body_ = nullptr;
+
+  std::atomic<int> pending_{0};
+  std::mutex done_mutex_;
+  std::condition_variable done_;
+
+  std::mutex error_mutex_;
+  std::exception_ptr error_;
+};
+
+// Thrown out of Barrier::wait when another member of the team has failed.
+struct TeamAborted : std::runtime_error {
+  TeamAborted() : std::runtime_error("another thread of the team failed") {}
+};
+
+// Where the threads of one team meet between two ops.
+class Barrier {
+ public:
+  explicit Barrier(int parties) : parties_(parties) {}
+  void wait();
+  void abort() { aborted_.store(true); }
+
+ private:
+  const int parties_;
+  std::atomic<int> arrived_{0};
+  std::atomic<unsigned> phase_{0};
+  std::atomic<bool> aborted_{false};
+};
+
+// A thread's place: `team` of `share.parts` threads, meeting at `barrier`.
+struct TeamMember {
+  int team = 0;
+  Share share;
+  Barrier* barrier = nullptr;
+
+  void sync() const {
+    if (share.parts > 1) barrier->wait();
+  }
+};
+
+// How many teams work at once on `units` independent pieces.
+int team_count(Index units, int threads);
+
+// Calls body(member, unit) for every unit. With at least as many units as threads every thread is a
+// team of its own and takes the next unit when it is done; with fewer, each unit has a whole team.
+void for_each_unit(Index units, int threads,
+                   const std::function<void(const TeamMember&, Index)>& body);
+
+// The part [begin, end) of `count` that falls to a share.
+struct Range {
+  Index begin, end;
+};
+inline Range split(Index count, Share share) {
+  return {count * share.part / share.parts, count * (share.part + 1) / share.parts};
+}
+
+}  // namespace fastmaml

@@ -1,0 +1,174 @@
+// The public face of the native core. Knows no Python and no torch: tensors are pointers to
+// contiguous memory in torch's own layout, of the program's dtype (labels are int64). A null pointer
+// means "absent". Errors are std::invalid_argument (a wrong argument) or std::runtime_error.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <variant>
+#include <vector>
+
+namespace fastmaml {
+
+using Index = std::int64_t;
+using Shape = std::vector<Index>;
+
+enum class DType { kFloat32, kFloat64 };
+
+using Attribute = std::variant<bool, Index, double, std::string, std::vector<Index>>;
+
+// One operation of a program. `params` and `buffers` are slot numbers, or -1 where absent.
+struct OpSpec {
+  std::string kind;
+  std::vector<int> inputs;
+  int output = -1;
+  std::vector<int> params;
+  std::vector<int> buffers;
+  std::map<std::string, Attribute> attributes;
+};
+
+// A parameter: a piece of theta (one copy per task) where `adapted`, else of phi (one for all).
+struct SlotSpec {
+  Shape shape;
+  bool adapted = true;
+  Index offset = 0;
+};
+
+// A module as a list of ops. Shapes are per example; value 0 is the input. Buffers lie one after
+// the other, in order. theta_size and shared_size may exceed what the slots cover (-1: just that).
+struct ProgramSpec {
+  DType dtype = DType::kFloat32;
+  std::vector<Shape> values;
+  std::vector<OpSpec> ops;
+  std::vector<SlotSpec> slots;
+  std::vector<Shape> buffers;
+  int output = 0;
+  Index theta_size = -1;
+  Index shared_size = -1;
+};
+
+// Elements of theta, of phi, of one row of statistics, and of all buffers.
+struct ProgramSizes {
+  Index theta = 0;
+  Index shared = 0;
+  Index stats = 0;
+  Index buffers = 0;
+};
+
+// What forward, backward and tangent leave behind for the calls that follow them. They own all the
+// memory they refer to.
+class Context {
+ public:
+  virtual ~Context() = default;
+};
+class Gradient {
+ public:
+  virtual ~Gradient() = default;
+};
+class Tangent {
+ public:
+  virtual ~Tangent() = default;
+};
+
+// y = f(theta, x). theta_stride: elements from one task's theta to the next (0: all share one).
+struct ForwardArgs {
+  const void* theta = nullptr;
+  Index theta_stride = 0;
+  const void* shared = nullptr;
+  const void* buffers = nullptr;
+  const void* x = nullptr;  // [tasks, examples, *input]
+  Index tasks = 0;
+  Index examples = 0;
+  void* y = nullptr;      // [tasks, examples, *output]
+  void* stats = nullptr;  // [tasks, sizes.stats]
+  int threads = 1;
+  bool keep = true;  // false: no Context is returned
+};
+
+// The gradient of <gy, y>. Only what is asked for is computed.
+struct BackwardArgs {
+  const void* gy = nullptr;
+  void* gtheta = nullptr;   // [tasks, sizes.theta]
+  void* gshared = nullptr;  // [sizes.shared], summed over tasks
+  void* gx = nullptr;       // like x
+  int threads = 1;
+  bool keep = true;  // false: no Gradient is returned
+};
+
+// The directional derivative of y along (dtheta, dshared, dx); null directions are zero.
+struct TangentArgs {
+  const void* dtheta = nullptr;
+  Index dtheta_stride = 0;
+  const void* dshared = nullptr;
+  const void* dx = nullptr;
+  void* dy = nullptr;
+  int threads = 1;
+  bool keep = true;  // false: no Tangent is returned
+};
+
+// The derivative of backward's results along a Tangent and dgy (null: zero).
+struct BackwardTangentArgs {
+  const void* dgy = nullptr;
+  void* dgtheta = nullptr;
+  void* dgshared = nullptr;
+  void* dgx = nullptr;
+  int threads = 1;
+};
+
+enum class TaskLoss { kCrossEntropy, kMeanSquaredError };
+
+// The losses after `steps` inner gradient steps, and their exact gradient, averaged over tasks.
+// The inner learning rate of element i at step k is rate * rates[k][i].
+struct MetaStepArgs {
+  const void* theta = nullptr;  // [sizes.theta], where every task starts
+  const void* shared = nullptr;
+  const void* buffers = nullptr;
+  const void* support_x = nullptr;
+  const void* support_y = nullptr;  // int64 labels, or values like the output
+  Index support_examples = 0;
+  const void* query_x = nullptr;
+  const void* query_y = nullptr;
+  Index query_examples = 0;  // 0: adaptation only
+  Index tasks = 0;
+  Index steps = 1;
+  TaskLoss loss = TaskLoss::kCrossEntropy;
+  bool first_order = false;
+  double rate = 0;
+  const void* rates = nullptr;  // [rate_steps, sizes.theta]; null: ones
+  Index rate_steps = 1;         // 1 (every step alike) or `steps`
+  void* losses = nullptr;       // [tasks]
+  void* gtheta = nullptr;       // [sizes.theta], mean over tasks
+  void* gshared = nullptr;      // [sizes.shared], mean over tasks
+  void* grates = nullptr;       // [rate_steps, sizes.theta], mean over tasks
+  void* stats = nullptr;        // [tasks, steps + 1, sizes.stats]: support steps, then query
+  void* adapted = nullptr;      // [tasks, sizes.theta]
+  void* predictions = nullptr;  // [tasks, query_examples, *output]
+  int threads = 1;
+  // Activations of as many steps as fit are kept for the adjoint; the others are recomputed.
+  std::size_t memory_budget_bytes = std::size_t{1} << 30;
+};
+
+// A compiled program. Calls may come from several threads at once; one call at a time runs.
+class Program {
+ public:
+  virtual ~Program() = default;
+  virtual ProgramSizes sizes() const = 0;
+  virtual std::shared_ptr<Context> forward(const ForwardArgs& args) = 0;
+  virtual std::shared_ptr<Gradient> backward(Context& context, const BackwardArgs& args) = 0;
+  virtual std::shared_ptr<Tangent> tangent(Context& context, const TangentArgs& args) = 0;
+  virtual void backward_tangent(Context& context, Gradient& gradient, Tangent& tangent,
+                                const BackwardTangentArgs& args) = 0;
+  virtual void meta_step(const MetaStepArgs& args) = 0;
+};
+
+// Throws std::invalid_argument, naming the op and the argument, where the spec is inconsistent.
+std::shared_ptr<Program> make_program(const ProgramSpec& spec);
+
+// GFLOP/s of float32 fused multiply-adds in the registers of so many threads: the measure that
+// timings are held against. Takes some tenths of a second.
+double fma_peak(int threads);
+
+}  // namespace fastmaml
