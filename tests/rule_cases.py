@@ -1,0 +1,334 @@
+"""One list of cases per op kind, for the rules and for every backend, and the plain PyTorch op.
+
+``CASES[kind]`` are ops with odd shapes; ``plain`` is what each of them means for one task, in
+PyTorch's own functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmaml.program.ir import Op, Shape, freeze
+
+Tensors = Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op of its own: input i is value i, the output is the value after the inputs."""
+
+    name: str
+    op: Op
+    params: tuple[Shape, ...]
+    buffers: tuple[Shape, ...]
+    inputs: tuple[Shape, ...]
+    out_shape: Shape
+    least_examples: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.op.kind}-{self.name}"
+
+
+# --- what the ops mean ----------------------------------------------------------------------------
+
+
+def _linear(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
+    return F.linear(x, params[0], params[1])
+
+
+def _conv2d(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
+    a = op.attrs
+    return F.conv2d(x, params[0], params[1], a["stride"], a["padding"], a["dilation"])
+
+
+def _batch_norm(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
+    weight, bias = params
+    last = (op.attrs["training"], 0.0, op.attrs["eps"])
+    if weight is None and bias is not None:  # PyTorch's own second derivative fails here
+        y = F.batch_norm(x, *buffers, None, None, *last)
+        return y + bias.view(-1, *[1] * (x.ndim - 2))
+    return F.batch_norm(x, *buffers, weight, bias, *last)
+
+
+_FUNCTIONS = {
+    "relu": lambda x, a, b: F.relu(x),
+    "leaky_relu": lambda x, a, b: F.leaky_relu(x, a),
+    "elu": lambda x, a, b: F.elu(x, a),
+    "selu": lambda x, a, b: F.selu(x),
+    "gelu": lambda x, a, b: F.gelu(x),
+    "gelu_tanh": lambda x, a, b: F.gelu(x, approximate="tanh"),
+    "silu": lambda x, a, b: F.silu(x),
+    "sigmoid": lambda x, a, b: torch.sigmoid(x),
+    "tanh": lambda x, a, b: torch.tanh(x),
+    "softplus": lambda x, a, b: F.softplus(x, a, b),
+    "hardtanh": lambda x, a, b: F.hardtanh(x, a, b),
+    "log_sigmoid": lambda x, a, b: F.logsigmoid(x),
+    "square": lambda x, a, b: x.square(),
+    "sin": lambda x, a, b: x.sin(),
+    "cos": lambda x, a, b: x.cos(),
+    "exp": lambda x, a, b: x.exp(),
+}
+
+
+def _activation(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
+    return _FUNCTIONS[op.attrs["function"]](x, op.attrs["alpha"], op.attrs["beta"])
+
+
+def _max_pool2d(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
+    a = op.attrs
+    return F.max_pool2d(x, a["kernel"], a["stride"], a["padding"], a["dilation"], a["ceil_mode"])
+
+
+def _avg_pool2d(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
+    a = op.attrs
+    window = (a["kernel"], a["stride"], a["padding"])
+    return F.avg_pool2d(x, *window, a["ceil_mode"], a["count_include_pad"], a["divisor"])
+
+
+def _mean(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
+    return x.mean([d + 1 for d in op.attrs["dims"]], keepdim=op.attrs["keepdim"])
+
+
+def _permute(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
+    return x.permute(0, *(d + 1 for d in op.attrs["dims"]))
+
+
+_PLAIN = {
+    "linear": _linear,
+    "conv2d": _conv2d,
+    "batch_norm": _batch_norm,
+    "activation": _activation,
+    "max_pool2d": _max_pool2d,
+    "avg_pool2d": _avg_pool2d,
+    "mean": _mean,
+    "permute": _permute,
+    "add": lambda op, params, buffers, a, b: torch.add(a, b, alpha=op.attrs["alpha"]),
+    "scale": lambda op, params, buffers, x: op.attrs["alpha"] * x + op.attrs["beta"],
+}
+
+
+def plain(op: Op, out_shape: Shape, params: Tensors, buffers: Tensors, *inputs: Tensor) -> Tensor:
+    """The op for one task: parameters ``[*shape]``, inputs ``[N, *shape]``."""
+    if op.kind == "view":
+        return inputs[0].reshape(-1, *out_shape)
+    if op.kind == "adaptive_avg_pool2d":
+        return F.adaptive_avg_pool2d(inputs[0], out_shape[1:])
+    return _PLAIN[op.kind](op, params, buffers, *inputs)
+
+
+# --- making cases ---------------------------------------------------------------------------------
+
+
+def _case(
+    name: str,
+    kind: str,
+    inputs: tuple[Shape, ...],
+    params: tuple[Shape | None, ...] = (),
+    buffers: tuple[Shape | None, ...] = (),
+    out: Shape | None = None,
+    least_examples: int = 1,
+    **attrs: Any,
+) -> Case:
+    def number(shapes: tuple[Shape | None, ...]) -> tuple[int | None, ...]:
+        present = [i for i, shape in enumerate(shapes) if shape is not None]
+        return tuple(present.index(i) if i in present else None for i in range(len(shapes)))
+
+    op = Op(
+        kind,
+        tuple(range(len(inputs))),
+        len(inputs),
+        number(params),
+        number(buffers),
+        freeze(attrs),
+    )
+    if out is None:
+        dummies = [[None if s is None else torch.ones(s) for s in g] for g in (params, buffers)]
+        out = tuple(plain(op, (), *dummies, *(torch.ones(2, *s) for s in inputs)).shape[1:])
+    kept = [tuple(s for s in group if s is not None) for group in (params, buffers)]
+    return Case(name, op, *kept, inputs, out, least_examples)
+
+
+def _linear_case(name: str, x: Shape, out: int, bias: bool = True) -> Case:
+    return _case(name, "linear", (x,), ((out, x[-1]), (out,) if bias else None))
+
+
+def _conv_case(
+    name: str,
+    x: Shape,
+    weight: Shape,
+    stride: Shape = (1, 1),
+    padding: Shape = (0, 0),
+    dilation: Shape = (1, 1),
+    bias: bool = True,
+) -> Case:
+    params = (weight, weight[:1] if bias else None)
+    return _case(
+        name, "conv2d", (x,), params, stride=stride, padding=padding, dilation=dilation
+    )  # fmt: skip
+
+
+def _norm_case(
+    name: str,
+    x: Shape,
+    *,
+    training: bool = True,
+    weight: bool = True,
+    bias: bool = True,
+    tracking: bool = False,
+    eps: float = 1e-5,
+) -> Case:
+    c = x[:1]
+    return _case(
+        name,
+        "batch_norm",
+        (x,),
+        (c if weight else None, c if bias else None),
+        (None, None) if training else (c, c),
+        least_examples=2 if training and len(x) == 1 else 1,
+        training=training,
+        tracking=tracking,
+        eps=eps,
+    )
+
+
+def _pool_case(
+    name: str,
+    kind: str,
+    x: Shape,
+    kernel: Shape,
+    stride: Shape,
+    padding: Shape = (0, 0),
+    ceil_mode: bool = False,
+    **attrs: Any,
+) -> Case:
+    window = {"kernel": kernel, "stride": stride, "padding": padding, "ceil_mode": ceil_mode}
+    return _case(name, kind, (x,), **window, **attrs)
+
+
+def _max_case(name: str, *args: Any, dilation: Shape = (1, 1), **attrs: Any) -> Case:
+    return _pool_case(f"max_{name}", "max_pool2d", *args, dilation=dilation, **attrs)
+
+
+def _avg_case(
+    name: str, *args: Any, include: bool = True, divisor: int | None = None, **attrs: Any
+) -> Case:
+    return _pool_case(
+        name, "avg_pool2d", *args, count_include_pad=include, divisor=divisor, **attrs
+    )
+
+
+def _activation_case(function: str, alpha: float = 0.0, beta: float = 0.0) -> Case:
+    constants = {"alpha": alpha, "beta": beta}
+    return _case(function, "activation", ((3, 5, 7),), function=function, **constants)
+
+
+# --- the cases ------------------------------------------------------------------------------------
+
+CASES: dict[str, list[Case]] = {
+    "linear": [
+        _linear_case("wide", (17,), 3),
+        _linear_case("single", (1,), 1),
+        _linear_case("no_bias", (3,), 17, bias=False),
+        _linear_case("leading_axes", (2, 3, 5), 4),
+        _linear_case("leading_axes_no_bias", (3, 1), 17, bias=False),
+        _linear_case("lanes", (33, 16), 32),
+    ],
+    "conv2d": [
+        _conv_case("3x3", (3, 5, 7), (17, 3, 3, 3), padding=(1, 1)),
+        _conv_case("1x1", (17, 5, 7), (3, 17, 1, 1)),
+        _conv_case("one_channel", (1, 5, 7), (1, 1, 3, 2)),
+        _conv_case("5x4_no_bias", (1, 5, 7), (3, 1, 5, 4), bias=False),
+        _conv_case("2x5_padded", (3, 5, 7), (1, 3, 2, 5), padding=(1, 4)),
+        _conv_case("strided", (3, 5, 7), (3, 3, 3, 3), (2, 2), (1, 1)),
+        _conv_case("strided_rest", (3, 5, 7), (17, 3, 2, 2), (2, 3)),
+        _conv_case("stride_over_kernel", (17, 5, 7), (3, 17, 1, 2), (3, 3), bias=False),
+        _conv_case("dilated", (3, 5, 7), (3, 3, 3, 3), (1, 1), (1, 2), (2, 2)),
+        _conv_case("all_at_once", (3, 6, 9), (17, 3, 3, 2), (2, 1), (2, 1), (1, 3), bias=False),
+        _conv_case("lanes", (16, 4, 4), (32, 16, 3, 3), padding=(1, 1)),
+        _conv_case("one_position", (3, 3, 3), (17, 3, 3, 3)),
+    ],
+    "batch_norm": [
+        _norm_case("1d", (17,)),
+        _norm_case("1d_plain", (3,), weight=False, bias=False, eps=1e-3),
+        _norm_case("1d_length", (3, 5), tracking=True),
+        _norm_case("2d", (3, 5, 7), tracking=True),
+        _norm_case("2d_17", (17, 2, 3)),
+        _norm_case("2d_one_channel", (1, 5, 7), eps=0.1),
+        _norm_case("2d_plain", (3, 5, 7), weight=False, bias=False, tracking=True),
+        _norm_case("2d_no_bias", (3, 5, 7), bias=False),
+        _norm_case("2d_no_weight", (3, 5, 7), weight=False),
+        _norm_case("1d_eval", (17,), training=False),
+        _norm_case("2d_eval", (3, 5, 7), training=False, eps=1e-3),
+        _norm_case("2d_eval_plain", (3, 5, 7), training=False, weight=False, bias=False),
+        _norm_case("2d_eval_no_weight", (3, 5, 7), training=False, weight=False),
+    ],
+    "activation": [
+        _activation_case("relu"),
+        _activation_case("leaky_relu", 0.1),
+        _activation_case("elu", 1.3),
+        _activation_case("selu"),
+        _activation_case("gelu"),
+        _activation_case("gelu_tanh"),
+        _activation_case("silu"),
+        _activation_case("sigmoid"),
+        _activation_case("tanh"),
+        _activation_case("softplus", 1.7, 2.0),
+        _activation_case("hardtanh", -0.7, 1.1),
+        _activation_case("log_sigmoid"),
+        _activation_case("square"),
+        _activation_case("sin"),
+        _activation_case("cos"),
+        _activation_case("exp"),
+    ],
+    "pool": [
+        _max_case("2x2", (3, 5, 7), (2, 2), (2, 2)),
+        _max_case("3x2_padded", (17, 5, 7), (3, 2), (1, 2), (1, 1)),
+        _max_case("ceil", (3, 5, 7), (2, 3), (2, 2), ceil_mode=True),
+        _max_case("dilated", (1, 5, 7), (2, 3), (1, 1), (1, 1), dilation=(3, 2)),
+        _max_case("ceil_dilated", (3, 7, 6), (3, 2), (3, 2), (1, 1), True, dilation=(2, 2)),
+        _avg_case("avg_2x2", (3, 5, 7), (2, 2), (2, 2)),
+        _avg_case("avg_padded", (17, 5, 7), (3, 2), (1, 2), (1, 1)),
+        _avg_case("avg_padded_excluded", (3, 5, 7), (3, 2), (1, 2), (1, 1), include=False),
+        _avg_case("avg_ceil", (3, 5, 7), (2, 3), (2, 2), (1, 1), True),
+        _avg_case("avg_ceil_excluded", (3, 5, 7), (3, 4), (2, 3), (1, 2), True, include=False),
+        _avg_case("avg_divisor", (1, 5, 7), (3, 3), (2, 2), (1, 1), divisor=4),
+        _case("adaptive_3x4", "adaptive_avg_pool2d", ((3, 5, 7),), out=(3, 3, 4)),
+        _case("adaptive_one", "adaptive_avg_pool2d", ((17, 5, 7),), out=(17, 1, 1)),
+        _case("adaptive_larger", "adaptive_avg_pool2d", ((1, 5, 7),), out=(1, 7, 9)),
+    ],
+    "shape": [
+        _case("flatten", "view", ((3, 5, 7),), out=(105,)),
+        _case("regroup", "view", ((17, 3),), out=(3, 1, 17)),
+        _case("reverse", "permute", ((3, 5, 7),), dims=(2, 1, 0)),
+        _case("channels_last", "permute", ((17, 5, 7),), dims=(1, 2, 0)),
+        _case("image", "mean", ((17, 5, 7),), dims=(1, 2), keepdim=False),
+        _case("channels", "mean", ((3, 5, 7),), dims=(0,), keepdim=True),
+        _case("outer", "mean", ((3, 5, 7),), dims=(0, 2), keepdim=False),
+        _case("all", "mean", ((3, 5),), dims=(0, 1), keepdim=True),
+        _case("plus", "add", ((3, 5, 7), (3, 5, 7)), alpha=1.0),
+        _case("minus", "add", ((17,), (17,)), alpha=-0.5),
+        _case("affine", "scale", ((3, 5, 7),), alpha=-1.5, beta=0.25),
+        _case("times", "scale", ((17,),), alpha=3.0, beta=0.0),
+    ],
+}
+
+
+def random_tensors(
+    case: Case, tasks: int, examples: int, dtype: torch.dtype = torch.float64
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Parameters ``[T, *shape]``, buffers ``[*shape]`` (positive), inputs ``[T, N, *shape]``."""
+    params = [torch.randn(tasks, *shape, dtype=dtype) for shape in case.params]
+    buffers = [torch.rand(shape, dtype=dtype) + 0.5 for shape in case.buffers]
+    inputs = [torch.randn(tasks, examples, *shape, dtype=dtype) for shape in case.inputs]
+    return params, buffers, inputs
+
+
+def placed(tensors: Sequence[Tensor], slots: tuple[int | None, ...]) -> list[Tensor | None]:
+    """The tensors at an op's slots; None where the slot is absent."""
+    return [None if slot is None else tensors[slot] for slot in slots]
