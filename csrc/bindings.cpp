@@ -76,8 +76,8 @@ std::shared_ptr<Program> program(const std::string& dtype, std::vector<Shape> va
   spec.values = std::move(values);
   for (const py::dict& op : ops) spec.ops.push_back(op_spec(op));
   for (const py::dict& slot : slots) {
-    spec.slots.push_back({slot["shape"].cast<Shape>(), slot["adapted"].cast<bool>(),
-                          slot["offset"].cast<Index>()});
+    spec.slots.push_back(
+        {slot["shape"].cast<Shape>(), slot["adapted"].cast<bool>(), slot["offset"].cast<Index>()});
   }
   spec.buffers = std::move(buffers);
   spec.output = output;
@@ -96,8 +96,8 @@ std::shared_ptr<Context> forward(Program& self, std::uintptr_t theta, Index thet
 }
 
 std::shared_ptr<Gradient> backward(Program& self, Context& context, std::uintptr_t gy,
-                                   std::uintptr_t gtheta, std::uintptr_t gshared,
-                                   std::uintptr_t gx, int threads, bool keep) {
+                                   std::uintptr_t gtheta, std::uintptr_t gshared, std::uintptr_t gx,
+                                   int threads, bool keep) {
   return self.backward(context, {in(gy), out(gtheta), out(gshared), out(gx), threads, keep});
 }
 
@@ -119,10 +119,10 @@ void meta_step(Program& self, std::uintptr_t theta, std::uintptr_t shared, std::
                std::uintptr_t support_x, std::uintptr_t support_y, Index support_examples,
                std::uintptr_t query_x, std::uintptr_t query_y, Index query_examples, Index tasks,
                Index steps, const std::string& loss, bool first_order, double rate,
-               std::uintptr_t rates, Index rate_steps, std::uintptr_t losses,
-               std::uintptr_t gtheta, std::uintptr_t gshared, std::uintptr_t grates,
-               std::uintptr_t stats, std::uintptr_t adapted, std::uintptr_t predictions,
-               int threads, std::size_t memory_budget_bytes) {
+               std::uintptr_t rates, Index rate_steps, std::uintptr_t losses, std::uintptr_t gtheta,
+               std::uintptr_t gshared, std::uintptr_t grates, std::uintptr_t stats,
+               std::uintptr_t adapted, std::uintptr_t predictions, int threads,
+               std::size_t memory_budget_bytes) {
   MetaStepArgs args;
   args.theta = in(theta);
   args.shared = in(shared);
@@ -199,10 +199,10 @@ PYBIND11_MODULE(_core, module) {
            py::arg("buffers"), py::arg("support_x"), py::arg("support_y"),
            py::arg("support_examples"), py::arg("query_x"), py::arg("query_y"),
            py::arg("query_examples"), py::arg("tasks"), py::arg("steps"), py::arg("loss"),
-           py::arg("first_order"), py::arg("rate"), py::arg("rates") = 0,
-           py::arg("rate_steps") = 1, py::arg("losses") = 0, py::arg("gtheta") = 0,
-           py::arg("gshared") = 0, py::arg("grates") = 0, py::arg("stats") = 0,
-           py::arg("adapted") = 0, py::arg("predictions") = 0, py::arg("threads") = 1,
+           py::arg("first_order"), py::arg("rate"), py::arg("rates") = 0, py::arg("rate_steps") = 1,
+           py::arg("losses") = 0, py::arg("gtheta") = 0, py::arg("gshared") = 0,
+           py::arg("grates") = 0, py::arg("stats") = 0, py::arg("adapted") = 0,
+           py::arg("predictions") = 0, py::arg("threads") = 1,
            py::arg("memory_budget_bytes") = std::size_t{1} << 30);
 
   module.def("info", &info, "What was built, and what this processor runs.");

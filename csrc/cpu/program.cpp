@@ -225,8 +225,8 @@ std::shared_ptr<Gradient> NativeProgram<T>::backward(Context& base, const Backwa
   gradient->sources = output.sources();
   transpose(context.weights, gradient->sources, args.threads);
   const Index frames = args.keep ? context.tasks : team_count(output.units(), args.threads);
-  gradient->regions = take_regions<T>(*memory_, frames,
-                                      gradient_region_size(plan_, batch, gradient->sources));
+  gradient->regions =
+      take_regions<T>(*memory_, frames, gradient_region_size(plan_, batch, gradient->sources));
   const auto* gy = static_cast<const T*>(args.gy);
   output.for_each_task([&](const TeamMember& member, Index task) {
     Run<T> run = context_run(plan_, context, member, task);
@@ -282,8 +282,8 @@ void NativeProgram<T>::backward_tangent(Context& base, Gradient& base_gradient,
           "backward must have been asked for the gradient (gtheta, gshared, gx) of everything that "
           "the tangent moves");
   const BatchPlan<T>& batch = *context.batch;
-  const GradientOutput<T> output(*this, context.tasks, batch.examples, args.dgtheta,
-                                 args.dgshared, args.dgx, args.threads);
+  const GradientOutput<T> output(*this, context.tasks, batch.examples, args.dgtheta, args.dgshared,
+                                 args.dgx, args.threads);
   transpose(context.weights, output.sources(), args.threads);
   transpose(tangent.directions, output.sources(), args.threads);
   const auto regions = take_regions<T>(*memory_, team_count(output.units(), args.threads),
@@ -310,11 +310,11 @@ void NativeProgram<T>::backward_tangent(Context& base, Gradient& base_gradient,
   output.finish();
 }
 
-#define FASTMAML_INSTANTIATE(T)                                                             \
-  template std::shared_ptr<Context> NativeProgram<T>::forward(const ForwardArgs&);          \
+#define FASTMAML_INSTANTIATE(T)                                                                 \
+  template std::shared_ptr<Context> NativeProgram<T>::forward(const ForwardArgs&);              \
   template std::shared_ptr<Gradient> NativeProgram<T>::backward(Context&, const BackwardArgs&); \
-  template std::shared_ptr<Tangent> NativeProgram<T>::tangent(Context&, const TangentArgs&); \
-  template void NativeProgram<T>::backward_tangent(Context&, Gradient&, Tangent&,           \
+  template std::shared_ptr<Tangent> NativeProgram<T>::tangent(Context&, const TangentArgs&);    \
+  template void NativeProgram<T>::backward_tangent(Context&, Gradient&, Tangent&,               \
                                                    const BackwardTangentArgs&);
 FASTMAML_INSTANTIATE(float)
 FASTMAML_INSTANTIATE(double)

@@ -12,8 +12,8 @@
 namespace fastmaml {
 
 // Sums over tasks must not depend on how many threads there are: tasks are summed in order within
-// groups, and the groups in order, and how tasks fall into groups depends on their number and on the
-// size of a sum alone.
+// groups, and the groups in order, and how tasks fall into groups depends on their number and on
+// the size of a sum alone.
 class TaskGroups {
  public:
   TaskGroups(Index tasks, Index sum_bytes);
@@ -54,8 +54,7 @@ struct PackedParameters {
 };
 
 template <typename T>
-class NativeProgram final : public Program,
-                            public std::enable_shared_from_this<NativeProgram<T>> {
+class NativeProgram final : public Program, public std::enable_shared_from_this<NativeProgram<T>> {
  public:
   explicit NativeProgram(const ProgramSpec& spec);
 

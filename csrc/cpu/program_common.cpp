@@ -54,8 +54,8 @@ std::shared_ptr<const BatchPlan<T>> NativeProgram<T>::batch(Index examples) {
 }
 
 template <typename T>
-PackedParameters<T> NativeProgram<T>::pack(const T* theta, Index stride, Index tasks,
-                                           const T* phi, int threads) {
+PackedParameters<T> NativeProgram<T>::pack(const T* theta, Index stride, Index tasks, const T* phi,
+                                           int threads) {
   PackedParameters<T> packed;
   packed.copies = stride == 0 ? 1 : tasks;
   if (theta != nullptr) {
@@ -159,19 +159,19 @@ void store_stats(const Run<T>& run, T* stats) {
   }
 }
 
-#define FASTMAML_INSTANTIATE(T)                                                              \
-  template class GroupSums<T>;                                                               \
-  template struct PackedParameters<T>;                                                       \
-  template NativeProgram<T>::NativeProgram(const ProgramSpec&);                              \
-  template std::shared_ptr<const BatchPlan<T>> NativeProgram<T>::batch(Index);               \
+#define FASTMAML_INSTANTIATE(T)                                                               \
+  template class GroupSums<T>;                                                                \
+  template struct PackedParameters<T>;                                                        \
+  template NativeProgram<T>::NativeProgram(const ProgramSpec&);                               \
+  template std::shared_ptr<const BatchPlan<T>> NativeProgram<T>::batch(Index);                \
   template PackedParameters<T> NativeProgram<T>::pack(const T*, Index, Index, const T*, int); \
-  template void NativeProgram<T>::transpose(PackedParameters<T>&, Sources, int);             \
-  template std::shared_ptr<T> NativeProgram<T>::pack_buffers(const T*);                      \
-  template Index gradient_region_size<T>(const Plan<T>&, const BatchPlan<T>&, Sources);      \
-  template void load_input<T>(Run<T>&, const T*, T*);                                        \
-  template void store_output<T>(Run<T>&, const T*, T*);                                      \
-  template T* begin_flow<T>(Run<T>&, Flow<T>&);                                              \
-  template void load_output_gradient<T>(Run<T>&, Flow<T>&, const T*);                        \
+  template void NativeProgram<T>::transpose(PackedParameters<T>&, Sources, int);              \
+  template std::shared_ptr<T> NativeProgram<T>::pack_buffers(const T*);                       \
+  template Index gradient_region_size<T>(const Plan<T>&, const BatchPlan<T>&, Sources);       \
+  template void load_input<T>(Run<T>&, const T*, T*);                                         \
+  template void store_output<T>(Run<T>&, const T*, T*);                                       \
+  template T* begin_flow<T>(Run<T>&, Flow<T>&);                                               \
+  template void load_output_gradient<T>(Run<T>&, Flow<T>&, const T*);                         \
   template void store_stats<T>(const Run<T>&, T*);
 FASTMAML_INSTANTIATE(float)
 FASTMAML_INSTANTIATE(double)

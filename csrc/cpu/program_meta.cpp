@@ -1,8 +1,8 @@
 // The meta-step: K inner gradient steps per task, the query loss, and the exact adjoint of it all.
 //
-//   theta_{k+1} = theta_k - A_k g_k          A_k = diag(rate * rates_k), g_k = grad L_support(theta_k)
-//   lambda_K    = grad L_query(theta_K)
-//   lambda_k    = lambda_{k+1} - H_k A_k lambda_{k+1}
+//   theta_{k+1} = theta_k - A_k g_k          A_k = diag(rate * rates_k), g_k = grad
+//   L_support(theta_k) lambda_K    = grad L_query(theta_K) lambda_k    = lambda_{k+1} - H_k A_k
+//   lambda_{k+1}
 //
 // H v is a tangent followed by a backward_tangent (Pearlmutter 1994). Everything stays in packed
 // layout; only the sums over tasks are unpacked.
@@ -172,9 +172,8 @@ void MetaStep<T>::check_labels(const void* labels, Index examples, const char* n
   const auto* values = static_cast<const std::int64_t*>(labels);
   for (Index i = 0; i < args_.tasks * examples; ++i) {
     require(values[i] >= 0 && values[i] < plan_.output_columns,
-            std::string(name) + " must hold labels in [0, " +
-                std::to_string(plan_.output_columns) + "), got " + std::to_string(values[i]) +
-                " in task " + std::to_string(i / examples));
+            std::string(name) + " must hold labels in [0, " + std::to_string(plan_.output_columns) +
+                "), got " + std::to_string(values[i]) + " in task " + std::to_string(i / examples));
   }
 }
 

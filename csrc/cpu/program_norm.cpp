@@ -100,10 +100,9 @@ class BatchStatisticsNormOp final : public NormOp<T> {
 
   void backward(Run<T>& run, Flow<T>& flow) const override {
     const Target<T> gx = run.into(flow, this->input());
-    run.kernels.norm_backward(this->rows(run), this->channels_,
-                              run.arrived(flow, this->output), this->xhat(run),
-                              run.weight(this->gamma()), this->inv_std(run), gx.data,
-                              gx.accumulate, this->gamma_sums(run, flow),
+    run.kernels.norm_backward(this->rows(run), this->channels_, run.arrived(flow, this->output),
+                              this->xhat(run), run.weight(this->gamma()), this->inv_std(run),
+                              gx.data, gx.accumulate, this->gamma_sums(run, flow),
                               this->beta_sums(run, flow), run.share);
     this->store_sums(run, flow);
   }
@@ -155,26 +154,24 @@ class GivenStatisticsNormOp final : public NormOp<T> {
     run.kernels.norm_eval_forward(this->rows(run), this->channels_, run.value(this->input()),
                                   run.buffers + given_mean_, run.buffers + given_variance_,
                                   this->eps_, run.weight(this->gamma()), run.weight(this->beta()),
-                                  this->xhat(run), run.value_out(this->output),
-                                  this->inv_std(run), run.share);
+                                  this->xhat(run), run.value_out(this->output), this->inv_std(run),
+                                  run.share);
   }
 
   void backward(Run<T>& run, Flow<T>& flow) const override {
     const Target<T> gx = run.into(flow, this->input());
-    run.kernels.norm_eval_backward(this->rows(run), this->channels_,
-                                   run.arrived(flow, this->output), this->xhat(run),
-                                   run.weight(this->gamma()), this->inv_std(run), gx.data,
-                                   gx.accumulate, this->gamma_sums(run, flow),
-                                   this->beta_sums(run, flow), run.share);
+    run.kernels.norm_eval_backward(
+        this->rows(run), this->channels_, run.arrived(flow, this->output), this->xhat(run),
+        run.weight(this->gamma()), this->inv_std(run), gx.data, gx.accumulate,
+        this->gamma_sums(run, flow), this->beta_sums(run, flow), run.share);
     this->store_sums(run, flow);
   }
 
   void tangent(Run<T>& run) const override {
-    run.kernels.norm_eval_tangent(this->rows(run), this->channels_, run.tangent(this->input()),
-                                  this->xhat(run), run.weight(this->gamma()),
-                                  run.direction(this->gamma()), run.direction(this->beta()),
-                                  this->inv_std(run), this->dxhat(run),
-                                  run.tangent_out(this->output), run.share);
+    run.kernels.norm_eval_tangent(
+        this->rows(run), this->channels_, run.tangent(this->input()), this->xhat(run),
+        run.weight(this->gamma()), run.direction(this->gamma()), run.direction(this->beta()),
+        this->inv_std(run), this->dxhat(run), run.tangent_out(this->output), run.share);
   }
 
   void backward_tangent(Run<T>& run) const override {

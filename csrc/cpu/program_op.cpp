@@ -90,11 +90,11 @@ void run_backward_tangent(Run<T>& run) {
   fill_missing(run, run.second);
 }
 
-#define FASTMAML_INSTANTIATE(T)                      \
-  template struct BatchPlan<T>;                      \
-  template void run_forward<T>(Run<T>&);             \
-  template void run_backward<T>(Run<T>&, Flow<T>&);  \
-  template void run_tangent<T>(Run<T>&);             \
+#define FASTMAML_INSTANTIATE(T)                     \
+  template struct BatchPlan<T>;                     \
+  template void run_forward<T>(Run<T>&);            \
+  template void run_backward<T>(Run<T>&, Flow<T>&); \
+  template void run_tangent<T>(Run<T>&);            \
   template void run_backward_tangent<T>(Run<T>&);
 FASTMAML_INSTANTIATE(float)
 FASTMAML_INSTANTIATE(double)

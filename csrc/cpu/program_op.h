@@ -42,9 +42,9 @@ struct Plan {
   ProgramSizes sizes;
 
   int output = 0;
-  Index input_size = 0, output_size = 0;            // per example, torch layout
-  Index output_rows = 0, output_columns = 0;        // per example, padded rows
-  std::vector<std::int32_t> input_from_torch;       // empty: torch's layout as it is
+  Index input_size = 0, output_size = 0;       // per example, torch layout
+  Index output_rows = 0, output_columns = 0;   // per example, padded rows
+  std::vector<std::int32_t> input_from_torch;  // empty: torch's layout as it is
   std::vector<std::int32_t> input_gradient_to_torch;
   std::vector<std::int32_t> output_to_torch;
   std::vector<std::int32_t> output_from_torch;
@@ -56,8 +56,8 @@ struct OpPlaces {
   std::shared_ptr<const ConvPlan> conv;
 };
 
-// The frame of a task with a given number of examples: offsets, in elements, into a region of values
-// (and what ops save), one of gradients and one of tangents.
+// The frame of a task with a given number of examples: offsets, in elements, into a region of
+// values (and what ops save), one of gradients and one of tangents.
 template <typename T>
 struct BatchPlan {
   BatchPlan(const Plan<T>& plan, Index examples);
@@ -132,14 +132,10 @@ class Run {
   void sync() const { member.sync(); }
 
   // --- values ---------------------------------------------------------------------------------
-  const T* value(int storage) const {
-    return storage == 0 ? input : values + batch.value[storage];
-  }
+  const T* value(int storage) const { return storage == 0 ? input : values + batch.value[storage]; }
   T* value_out(int storage) const { return values + batch.value[storage]; }
 
-  const T* weight(int slot) const {
-    return slot < 0 ? nullptr : weights.value(plan.slots[slot]);
-  }
+  const T* weight(int slot) const { return slot < 0 ? nullptr : weights.value(plan.slots[slot]); }
   const T* transposed(int slot) const { return weights.transposed(plan.slots[slot]); }
 
   // --- tangents: null where zero --------------------------------------------------------------

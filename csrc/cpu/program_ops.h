@@ -49,7 +49,8 @@ class OpReader {
   const Shape& output() const { return spec_.values[op().output]; }
   void expect_output(const Shape& shape) const;
 
-  // --- slots: -1 where absent ---------------------------------------------------------------------
+  // --- slots: -1 where absent
+  // ---------------------------------------------------------------------
   const Shape& slot_shape(int i, const std::string& name) const;
   virtual int parameter(int i, const std::string& name, const Shape& shape, bool required) = 0;
   // The buffer's place among the padded buffers.
@@ -107,7 +108,7 @@ template <typename T>
 std::unique_ptr<Op<T>> make_gather(int from, const Layout& from_layout, Index from_gradient_ld,
                                    int to, const Layout& to_layout);
 
-#define FASTMAML_INSTANTIATE_OP(maker)                             \
+#define FASTMAML_INSTANTIATE_OP(maker)                                 \
   template std::unique_ptr<Op<float>> maker<float>(OpReader & reader); \
   template std::unique_ptr<Op<double>> maker<double>(OpReader & reader);
 

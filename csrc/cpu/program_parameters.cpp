@@ -27,9 +27,7 @@ void for_tiles(Index rows, Index columns, Share share, const Body& body) {
 // Torch keeps a weight as [out][in][taps]; column c = (input, tap) becomes row (tap, input).
 struct PackedRow {
   Index taps, in, ld;
-  Index operator()(Index column) const {
-    return ((column % taps) * in + column / taps) * ld;
-  }
+  Index operator()(Index column) const { return ((column % taps) * in + column / taps) * ld; }
 };
 
 PackedRow packed_row(const PackedSlot& slot, int lanes) {
@@ -135,12 +133,11 @@ void ParameterGroup::transpose(const Kernels<T>& kernels, const T* packed, Sourc
   }
 }
 
-#define FASTMAML_INSTANTIATE(T)                                                             \
-  template void ParameterGroup::pack<T>(const T*, T*, Share) const;                         \
-  template void ParameterGroup::unpack<T>(const T*, T, T*, Share) const;                    \
-  template void ParameterGroup::copy_uncovered<T>(const T*, T*) const;                      \
-  template void ParameterGroup::transpose<T>(const Kernels<T>&, const T*, Sources, T*,      \
-                                             Share) const;
+#define FASTMAML_INSTANTIATE(T)                                          \
+  template void ParameterGroup::pack<T>(const T*, T*, Share) const;      \
+  template void ParameterGroup::unpack<T>(const T*, T, T*, Share) const; \
+  template void ParameterGroup::copy_uncovered<T>(const T*, T*) const;   \
+  template void ParameterGroup::transpose<T>(const Kernels<T>&, const T*, Sources, T*, Share) const;
 FASTMAML_INSTANTIATE(float)
 FASTMAML_INSTANTIATE(double)
 #undef FASTMAML_INSTANTIATE

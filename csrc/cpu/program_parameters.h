@@ -20,9 +20,9 @@ struct PackedSlot {
   bool adapted = true;
   Index offset = 0;  // in theta or phi, torch layout
   Index taps = 1, in = 1, out = 1;
-  Index packed = 0;       // offset in the packed group
-  Index packed_size = 0;  // padding included
-  Index transposed = -1;  // offset in the group's transposed weights
+  Index packed = 0;            // offset in the packed group
+  Index packed_size = 0;       // padding included
+  Index transposed = -1;       // offset in the group's transposed weights
   Sources transposed_for = 0;  // the transpose is read when one of these is differentiated
 
   Index size() const { return taps * in * out; }
@@ -50,7 +50,8 @@ struct Weights {
 // One of the two groups, theta (adapted) or phi.
 class ParameterGroup {
  public:
-  // `size`: elements in torch's layout, of which the slots may cover a part; -1: just what they cover.
+  // `size`: elements in torch's layout, of which the slots may cover a part; -1: just what they
+  // cover.
   void build(std::vector<PackedSlot>& slots, bool adapted, Index size, int lanes);
 
   Index size() const { return size_; }

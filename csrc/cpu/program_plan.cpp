@@ -57,8 +57,7 @@ void check_graph(const ProgramSpec& spec) {
     }
     if (op.output <= 0 || op.output >= count || defined[op.output]) {
       throw std::invalid_argument(name + "output must be a new value between 1 and " +
-                                  std::to_string(count - 1) + ", got " +
-                                  std::to_string(op.output));
+                                  std::to_string(count - 1) + ", got " + std::to_string(op.output));
     }
     defined[op.output] = true;
   }
@@ -188,8 +187,8 @@ class Planner {
 
   Place arranged(const Place& from, const Layout& layout, Padding padding) {
     if (from.layout.same_as(layout)) return from;
-    const bool alike = from.layout.positions == layout.positions &&
-                       from.layout.channels == layout.channels;
+    const bool alike =
+        from.layout.positions == layout.positions && from.layout.channels == layout.channels;
     if (padding == Padding::kOptional && from.storage == 0 && alike &&
         with_ld(from.layout, layout.ld).same_as(layout)) {
       return from;
@@ -327,9 +326,8 @@ void Planner<T>::add_op(int index) {
       reader.fail("output must have as many elements as the input " + to_string(reader.input(0)) +
                   ", got " + to_string(reader.output()));
     }
-    values_[op.output] = op.kind == "view"
-                             ? from
-                             : Place{from.storage, permuted_output(reader, from.layout)};
+    values_[op.output] =
+        op.kind == "view" ? from : Place{from.storage, permuted_output(reader, from.layout)};
     return;
   }
   const auto maker = makers.find(op.kind);

@@ -79,8 +79,7 @@ class MaxPoolOp final : public Op<T> {
     const auto padding = reader.pair("padding", 0);
     const auto dilation = reader.pair("dilation", 1);
     geometry_ = pool_geometry(
-        reader, x, y,
-        pool_windows(x[1], y[1], kernel[0], stride[0], padding[0], dilation[0]),
+        reader, x, y, pool_windows(x[1], y[1], kernel[0], stride[0], padding[0], dilation[0]),
         pool_windows(x[2], y[2], kernel[1], stride[1], padding[1], dilation[1]),
         [](const Window&, const Window&) { return 1.0; });
     geometry_.step_h = dilation[0];
@@ -157,8 +156,7 @@ class AveragePoolOp final : public LinearOp<T> {
 
 template <typename T>
 std::unique_ptr<Op<T>> image_average(OpReader& reader, PoolGeometry geometry) {
-  return std::make_unique<AveragePoolOp<T>>(reader,
-                                            channels_first(reader.input(0), reader.lanes()),
+  return std::make_unique<AveragePoolOp<T>>(reader, channels_first(reader.input(0), reader.lanes()),
                                             channels_first(reader.output(), reader.lanes()),
                                             std::move(geometry));
 }
@@ -215,15 +213,14 @@ std::unique_ptr<Op<T>> make_avg_pool2d(OpReader& reader) {
   const Index divisor = reader.has("divisor") ? reader.integer("divisor", 1) : 0;
   const auto scale = [&](const Window& row, const Window& column) {
     if (divisor > 0) return 1.0 / static_cast<double>(divisor);
-    const Index count = include_padding
-                            ? row.padded_extent * column.padded_extent
-                            : (row.end - row.begin) * (column.end - column.begin);
+    const Index count = include_padding ? row.padded_extent * column.padded_extent
+                                        : (row.end - row.begin) * (column.end - column.begin);
     return 1.0 / static_cast<double>(count);
   };
   return image_average<T>(
-      reader, pool_geometry(reader, x, y,
-                            pool_windows(x[1], y[1], kernel[0], stride[0], padding[0], 1),
-                            pool_windows(x[2], y[2], kernel[1], stride[1], padding[1], 1), scale));
+      reader,
+      pool_geometry(reader, x, y, pool_windows(x[1], y[1], kernel[0], stride[0], padding[0], 1),
+                    pool_windows(x[2], y[2], kernel[1], stride[1], padding[1], 1), scale));
 }
 
 template <typename T>

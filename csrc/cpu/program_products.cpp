@@ -1,5 +1,5 @@
-// Linear layers and convolutions: ops that multiply their input by a weight. Their tangents are sums
-// of two products, which the kernels accumulate in one go.
+// Linear layers and convolutions: ops that multiply their input by a weight. Their tangents are
+// sums of two products, which the kernels accumulate in one go.
 #include "cpu/program_ops.h"
 
 namespace fastmaml {
@@ -38,8 +38,8 @@ template <typename T>
 class WeightedOp : public Op<T> {
  public:
   void forward(Run<T>& run) const override {
-    product(run, {run.value(input()), run.weight(weight()), nullptr, nullptr},
-            run.weight(bias()), run.value_out(this->output));
+    product(run, {run.value(input()), run.weight(weight()), nullptr, nullptr}, run.weight(bias()),
+            run.value_out(this->output));
   }
 
   void backward(Run<T>& run, Flow<T>& flow) const override {
@@ -68,8 +68,7 @@ class WeightedOp : public Op<T> {
   void backward_tangent(Run<T>& run) const override {
     const T* gy = run.gradient(this->output);
     const T* dgy = run.arrived(run.second, this->output);
-    weight_gradient(run, run.second,
-                    {run.value(input()), dgy, run.tangent(input()), gy});
+    weight_gradient(run, run.second, {run.value(input()), dgy, run.tangent(input()), gy});
     if (dgy != nullptr) bias_gradient(run, run.second, dgy);
     if (!run.wanted(run.second, input())) return;
     const Pairs<T> pairs(dgy, run.transposed(weight()), gy, run.direction_transposed(weight()));
@@ -125,16 +124,15 @@ class LinearLayerOp final : public WeightedOp<T> {
     this->slots = {reader.parameter(0, "weight", {this->out_channels_, in_channels_}, true),
                    reader.parameter(1, "bias", {this->out_channels_}, false)};
     positions_ = element_count(x) / in_channels_;
-    this->place(reader, channels_last(x, reader.lanes()),
-                channels_last(expected, reader.lanes()));
+    this->place(reader, channels_last(x, reader.lanes()), channels_last(expected, reader.lanes()));
   }
 
  protected:
   Index rows(const Run<T>& run) const override { return run.examples() * positions_; }
 
   void product(Run<T>& run, const Pairs<T>& x_w, const T* bias, T* y) const override {
-    run.kernels.matmul(rows(run), in_channels_, this->out_channels_, x_w.a[0], this->ldx_,
-                       x_w.b[0], x_w.a[1], this->ldx_, x_w.b[1], bias, y, false, run.share);
+    run.kernels.matmul(rows(run), in_channels_, this->out_channels_, x_w.a[0], this->ldx_, x_w.b[0],
+                       x_w.a[1], this->ldx_, x_w.b[1], bias, y, false, run.share);
   }
   void weight_product(Run<T>& run, const Pairs<T>& x_gy, Target<T> gw) const override {
     run.kernels.matmul_tn(rows(run), in_channels_, this->out_channels_, x_gy.a[0], this->ldx_,
@@ -177,9 +175,9 @@ class Conv2dOp final : public WeightedOp<T> {
     reader.expect_output(expected);
     this->out_channels_ = weight[0];
     const auto narrow = [](Index value) { return static_cast<int>(value); };
-    geometry_ = {narrow(x[0]),        narrow(weight[0]),   narrow(x[1]),       narrow(x[2]),
-                 narrow(expected[1]), narrow(expected[2]), narrow(weight[2]),  narrow(weight[3]),
-                 stride[0],           stride[1],           padding[0],         padding[1],
+    geometry_ = {narrow(x[0]),        narrow(weight[0]),   narrow(x[1]),      narrow(x[2]),
+                 narrow(expected[1]), narrow(expected[2]), narrow(weight[2]), narrow(weight[3]),
+                 stride[0],           stride[1],           padding[0],        padding[1],
                  dilation[0],         dilation[1]};
     this->slots = {reader.parameter(0, "weight", weight, true),
                    reader.parameter(1, "bias", {weight[0]}, false)};
@@ -196,16 +194,16 @@ class Conv2dOp final : public WeightedOp<T> {
     return run.examples() * geometry_.out_height * geometry_.out_width;
   }
   void product(Run<T>& run, const Pairs<T>& x_w, const T* bias, T* y) const override {
-    run.kernels.conv_forward(plan(run), x_w.a[0], this->ldx_, x_w.b[0], x_w.a[1], x_w.b[1], bias,
-                             y, run.share);
+    run.kernels.conv_forward(plan(run), x_w.a[0], this->ldx_, x_w.b[0], x_w.a[1], x_w.b[1], bias, y,
+                             run.share);
   }
   void weight_product(Run<T>& run, const Pairs<T>& x_gy, Target<T> gw) const override {
-    run.kernels.conv_weight_grad(plan(run), x_gy.a[0], this->ldx_, x_gy.b[0], x_gy.a[1],
-                                 x_gy.b[1], gw.data, gw.accumulate, run.share);
+    run.kernels.conv_weight_grad(plan(run), x_gy.a[0], this->ldx_, x_gy.b[0], x_gy.a[1], x_gy.b[1],
+                                 gw.data, gw.accumulate, run.share);
   }
   void input_gradient(Run<T>& run, const Pairs<T>& gy_wt, Target<T> gx) const override {
-    run.kernels.conv_input_grad(plan(run), gy_wt.a[0], gy_wt.b[0], gy_wt.a[1], gy_wt.b[1],
-                                gx.data, gx.accumulate, run.share);
+    run.kernels.conv_input_grad(plan(run), gy_wt.a[0], gy_wt.b[0], gy_wt.a[1], gy_wt.b[1], gx.data,
+                                gx.accumulate, run.share);
   }
 
  private:

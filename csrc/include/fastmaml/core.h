@@ -1,6 +1,7 @@
 // The public face of the native core. Knows no Python and no torch: tensors are pointers to
-// contiguous memory in torch's own layout, of the program's dtype (labels are int64). A null pointer
-// means "absent". Errors are std::invalid_argument (a wrong argument) or std::runtime_error.
+// contiguous memory in torch's own layout, of the program's dtype (labels are int64). A null
+// pointer means "absent". Errors are std::invalid_argument (a wrong argument) or
+// std::runtime_error.
 #pragma once
 
 #include <cstddef>
@@ -143,7 +144,7 @@ struct MetaStepArgs {
   void* gtheta = nullptr;       // [sizes.theta], mean over tasks
   void* gshared = nullptr;      // [sizes.shared], mean over tasks
   void* grates = nullptr;       // [rate_steps, sizes.theta], mean over tasks
-  void* stats = nullptr;        // [tasks, steps + 1, sizes.stats]: support steps, then query
+  void* stats = nullptr;        // [tasks, steps (+ 1 with a query), sizes.stats], in call order
   void* adapted = nullptr;      // [tasks, sizes.theta]
   void* predictions = nullptr;  // [tasks, query_examples, *output]
   int threads = 1;
