@@ -1,0 +1,171 @@
+"""The networks: what they compute, their names and their initial values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmaml.vision.models import (
+    CNN4,
+    CNN4Backbone,
+    ConvBase,
+    ConvBlock,
+    MiniImagenetCNN,
+    OmniglotCNN,
+    OmniglotFC,
+    fc_init_,
+    maml_init_,
+)
+
+State = Mapping[str, Tensor]
+
+
+def size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def batch_norm(x: Tensor, state: State, name: str, eps: float = 1e-5) -> Tensor:
+    dims = [0, *range(2, x.ndim)]
+    mean, var = x.mean(dims, keepdim=True), x.var(dims, unbiased=False, keepdim=True)
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    weight, bias = (state[f"{name}.normalize.{p}"].view(shape) for p in ("weight", "bias"))
+    return (x - mean) / (var + eps).sqrt() * weight + bias
+
+
+def conv_block(x: Tensor, state: State, name: str, stride: int = 1) -> Tensor:
+    weight, bias = state[f"{name}.conv.weight"], state[f"{name}.conv.bias"]
+    return F.relu(batch_norm(F.conv2d(x, weight, bias, stride, padding=1), state, name))
+
+
+def linear(x: Tensor, state: State, name: str) -> Tensor:
+    return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+
+def test_omniglot_cnn_is_strided_convolutions_and_a_mean() -> None:
+    net, x = OmniglotCNN(7, hidden_size=5, layers=3).double(), torch.randn(4, 1, 28, 28).double()
+    state, h = net.state_dict(), x
+    for i in range(3):
+        h = conv_block(h, state, f"features.1.{i}", stride=2)
+    assert h.shape == (4, 5, 4, 4)
+    expected = linear(h.mean((2, 3)), state, "classifier")
+    torch.testing.assert_close(net(x), expected)
+    torch.testing.assert_close(net(x.flatten(1)), expected)
+    torch.testing.assert_close(net.classifier(net.features(x)), expected)
+
+
+def test_omniglot_fc_normalises_by_the_batch_alone() -> None:
+    net, x = OmniglotFC(12, 3, sizes=[6, 4]).double(), torch.randn(5, 3, 2, 2).double()
+    state, h = net.state_dict(), x.flatten(1)
+    for i in range(2):
+        h = linear(h, state, f"features.1.{i}.linear")
+        h = F.relu(batch_norm(h, state, f"features.1.{i}", eps=1e-3))
+    expected = linear(h, state, "classifier")
+    torch.testing.assert_close(net(x), expected)
+    torch.testing.assert_close(net.eval()(x), expected)
+    assert not list(net.buffers())
+
+
+def test_cnn4_pools_after_each_convolution() -> None:
+    net, x = (
+        CNN4(6, hidden_size=4, channels=2, embedding_size=16).double(),
+        torch.rand(3, 2, 32, 35),
+    )
+    x = x.double()
+    state, h = net.state_dict(), x
+    for i in range(4):
+        h = F.max_pool2d(conv_block(h, state, f"features.{i}"), 2)
+    torch.testing.assert_close(net(x), linear(h.flatten(1), state, "classifier"))
+
+
+def test_fewer_layers_pool_more() -> None:
+    assert CNN4Backbone(hidden_size=3, layers=2)(torch.rand(2, 3, 84, 84)).shape == (2, 3 * 5 * 5)
+    assert CNN4Backbone(hidden_size=3, layers=1)(torch.rand(2, 3, 84, 84)).shape == (2, 3 * 10 * 10)
+    wide = CNN4Backbone(hidden_size=3, layers=2, max_pool_factor=1)
+    assert wide(torch.rand(2, 3, 84, 84)).shape == (2, 3 * 21 * 21)
+    strided = CNN4(5, hidden_size=3, layers=2, max_pool=False, embedding_size=3 * 6 * 6)
+    assert strided(torch.rand(2, 3, 84, 84)).shape == (2, 5)
+    with pytest.raises(ValueError, match=r"stride 2 \* max_pool_factor of 1 or more, got 0"):
+        CNN4(5, layers=5)
+
+
+@pytest.mark.parametrize(
+    ("module", "parameters"),
+    [
+        (lambda: CNN4(5, hidden_size=32), 32901),  # the MAML paper's mini-ImageNet network
+        (lambda: OmniglotCNN(5), 112261),
+        (lambda: OmniglotFC(784, 5), 247621),
+        (lambda: ConvBase(hidden=32, channels=3, max_pool=True, layers=2), 10272),
+    ],
+)
+def test_sizes_are_those_of_the_literature(module, parameters: int) -> None:
+    assert size(module()) == parameters
+
+
+def test_state_dicts_have_learn2learns_names() -> None:
+    block = [f"normalize.{n}" for n in ("weight", "bias", "running_mean", "running_var")]
+    block += ["normalize.num_batches_tracked", "conv.weight", "conv.bias"]
+    ends = ["classifier.weight", "classifier.bias"]
+    blocks = [f"{i}.{name}" for i in range(4) for name in block]
+    assert list(CNN4(5).state_dict()) == [f"features.{name}" for name in blocks] + ends
+    assert list(OmniglotCNN().state_dict()) == (
+        [f"base.{name}" for name in blocks] + [f"features.1.{name}" for name in blocks] + ends
+    )
+    layers = [f"{part}.{n}" for part in ("normalize", "linear") for n in ("weight", "bias")]
+    assert list(OmniglotFC(9, 2).state_dict()) == (
+        [f"features.1.{i}.{name}" for i in range(4) for name in layers] + ends
+    )
+    assert MiniImagenetCNN is CNN4
+
+
+def test_a_checkpoint_comes_back() -> None:
+    a, b = OmniglotCNN(3, hidden_size=4), OmniglotCNN(3, hidden_size=4)
+    b.load_state_dict(a.state_dict())
+    assert b.base[0].conv.weight is b.features[1][0].conv.weight
+    x = torch.rand(2, 1, 28, 28)
+    assert torch.equal(a(x), b(x))
+
+
+# --- initial values ---------------------------------------------------------------------------
+
+
+def test_fc_init_is_a_normal_cut_off_at_two_deviations() -> None:
+    layer = nn.Linear(300, 300)
+    assert fc_init_(layer) is layer
+    assert layer.weight.abs().max() <= 0.02
+    assert layer.weight.abs().max() > 0.0199
+    # A standard normal within two deviations has deviation 0.8796.
+    assert layer.weight.std().item() == pytest.approx(0.008796, rel=0.01)
+    assert abs(layer.weight.mean().item()) < 1e-4
+    assert not layer.bias.any()
+    assert isinstance(fc_init_(nn.BatchNorm1d(3, affine=False)), nn.BatchNorm1d)
+
+
+def test_maml_init_is_xavier_uniform() -> None:
+    layer = nn.Conv2d(40, 60, 3)
+    assert maml_init_(layer) is layer
+    bound = (6 / (9 * 100)) ** 0.5
+    assert bound * 0.999 < layer.weight.abs().max() <= bound
+    assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+    assert not layer.bias.any()
+
+
+def test_networks_use_these_initial_values() -> None:
+    block = ConvBlock(16, 2000, 3)
+    assert 0 <= block.normalize.weight.min() < 0.01
+    assert 0.99 < block.normalize.weight.max() <= 1
+    assert block.normalize.weight.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert not block.normalize.bias.any()
+    assert not block.conv.bias.any()
+    assert block.conv.weight.abs().max() <= (6 / (9 * 2016)) ** 0.5
+    head = OmniglotCNN(200, hidden_size=100, layers=1).classifier
+    assert head.weight.std().item() == pytest.approx(1, rel=0.03)
+    assert not head.bias.any()
+    assert CNN4(5, hidden_size=4).classifier.weight.abs().max() <= (6 / 105) ** 0.5
+    fully_connected = OmniglotFC(9, 4)
+    assert fully_connected.classifier.weight.abs().max() <= 0.02
+    assert fully_connected.features[1][0].linear.weight.abs().max() <= 0.02
+    assert torch.equal(fully_connected.features[1][0].normalize.weight, torch.ones(256))
