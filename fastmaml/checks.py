@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -143,7 +144,7 @@ def adapt_loss(loss: object, tasks: int | None) -> Tensor:
 
 def finite_loss(loss: Tensor) -> None:
     """The loss is a number; checked where that needs no device synchronisation."""
-    if loss.device.type == "cpu" and not bool(torch.isfinite(loss).all()):
+    if loss.device.type == "cpu" and not math.isfinite(loss.detach().sum().item()):
         raise FloatingPointError(
             f"loss must be finite, got {loss.detach().tolist()}; lower the inner learning rate "
             "or check the data for NaN"

@@ -26,7 +26,8 @@ def meta_loss(
     """See :meth:`fastmaml.MAML.meta_loss`."""
     order = maml.first_order if first_order is None else first_order
     checks.steps_count(steps)
-    layout, theta, phi = maml.packed()
+    with torch.no_grad():
+        layout, theta, phi = maml.packed()
     batch = checks.batch(batch, theta, labels_needed=True)
     program = maml.programs.find(layout, batch.support_x)
     kind = built_in(loss)
@@ -40,11 +41,11 @@ def meta_loss(
     call = replace(
         call,
         first_order=order,
-        gradient=grad and (theta.requires_grad or phi.requires_grad or learned),
-        shared_gradient=grad and phi.requires_grad,
+        gradient=grad and (learned or any(p.requires_grad for p in layout.parameters)),
+        shared_gradient=grad and layout.shared_requires_grad,
         rates_gradient=grad and learned,
     )
-    value, result = fused_meta_loss(program.executor, call)
+    value, result = fused_meta_loss(program.executor, layout, call)
     checks.finite_loss(value)
     if result.statistics is not None:
         program.running.fold(result.statistics)

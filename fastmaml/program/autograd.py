@@ -18,6 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from fastmaml.backends.base import Executor, MetaStep, MetaStepResult
+from fastmaml.program.layout import ParameterLayout
 
 
 @dataclass
@@ -100,13 +101,20 @@ def _recompute(
 
 
 class MetaGradient(Function):
-    """The mean query loss of a fused meta-step, its gradient already computed with it."""
+    """The mean query loss of a fused meta-step, its gradient already computed with it.
+
+    A node on the parameters themselves: packing them needs no graph.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, result: MetaStepResult, theta: Tensor, phi: Tensor, rates: Tensor | None
+        ctx: Any,
+        result: MetaStepResult,
+        layout: ParameterLayout,
+        rates: Tensor | None,
+        *parameters: Tensor,
     ) -> Tensor:
-        ctx.result = result
+        ctx.result, ctx.layout = result, layout
         ctx.set_materialize_grads(False)
         return result.losses.mean()
 
@@ -114,13 +122,20 @@ class MetaGradient(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None
+            return (None,) * len(ctx.needs_input_grad)
         r: MetaStepResult = ctx.result
-        parts = (r.theta_grad, r.phi_grad, r.rates_grad)
-        return None, *(None if part is None else grad * part for part in parts)
+        theta, phi, rates = (
+            None if part is None else grad * part
+            for part in (r.theta_grad, r.phi_grad, r.rates_grad)
+        )
+        return None, None, rates, *ctx.layout.unpack(theta, phi)
 
 
-def fused_meta_loss(executor: Executor, call: MetaStep) -> tuple[Tensor, MetaStepResult]:
+def fused_meta_loss(
+    executor: Executor, layout: ParameterLayout, call: MetaStep
+) -> tuple[Tensor, MetaStepResult]:
     """``(loss, result)``: the mean over tasks of the query loss, differentiable once."""
     result = executor.meta_step(call)
-    return MetaGradient.apply(result, call.theta, call.phi, call.rates), result
+    if not call.gradient:
+        return result.losses.mean(), result
+    return MetaGradient.apply(result, layout, call.rates, *layout.parameters), result

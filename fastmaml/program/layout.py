@@ -23,7 +23,7 @@ class ParameterLayout:
         self.slots: dict[str, Slot] = {}
         self.theta_size = 0
         self.shared_size = 0
-        self._parameters: list[tuple[Slot, nn.Parameter]] = []
+        self.parameters: list[nn.Parameter] = []  # in the order of the slots
         first_name: dict[int, str] = {}
         aliases: dict[str, str] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -33,13 +33,15 @@ class ParameterLayout:
                 adapted = parameter.requires_grad and (adapt is None or adapt(name, parameter))
                 self._add(name, parameter, adapted)
         self.aliases = aliases
+        pairs = zip(self.slots.values(), self.parameters, strict=True)
+        self.shared_requires_grad = any(p.requires_grad and not s.adapted for s, p in pairs)
         self.adapted_names = tuple(slot.name for slot in self.group(adapted=True))
 
     def _add(self, name: str, parameter: nn.Parameter, adapted: bool) -> None:
         offset = self.theta_size if adapted else self.shared_size
         slot = Slot(name, tuple(parameter.shape), adapted, offset)
         self.slots[name] = slot
-        self._parameters.append((slot, parameter))
+        self.parameters.append(parameter)
         if adapted:
             self.theta_size += slot.size
         else:
@@ -51,17 +53,30 @@ class ParameterLayout:
 
     def pack(self, *, adapted: bool) -> Tensor:
         """The group's parameters as one vector ``[P]`` or ``[Q]``; differentiable."""
-        parts = [p.reshape(-1) for slot, p in self._parameters if slot.adapted == adapted]
+        pairs = zip(self.slots.values(), self.parameters, strict=True)
+        parts = [p.reshape(-1) for slot, p in pairs if slot.adapted == adapted]
         if parts:
             return torch.cat(parts)
-        return self._parameters[0][1].new_empty(0) if self._parameters else torch.empty(0)
+        return self.parameters[0].new_empty(0) if self.parameters else torch.empty(0)
+
+    def unpack(self, theta: Tensor | None, phi: Tensor | None) -> list[Tensor | None]:
+        """Views of ``theta [P]`` and ``phi [Q]`` like the parameters; None stays None."""
+        sources = (theta if slot.adapted else phi for slot in self.slots.values())
+        return [
+            None if source is None else self._part(slot, source)
+            for slot, source in zip(self.slots.values(), sources, strict=True)
+        ]
+
+    @staticmethod
+    def _part(slot: Slot, source: Tensor) -> Tensor:
+        part = source.narrow(-1, slot.offset, slot.size)
+        return part.view(*source.shape[:-1], *slot.shape)
 
     def views(self, theta: Tensor, phi: Tensor) -> dict[str, Tensor]:
         """Each parameter as a view: ``[*lead, *shape]`` of ``theta [*lead, P]``, or of ``phi``."""
         return {name: self.view(slot, theta, phi) for name, slot in self.slots.items()}
 
-    @staticmethod
-    def view(slot: Slot, theta: Tensor, phi: Tensor) -> Tensor:
-        source = theta if slot.adapted else phi
-        part = source.narrow(-1, slot.offset, slot.size)
-        return part.view(*source.shape[:-1], *slot.shape)
+    @classmethod
+    def view(cls, slot: Slot, theta: Tensor, phi: Tensor) -> Tensor:
+        """The parameter of one slot; see :meth:`views`."""
+        return cls._part(slot, theta if slot.adapted else phi)
