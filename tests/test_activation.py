@@ -12,7 +12,7 @@ KINKS = {
     "leaky_relu": [0.0],
     "elu": [0.0],
     "selu": [0.0],
-    "hardtanh": [-0.7, 1.1],
+    "hardtanh": [-0.75, 1.125],
 }
 UNBOUNDED = ("exp",)
 

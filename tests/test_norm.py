@@ -1,9 +1,11 @@
 """The rule ``batch_norm``."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from rule_cases import CASES, Case
-from rule_checks import EXACT, Problem, RuleTests
+from rule_checks import EXACT, Problem, RuleTests, check_rule
 
 TRACKING = [case for case in CASES["batch_norm"] if case.op.attrs["tracking"]]
 
@@ -31,6 +33,12 @@ def test_large_mean_in_float32(case: Case) -> None:
     _, saved = p.forward(*p.leaves[:-1], x)
     expected = x.double().var([1, *range(3, x.ndim)])
     torch.testing.assert_close(saved.batch_var_unbiased.double(), expected, rtol=1e-4, atol=0.0)
+
+
+def test_two_examples() -> None:
+    """The normalised values are 1 and -1 whatever x is: next to nothing arrives at x."""
+    case = next(case for case in CASES["batch_norm"] if case.name == "1d")
+    check_rule(replace(case, least_examples=2), 3, 2)
 
 
 def test_one_value_per_channel_is_zero_variance() -> None:
