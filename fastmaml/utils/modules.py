@@ -57,7 +57,6 @@ def clone_module(module: Module, memo: dict[Any, Any] | None = None) -> Module:
     clone.__dict__["_modules"] = {
         name: clone_module(child, memo) for name, child in module._modules.items()
     }
-    _refresh(clone)
     return clone
 
 
@@ -67,12 +66,6 @@ def _clone_tensor(tensor: Tensor | None, memo: dict[Any, Any]) -> Tensor | None:
     if tensor not in memo:
         memo[tensor] = tensor.clone()
     return memo[tensor]
-
-
-def _refresh(module: nn.Module) -> None:
-    """Recurrent layers keep their weights in a list of their own as well."""
-    if isinstance(module, nn.RNNBase):
-        module._init_flat_weights()
 
 
 def detach_module(module: Any, keep_requires_grad: bool = False) -> None:
@@ -117,7 +110,6 @@ def update_module(
             for name, tensor in tensors.items():
                 if tensor is not None:
                     tensors[name] = _updated(tensor, changes, memo)  # type: ignore[assignment]
-        _refresh(part)
     return module
 
 
