@@ -52,17 +52,19 @@ template <typename T>
 struct GeluTanh {  // x (1 + tanh u) / 2, u = k (x + c x^3)
   static Vec<T> k() { return constant<T>(0.79788456080286535588); }
   static Vec<T> c() { return constant<T>(0.044715); }
-  static Vec<T> tanh_u(Vec<T> x) { return vector_tanh<T>(k() * fma(c() * x, x * x, x)); }
+  static Vec<T> u(Vec<T> x) { return k() * fma(c() * x, x * x, x); }
   static Vec<T> du(Vec<T> x) { return k() * fma(constant<T>(3) * c() * x, x, constant<T>(1)); }
-  Vec<T> value(Vec<T> x) const { return constant<T>(0.5) * x * (constant<T>(1) + tanh_u(x)); }
+  Vec<T> value(Vec<T> x) const {
+    return constant<T>(0.5) * x * (constant<T>(1) + vector_tanh<T>(u(x)));
+  }
   Vec<T> slope(Vec<T> x) const {
-    const Vec<T> t = tanh_u(x), one = constant<T>(1);
-    return constant<T>(0.5) * ((one + t) + x * (one - t * t) * du(x));
+    const Vec<T> sum = constant<T>(1) + vector_tanh<T>(u(x));
+    return constant<T>(0.5) * fma(x * vector_tanh_slope<T>(u(x)), du(x), sum);
   }
   Vec<T> curvature(Vec<T> x) const {
-    const Vec<T> t = tanh_u(x), u1 = du(x), u2 = constant<T>(6) * k() * c() * x;
+    const Vec<T> t = vector_tanh<T>(u(x)), u1 = du(x), u2 = constant<T>(6) * k() * c() * x;
     const Vec<T> bend = u2 - constant<T>(2) * t * u1 * u1;
-    return (constant<T>(1) - t * t) * fma(constant<T>(0.5) * x, bend, u1);
+    return vector_tanh_slope<T>(u(x)) * fma(constant<T>(0.5) * x, bend, u1);
   }
 };
 
@@ -95,13 +97,9 @@ struct Sigmoid {
 template <typename T>
 struct Tanh {
   Vec<T> value(Vec<T> x) const { return vector_tanh<T>(x); }
-  Vec<T> slope(Vec<T> x) const {
-    const Vec<T> t = vector_tanh<T>(x);
-    return constant<T>(1) - t * t;
-  }
+  Vec<T> slope(Vec<T> x) const { return vector_tanh_slope<T>(x); }
   Vec<T> curvature(Vec<T> x) const {
-    const Vec<T> t = vector_tanh<T>(x);
-    return constant<T>(-2) * t * (constant<T>(1) - t * t);
+    return constant<T>(-2) * vector_tanh<T>(x) * vector_tanh_slope<T>(x);
   }
 };
 

@@ -7,8 +7,10 @@ namespace FASTMAML_ISA {
 namespace {
 
 constexpr int kMaxSegments = 64;
-constexpr Index kUnfoldElements = 4096;  // of the buffer that narrow inputs are unfolded into
 constexpr int kNarrow = 4;               // input channels too few to fill a register tile
+constexpr Index kNarrowRows = 256;       // taps times channels of a narrow weight gradient
+constexpr Index kNarrowElements = 4096;  // of the buffer its input lines are laid out in
+constexpr Index kNarrowOutputs = 5120;   // elements of the output gradient per pass over it
 
 // Sources, destinations and weights of one direction.
 template <typename T>
@@ -101,8 +103,9 @@ void weight_grad_by_tap(const ConvPlan& plan, const ProductTerm<T> (&terms)[2], 
   const Index ld = padded_to_lanes<T>(g.out_channels), vectors = ld / kLanes<T>;
   const Index per_tap = outer_units(g.in_channels, vectors);
   const Range mine = split(per_tap * g.kernel_h * g.kernel_w, share);
+  const Index block = larger(walk.block_units / term_count, 1);
   for (Index scope = 0; scope < walk.scopes; ++scope) {
-    for (Index begin = 0; begin < walk.units; begin += walk.block_units) {
+    for (Index begin = 0; begin < walk.units; begin += block) {
       const bool add = accumulate || scope > 0 || begin > 0;
       for (Index unit = mine.begin; unit < mine.end;) {
         const Index tap = unit / per_tap;
@@ -110,7 +113,7 @@ void weight_grad_by_tap(const ConvPlan& plan, const ProductTerm<T> (&terms)[2], 
         unit = tap * per_tap + units.end;
         const ConvTapPairs& pairs = walk.taps[tap];
         const Index first = larger(begin, pairs.first_unit);
-        const Index last = smaller(smaller(begin + walk.block_units, walk.units), pairs.last_unit);
+        const Index last = smaller(smaller(begin + block, walk.units), pairs.last_unit);
         if (first >= last && add) continue;
         const Index input = scope * walk.scope_input + first * walk.unit_input + pairs.input_start;
         const Index output = scope * walk.scope_output + first * walk.unit_output;
@@ -131,79 +134,91 @@ void weight_grad_by_tap(const ConvPlan& plan, const ProductTerm<T> (&terms)[2], 
   }
 }
 
-// Writes whole vectors, so up to a vector past `count`: the next run overwrites that.
-template <typename T>
-FASTMAML_INLINE T* append(T* out, const T* in, Index count) {
-  Index i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) store(out + i, load(in + i));
-  if (i < count) store(out + i, load_first(in + i, static_cast<int>(count - i)));
-  return out + count;
-}
-template <typename T>
-FASTMAML_INLINE T* append_zeros(T* out, Index count) {
-  for (Index i = 0; i < count; i += kLanes<T>) store(out + i, Vec<T>{});
-  return out + count;
-}
+// Narrow inputs: a line of the input is laid out so that what one tap and channel multiply along a
+// line of the output lies side by side. The weight gradient is then a product whose rows are taps
+// and channels, all in one register tile.
+struct NarrowLayout {
+  Index run;    // values of one channel and phase: every stride-th column of the padded line
+  Index line;   // values of one padded line
+  Index lines;  // padded lines that an output line spans
+  Index k;      // taps times channels
 
-// The taps of one kernel line that fall on input line `line`, or zeros in the padding.
-template <typename T>
-FASTMAML_INLINE T* unfold_line(const ConvGeometry& g, const T* line, Index ldx, int first, T* out) {
-  const Index channels = g.in_channels;
-  if (!line) return append_zeros(out, g.kernel_w * channels);
-  if (g.dilation_w == 1 && ldx == channels) {
-    const Index before = smaller(larger(-first, 0), g.kernel_w);
-    const Index end = larger(smaller(g.width - first, g.kernel_w), before);
-    out = append_zeros(out, before * channels);
-    out = append(out, line + (first + before) * ldx, (end - before) * channels);
-    return append_zeros(out, (g.kernel_w - end) * channels);
-  }
-  for (int tap = 0; tap < g.kernel_w; ++tap) {
-    const int column = first + tap * g.dilation_w;
-    const bool inside = column >= 0 && column < g.width;
-    out = inside ? append(out, line + column * ldx, channels) : append_zeros(out, channels);
-  }
-  return out;
-}
+  explicit NarrowLayout(const ConvGeometry& g)
+      : run(divide_up(g.width + 2 * g.pad_w, g.stride_w) + g.dilation_w * (g.kernel_w - 1)),
+        line(run * g.stride_w * g.in_channels),
+        lines(Index{g.dilation_h} * (g.kernel_h - 1) + 1),
+        k(Index{g.kernel_h} * g.kernel_w * g.in_channels) {}
 
-// Rows of kernel_h * kernel_w * in_channels values, one for each output position of `rows`.
+  // Output lines whose inputs fit the buffer.
+  Index fitting(const ConvGeometry& g) const {
+    const Index spare = kNarrowElements / line - lines;
+    return spare < 0 ? 0 : spare / g.stride_h + 1;
+  }
+};
+
 template <typename T>
-void unfold(const ConvGeometry& g, const T* image, Index ldx, Range rows, T* out) {
-  for (Index row = rows.begin; row < rows.end; ++row) {
-    const int top = static_cast<int>(row / g.out_width) * g.stride_h - g.pad_h;
-    const int left = static_cast<int>(row % g.out_width) * g.stride_w - g.pad_w;
-    for (int tap = 0; tap < g.kernel_h; ++tap) {
-      const int line = top + tap * g.dilation_h;
-      const bool inside = line >= 0 && line < g.height;
-      out = unfold_line(g, inside ? image + line * g.width * ldx : nullptr, ldx, left, out);
+void lay_out_lines(const ConvGeometry& g, const NarrowLayout& layout, const T* image, Index ldx,
+                   Range padded_lines, T* out) {
+  for (Index i = 0; i < (padded_lines.end - padded_lines.begin) * layout.line; ++i) out[i] = 0;
+  for (Index h = padded_lines.begin; h < padded_lines.end; ++h, out += layout.line) {
+    if (h < g.pad_h || h >= g.pad_h + g.height) continue;
+    const T* line = image + (h - g.pad_h) * g.width * ldx;
+    for (Index channel = 0; channel < g.in_channels; ++channel) {
+      for (Index phase = 0; phase < g.stride_w; ++phase) {
+        T* run = out + (channel * g.stride_w + phase) * layout.run;
+        // The first column of this phase inside the image, counted with the padding.
+        const Index skipped = divide_up(larger(g.pad_w - phase, 0), g.stride_w);
+        Index column = phase + skipped * g.stride_w - g.pad_w;
+        for (T* to = run + skipped; column < g.width; column += g.stride_w) {
+          *to++ = line[column * ldx + channel];
+        }
+      }
     }
   }
 }
 
+// Where the values of each tap and channel start in the layout.
+void narrow_offsets(const ConvGeometry& g, const NarrowLayout& layout, std::int32_t* offsets) {
+  for (Index i = 0; i < layout.k; ++i) {
+    const Index channel = i % g.in_channels, tap = i / g.in_channels;
+    const Index column = tap % g.kernel_w * g.dilation_w, h = tap / g.kernel_w * g.dilation_h;
+    const Index run = channel * g.stride_w + column % g.stride_w;
+    offsets[i] =
+        static_cast<std::int32_t>(h * layout.line + run * layout.run + column / g.stride_w);
+  }
+}
+
 template <typename T>
-void weight_grad_unfolded(const ConvPlan& plan, const ProductTerm<T> (&terms)[2], int term_count,
-                          T* gw, bool accumulate, Share share) {
+void weight_grad_narrow(const ConvPlan& plan, const ProductTerm<T> (&terms)[2], int term_count,
+                        T* gw, bool accumulate, Share share) {
   const ConvGeometry& g = plan.geometry;
-  const Index inputs = g.height * g.width, outputs = g.out_height * g.out_width;
-  const Index k = g.kernel_h * g.kernel_w * g.in_channels;
-  const Index ld = padded_to_lanes<T>(g.out_channels), vectors = ld / kLanes<T>;
-  const Range mine = split(outer_units(k, vectors), share);
-  if (mine.begin == mine.end) return;
-  alignas(64) T buffer[kUnfoldElements + kLanes<T>];
-  const Index block = kUnfoldElements / k;
+  const NarrowLayout layout(g);
+  const Index ld = padded_to_lanes<T>(g.out_channels);
+  const Range mine = split(layout.k, share);
+  std::int32_t offsets[kNarrowRows], rows[kNarrowRows];
+  narrow_offsets(g, layout, offsets);
+  for (Index i = 0; i < layout.k; ++i) rows[i] = static_cast<std::int32_t>(i);
+  const Index cached = kNarrowOutputs / (g.out_width * ld) + 1;
+  const Index block = smaller(smaller(layout.fitting(g), cached), kMaxSegments);
+  alignas(64) T buffer[kNarrowElements];
+  bool add = accumulate;
   for (int t = 0; t < term_count; ++t) {
     for (Index image = 0; image < plan.images; ++image) {
-      for (Index row = 0; row < outputs; row += block) {
-        const Range rows = {row, smaller(row + block, outputs)};
-        unfold(g, terms[t].a + image * inputs * terms[t].lda, terms[t].lda, rows, buffer);
-        const OuterProduct<T> product = {
-            {{buffer, k, terms[t].b + (image * outputs + row) * ld}, {}},
-            1,
-            nullptr,
-            rows.end - rows.begin,
-            gw,
-            ld,
-            accumulate || t > 0 || image > 0 || row > 0};
-        multiply_outer(product, k, vectors, mine);
+      for (Index first = 0; first < g.out_height; first += block) {
+        const Index count = smaller(block, g.out_height - first);
+        const Index top = first * g.stride_h;
+        lay_out_lines(g, layout, terms[t].a + image * g.height * g.width * terms[t].lda,
+                      terms[t].lda, {top, top + (count - 1) * g.stride_h + layout.lines}, buffer);
+        Segment segments[kMaxSegments];
+        for (Index i = 0; i < count; ++i) {
+          segments[i] = {i * g.stride_h * layout.line, i * g.out_width, g.out_width};
+        }
+        const T* gy = terms[t].b + (image * g.out_height + first) * g.out_width * ld;
+        const RowProduct<T> product = {
+            {{buffer, 1, gy}, {}}, 1, segments, static_cast<int>(count), nullptr, gw, ld, add};
+        multiply_rows(product, offsets, rows, mine.begin, mine.end - mine.begin,
+                      {0, ld / kLanes<T>});
+        add = true;
       }
     }
   }
@@ -252,10 +267,9 @@ void conv_weight_grad(const ConvPlan& plan, const T* x, Index ldx, const T* gy, 
   const ConvGeometry& g = plan.geometry;
   const ProductTerm<T> terms[2] = {{x, ldx, gy}, {x2, ldx, gy2}};
   const int term_count = x2 ? 2 : 1;
-  const bool unfolds =
-      g.in_channels <= kNarrow && g.in_channels * g.kernel_h * g.kernel_w <= kUnfoldElements;
-  if (unfolds) {
-    weight_grad_unfolded(plan, terms, term_count, gw, accumulate, share);
+  const NarrowLayout layout(g);
+  if (g.in_channels <= kNarrow && layout.k <= kNarrowRows && layout.fitting(g) > 0) {
+    weight_grad_narrow(plan, terms, term_count, gw, accumulate, share);
   } else {
     weight_grad_by_tap(plan, terms, term_count, gw, accumulate, share);
   }

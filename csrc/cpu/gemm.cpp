@@ -41,6 +41,7 @@ __attribute__((noinline)) void row_tile(const RowProduct<T>& product, const std:
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) a[r] = rows[r] + segment.a_offset;
       const T* b = term.b + segment.b_offset * ld + column;
+#pragma GCC unroll 4
       for (Index k = 0; k < segment.k; ++k, b += ld) {
         Vec<T> values[NV];
 #pragma GCC unroll 4

@@ -94,6 +94,13 @@ FASTMAML_INLINE Vec<T> vector_tanh(Vec<T> x) {
   return select<T>(x < Vec<T>{}, -t, t);
 }
 
+// 1 - tanh(x)^2, without the cancellation.
+template <typename T>
+FASTMAML_INLINE Vec<T> vector_tanh_slope(Vec<T> x) {
+  const Vec<T> e = vector_exp<T>(broadcast(T(-2)) * absolute<T>(x)), sum = broadcast(T(1)) + e;
+  return broadcast(T(4)) * e / (sum * sum);
+}
+
 template <typename T>
 FASTMAML_INLINE Vec<T> vector_sigmoid(Vec<T> x) {
   const Vec<T> one = broadcast(T(1));

@@ -1,0 +1,123 @@
+// The little that the tests of the core need: checks that go on, random data, comparisons.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fastmaml_test {
+
+using fastmaml::Index;
+using fastmaml::Kernels;
+using fastmaml::Share;
+
+inline int& failures() {
+  static int count = 0;
+  return count;
+}
+
+inline void fail(const std::string& what) {
+  if (++failures() <= 20) std::fprintf(stderr, "FAILED %s\n", what.c_str());
+}
+inline void check(bool good, const std::string& what) {
+  if (!good) fail(what);
+}
+
+inline int report(const char* name) {
+  std::printf("%s: %s\n", name, failures() == 0 ? "passed" : "FAILED");
+  return failures() == 0 ? 0 : 1;
+}
+
+inline std::mt19937& generator() {
+  static std::mt19937 engine(20240607);
+  return engine;
+}
+
+template <typename T>
+std::vector<T> random_values(Index count, double scale = 1) {
+  std::normal_distribution<double> normal(0, scale);
+  std::vector<T> values(static_cast<std::size_t>(count));
+  for (T& value : values) value = static_cast<T>(normal(generator()));
+  return values;
+}
+
+// [rows][columns] with rows of `ld` elements; what pads them is zero, or random where it may be.
+template <typename T>
+std::vector<T> random_rows(Index rows, Index columns, Index ld, bool random_padding = false) {
+  std::vector<T> values = random_values<T>(rows * ld);
+  for (Index i = 0; !random_padding && i < rows; ++i) {
+    for (Index c = columns; c < ld; ++c) values[i * ld + c] = 0;
+  }
+  return values;
+}
+
+// Memory that a kernel must overwrite.
+template <typename T>
+std::vector<T> poisoned(Index count) {
+  return std::vector<T>(static_cast<std::size_t>(count), static_cast<T>(NAN));
+}
+
+// The largest error must stay below `units` roundings of the largest expected value, or of
+// `least_scale` where terms much larger than their sum may cancel.
+template <typename T>
+void check_close(const std::vector<T>& got, const std::vector<double>& expected, double units,
+                 const std::string& what, double least_scale = 1e-30) {
+  if (got.size() != expected.size()) return fail(what + ": sizes differ");
+  double scale = least_scale, error = 0;
+  std::size_t worst = 0;
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    scale = std::max(scale, std::fabs(expected[i]));
+    const double here = std::fabs(static_cast<double>(got[i]) - expected[i]);
+    if (here > error || std::isnan(here)) {
+      error = here;
+      worst = i;
+      if (std::isnan(here)) break;
+    }
+  }
+  const double allowed = units * std::numeric_limits<T>::epsilon() * scale;
+  if (error <= allowed) return;
+  fail(what + ": element " + std::to_string(worst) + " is " + std::to_string(got[worst]) +
+       ", expected " + std::to_string(expected[worst]));
+}
+
+template <typename T>
+const char* scalar_name() {
+  return sizeof(T) == 4 ? "float" : "double";
+}
+
+// Runs a test, a function object templated on the scalar type, with every table.
+template <typename Test>
+void for_each_table(Test test) {
+  for (const std::string& isa : fastmaml::runnable_isas()) {
+    test(fastmaml::kernels_for<float>(isa));
+    test(fastmaml::kernels_for<double>(isa));
+  }
+}
+
+// Runs `call(share)` in one, two and three parts on copies of `outputs`, and checks that the
+// results agree to the last bit; leaves the result of one part in `outputs`.
+template <typename T, typename Call>
+void check_shares(std::vector<T>* output, const std::string& what, Call call) {
+  const std::vector<T> before = *output;
+  std::vector<T> whole;
+  for (int parts = 1; parts <= 3; ++parts) {
+    *output = before;
+    for (int part = 0; part < parts; ++part) call(Share{part, parts});
+    if (parts == 1) whole = *output;
+    bool same = true;
+    for (std::size_t i = 0; i < whole.size(); ++i) {
+      same =
+          same && ((*output)[i] == whole[i] || (std::isnan(whole[i]) && std::isnan((*output)[i])));
+    }
+    check(same, what + ": " + std::to_string(parts) + " parts differ from one");
+  }
+  *output = whole;
+}
+
+}  // namespace fastmaml_test

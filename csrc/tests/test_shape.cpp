@@ -1,0 +1,82 @@
+// Gathering and combining arrays against plain loops.
+#include "check.h"
+
+namespace {
+
+using namespace fastmaml_test;
+
+template <typename T>
+void check_gather(const Kernels<T>& k, Index examples, Index in_size, Index out_size) {
+  std::vector<std::int32_t> map(out_size);
+  for (Index i = 0; i < out_size; ++i) {
+    map[i] = i % 5 == 4 ? -1 : static_cast<std::int32_t>((i * 37) % in_size);
+  }
+  const auto in = random_values<T>(examples * in_size);
+  const auto start = random_values<T>(examples * out_size);
+  std::vector<double> expected(start.size()), sum(start.size());
+  for (Index i = 0; i < examples * out_size; ++i) {
+    const std::int32_t from = map[i % out_size];
+    expected[i] = from < 0 ? 0 : in[i / out_size * in_size + from];
+    sum[i] = static_cast<T>(start[i] + static_cast<T>(expected[i]));
+  }
+  const std::string name = std::string(k.isa) + " " + scalar_name<T>() + " gather";
+  std::vector<T> out = poisoned<T>(examples * out_size);
+  check_shares(&out, name, [&](Share s) {
+    k.gather(examples, in_size, out_size, map.data(), in.data(), out.data(), false, s);
+  });
+  check_close(out, expected, 0, name);
+  out = start;
+  check_shares(&out, name, [&](Share s) {
+    k.gather(examples, in_size, out_size, map.data(), in.data(), out.data(), true, s);
+  });
+  check_close(out, sum, 0, name + " added");
+}
+
+template <typename T>
+void check_combinations(const Kernels<T>& k, Index count) {
+  const auto x = random_values<T>(count), y = random_values<T>(count),
+             start = random_values<T>(count);
+  std::vector<double> sum(count), scaled(count), plain(count), rated(count);
+  for (Index i = 0; i < count; ++i) {
+    scaled[i] = 0.75 * static_cast<double>(x[i]);
+    sum[i] = scaled[i] - 1.25 * static_cast<double>(y[i]) + start[i];
+    plain[i] = x[i] - 0.5 * static_cast<double>(y[i]);
+    rated[i] = x[i] - 0.5 * static_cast<double>(start[i]) * y[i];
+  }
+  const std::string name =
+      std::string(k.isa) + " " + scalar_name<T>() + " combine " + std::to_string(count);
+  std::vector<T> out = poisoned<T>(count);
+  check_shares(&out, name, [&](Share s) {
+    k.axpby(count, T(0.75), x.data(), T(9), nullptr, out.data(), false, s);
+  });
+  check_close(out, scaled, 4, name + " scaled");
+  out = start;
+  check_shares(&out, name, [&](Share s) {
+    k.axpby(count, T(0.75), x.data(), T(-1.25), y.data(), out.data(), true, s);
+  });
+  check_close(out, sum, 4, name + " sum", 1);
+  out = poisoned<T>(count);
+  check_shares(&out, name, [&](Share s) {
+    k.update(count, T(-0.5), nullptr, x.data(), y.data(), out.data(), s);
+  });
+  check_close(out, plain, 4, name + " update", 1);
+  check_shares(&out, name, [&](Share s) {
+    k.update(count, T(-0.5), start.data(), x.data(), y.data(), out.data(), s);
+  });
+  check_close(out, rated, 4, name + " update with rates", 1);
+}
+
+struct TestShape {
+  template <typename T>
+  void operator()(const Kernels<T>& k) const {
+    for (const Index examples : {1, 3, 5}) check_gather(k, examples, 48, 83);
+    for (const Index count : {1, 15, 16, 64, 777}) check_combinations(k, count);
+  }
+};
+
+}  // namespace
+
+int main() {
+  for_each_table(TestShape());
+  return report("shape");
+}
