@@ -29,6 +29,19 @@ class Residual(nn.Module):
         return self.head(F.adaptive_avg_pool2d(h, 2).flatten(1))
 
 
+class Mixer(nn.Module):
+    """A layer over positions, then one over channels, on a permuted input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Linear(6, 6)
+        self.channels = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + F.gelu(self.positions(x.transpose(1, 2))).transpose(1, 2)
+        return self.channels(h).mean(1)
+
+
 class Tied(nn.Module):
     """One weight matrix used twice, and one parameter that the loss never sees."""
 
@@ -99,6 +112,7 @@ NETWORKS = {
     "residual_eval": Network(evaluated(Residual), (2, 7, 6), 3),
     "max_pool": Network(lambda: pooled(nn.MaxPool2d), (2, 8, 9), 3),
     "avg_pool": Network(lambda: pooled(nn.AvgPool2d, affine=False, tracking=False), (2, 8, 9), 3),
+    "mixer": Network(Mixer, (6, 4), 3),
     "tied_unseen": Network(Tied, (5,), 3),
     "frozen": Network(frozen, (3,), 3),
     "omniglot_fc": Network(lambda: OmniglotFC(28 * 28, 5, sizes=[32, 16]), (1, 28, 28), 5),

@@ -54,6 +54,23 @@ def test_linear_over_leading_axes_needs_no_view() -> None:
     assert graph.values[-1] == (6, 2)
 
 
+def test_linear_on_a_permuted_input_keeps_its_bias() -> None:
+    linear = nn.Linear(3, 4)
+
+    class Permuted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x.transpose(1, 2))
+
+    graph = capture(Permuted(), torch.randn(2, 3, 5))
+    assert [op.kind for op in graph.ops] == ["permute", "linear"]
+    assert graph.parameters == ("linear.weight", "linear.bias")
+    assert graph.values[-1] == (5, 4)
+
+
 @pytest.mark.parametrize(
     ("f", "expected"),
     [

@@ -130,12 +130,28 @@ def _add(trace: Trace, a: Arguments, result: Tensor, *, sign: int = 1) -> None:
     if isinstance(trace.lookup(a["self"]), Read):
         return _count_batches(trace, a, result)
     x, other, alpha = trace.value(a["self"]), a["other"], sign * a["alpha"]
+    if isinstance(trace.lookup(other), Read) and alpha == 1:
+        return _add_bias(trace, x, other, result)
     if isinstance(other, Tensor):
         y = trace.value(other)
         if x.shape != y.shape or x.merged != y.merged:
             raise NotCovered("an addition that broadcasts")
         return trace.emit("add", result, (x, y), alpha=float(alpha))
     return trace.emit("scale", result, (x,), alpha=1.0, beta=float(alpha * other))
+
+
+def _add_bias(trace: Trace, x: Value, bias: Tensor, result: Tensor) -> None:
+    """A product and then its bias, as PyTorch writes ``linear`` on inputs that are not contiguous.
+
+    The product without the bias stays in the trace; capture drops it if nothing else uses it.
+    """
+    product = next(op for op in trace.ops if op.output == x.id) if x.id else None
+    if product is None or product.kind != "linear" or product.params[1] is not None:
+        raise NotCovered("a parameter added to something that is no matrix product")
+    if bias.shape != result.shape[-1:]:
+        raise NotCovered("an addition that broadcasts")
+    source = Value(product.inputs[0], trace.values[product.inputs[0]])
+    trace.emit("linear", result, (source,), (product.params[0], trace.read(bias)))
 
 
 def _multiply(trace: Trace, a: Arguments, result: Tensor, *, divide: bool = False) -> None:
