@@ -1,5 +1,6 @@
 #include "conv2d.h"
 
+#include "conv_lines.h"
 #include "gemm.h"
 
 namespace fastmaml {
@@ -93,6 +94,33 @@ void run_sweep(const ConvSweep& sweep, Index images, const SweepData<T>& data, S
     }
     row = start + block.end;
   }
+}
+
+// The same work line by line. The input gradient of a convolution with stride 1 is the convolution
+// of the output gradient with the kernel turned around.
+template <typename T>
+LineSweep<T> line_sweep(const ConvPlan& plan, const SweepData<T>& data, bool input_grad) {
+  const ConvGeometry& g = plan.geometry;
+  LineSweep<T> sweep = {};
+  sweep.terms[0] = data.terms[0];
+  sweep.terms[1] = data.terms[1];
+  sweep.term_count = data.term_count;
+  sweep.images = plan.images;
+  sweep.k = data.k;
+  sweep.columns = data.columns;
+  sweep.in_height = input_grad ? g.out_height : g.height;
+  sweep.in_width = input_grad ? g.out_width : g.width;
+  sweep.out_height = input_grad ? g.height : g.out_height;
+  sweep.out_width = input_grad ? g.width : g.out_width;
+  sweep.kernel_h = g.kernel_h;
+  sweep.pad_h = input_grad ? (g.kernel_h - 1) * g.dilation_h - g.pad_h : g.pad_h;
+  sweep.pad_w = input_grad ? g.kernel_w - 1 - g.pad_w : g.pad_w;
+  sweep.dilation_h = g.dilation_h;
+  sweep.flipped = input_grad;
+  sweep.bias = data.bias;
+  sweep.out = data.out;
+  sweep.accumulate = data.accumulate;
+  return sweep;
 }
 
 template <typename T>
@@ -243,6 +271,9 @@ void conv_forward(const ConvPlan& plan, const T* x, Index ldx, const T* w, const
                              bias,
                              y,
                              false};
+  if (sweeps_by_line<T>(g, g.out_width, data.columns)) {
+    return sweep_lines(line_sweep(plan, data, false), share);
+  }
   run_sweep(plan.forward, plan.images, data, share);
 }
 
@@ -258,6 +289,9 @@ void conv_input_grad(const ConvPlan& plan, const T* gy, const T* wt, const T* gy
                              nullptr,
                              gx,
                              accumulate};
+  if (sweeps_by_line<T>(g, g.width, data.columns)) {
+    return sweep_lines(line_sweep(plan, data, true), share);
+  }
   run_sweep(plan.input_grad, plan.images, data, share);
 }
 
@@ -270,6 +304,8 @@ void conv_weight_grad(const ConvPlan& plan, const T* x, Index ldx, const T* gy, 
   const NarrowLayout layout(g);
   if (g.in_channels <= kNarrow && layout.k <= kNarrowRows && layout.fitting(g) > 0) {
     weight_grad_narrow(plan, terms, term_count, gw, accumulate, share);
+  } else if (weight_grad_by_line<T>(g)) {
+    weight_grad_lines(plan, terms, term_count, gw, accumulate, share);
   } else {
     weight_grad_by_tap(plan, terms, term_count, gw, accumulate, share);
   }
