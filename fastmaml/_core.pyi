@@ -1,4 +1,4 @@
-"""The native core. Tensors are ``data_ptr()`` integers of contiguous memory; 0 stands for absent."""
+"""The native core. Tensors are ``data_ptr()`` integers of contiguous memory; 0 is absent."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Argument checks, in one place and one form: what it is, what was expected, what came, what to do."""
+"""Argument checks, in one place and one form: what was expected, what came, what to do."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class ModuleClone:
                 for name, child in module._modules.items()
             }
             if isinstance(copy, nn.RNNBase):  # keeps its weights in a list of its own as well
-                copy.__dict__["_flat_weights"] = list(module._flat_weights)
+                copy.__dict__["_flat_weights"] = list(vars(module)["_flat_weights"])
         return self._copies[id(module)]
 
     def set_parameters(self) -> None:

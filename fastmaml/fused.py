@@ -74,7 +74,8 @@ def _call(
     phi: Tensor,
 ) -> MetaStep:
     """The meta-step as it stands, without a gradient."""
-    learned = isinstance(maml.lr, Tensor)
+    lr = maml.lr
+    rates = lr.reshape(1).to(theta).expand_as(theta) if isinstance(lr, Tensor) else None
     return MetaStep(
         theta=theta,
         phi=phi,
@@ -85,8 +86,8 @@ def _call(
         query_y=batch.query_y,
         steps=steps,
         loss=kind,
-        rate=1.0 if isinstance(maml.lr, Tensor) else float(maml.lr),
-        rates=maml.lr.reshape(1).to(theta).expand_as(theta) if learned else None,
+        rate=1.0 if isinstance(lr, Tensor) else float(lr),
+        rates=rates,
         gradient=False,
     )
 

@@ -44,6 +44,12 @@ class Learner(BaseLearner):
     is the output.
     """
 
+    _base: MAML
+    _layout: ParameterLayout
+    _theta: Tensor
+    _phi: Tensor
+    _clone: LazyClone
+
     def __init__(
         self,
         base: MAML,
@@ -57,10 +63,13 @@ class Learner(BaseLearner):
         allow_nograd: bool,
     ) -> None:
         super().__init__()
-        self._modules = LazyClone(self)  # type: ignore[assignment]
+        # past nn.Module's own bookkeeping: these are no submodules or parameters of the learner
         self.__dict__.update(
-            _base=base, _layout=layout, _theta=theta, _phi=phi, _used=set(), _recorders={}
+            _base=base, _layout=layout, _theta=theta, _phi=phi, _clone=LazyClone(self)
         )
+        self._modules = self._clone
+        self._used: set[str] = set()
+        self._recorders: dict[int, Recorder] = {}
         self.lr = base.lr
         self.tasks = tasks
         self.first_order = first_order
@@ -74,7 +83,8 @@ class Learner(BaseLearner):
         """The module's output with this learner's parameters."""
         x = args[0] if len(args) == 1 and not kwargs else None
         if self.tasks is not None:
-            pytree.tree_map(lambda item: checks.task_axis(item, self.tasks), (args, kwargs))
+            for item in pytree.tree_leaves((args, kwargs)):
+                checks.task_axis(item, self.tasks)
         program = self._program(x)
         if isinstance(program, NativeProgram):
             assert isinstance(x, Tensor)
@@ -100,7 +110,7 @@ class Learner(BaseLearner):
         return super().__getattr__(name)
 
     def _program(self, x: Any) -> Program:
-        clone = self._modules.built
+        clone = self._clone.built
         return self._base.programs.find(
             self._layout,
             x,
@@ -147,7 +157,7 @@ class Learner(BaseLearner):
         self.set_theta(self._base.update(self._theta, gradient))
 
     def _gradient(self, loss: Tensor, second_order: bool, lenient: bool) -> Tensor:
-        clone = self._modules.built
+        clone = self._clone.built
         views = {} if clone is None or lenient else clone.adapted_views()
         total = loss if loss.ndim == 0 else loss.sum()
         with twice_differentiable(self._base.module) if views else nullcontext():
@@ -186,8 +196,8 @@ class Learner(BaseLearner):
         """Replace the adapted parameters by ``theta [T, P]``."""
         self.__dict__["_theta"] = theta
         self._used.clear()
-        if self._modules.built is not None:
-            self._modules.built.set_parameters()
+        if self._clone.built is not None:
+            self._clone.built.set_parameters()
 
     def clone(
         self,
@@ -206,8 +216,8 @@ class Learner(BaseLearner):
             allow_unused=self.allow_unused if allow_unused is None else allow_unused,
             allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,
         )
-        if self._modules.built is not None:
-            learner._modules.build().set_modes(self._modules.built.modes())
+        if self._clone.built is not None:
+            learner._clone.build().set_modes(self._clone.built.modes())
         return learner
 
     # --- parameters ---------------------------------------------------------------------------
@@ -223,7 +233,7 @@ class Learner(BaseLearner):
     ) -> Iterator[tuple[str, Any]]:
         """The learner's parameters under learn2learn's names, ``module.<name>``."""
         lead = f"{prefix}." if prefix else ""
-        if self._modules.built is not None:
+        if self._clone.built is not None:
             yield from super().named_parameters(prefix, recurse, remove_duplicate)
         elif recurse:
             for name, tensor in self.adapted_parameters().items():

@@ -34,7 +34,7 @@ def sequential_maml(
     base = {name: p for name, p in module.named_parameters() if p.requires_grad}
     total = torch.zeros((), dtype=batch.support_x.dtype, device=batch.support_x.device)
     for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
-        params = dict(base)
+        params: dict[str, Tensor] = dict(base)
         for _ in range(steps):
             inner = loss(call_with(module, params, (support_x,)), support_y)
             grads = torch.autograd.grad(

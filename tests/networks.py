@@ -117,9 +117,7 @@ NETWORKS = {
     "frozen": Network(frozen, (3,), 3),
     "omniglot_fc": Network(lambda: OmniglotFC(28 * 28, 5, sizes=[32, 16]), (1, 28, 28), 5),
     "omniglot_cnn": Network(lambda: OmniglotCNN(5, hidden_size=16), (1, 28, 28), 5),
-    "cnn4": Network(
-        lambda: CNN4(5, hidden_size=8, layers=4, embedding_size=8), (3, 20, 20), 5
-    ),
+    "cnn4": Network(lambda: CNN4(5, hidden_size=8, layers=4, embedding_size=8), (3, 20, 20), 5),
 }
 
 

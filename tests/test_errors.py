@@ -79,7 +79,7 @@ def test_task_axes(maml: MAML) -> None:
         learner(torch.randn(5, 3))
     with pytest.raises(ValueError, match=r"losses of shape \[4\] or their sum, got shape \[5\]"):
         learner.adapt(learner(torch.randn(4, 5, 3)).sum((0, 2)))
-    with pytest.raises(AttributeError, match="4 tasks has no single module.*adapted_parameters"):
+    with pytest.raises(AttributeError, match=r"4 tasks has no single module.*adapted_parameters"):
         _ = learner.module
     for tasks in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match="tasks must be a positive int"):
@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite(maml: MAML) -> None:
 
 def test_one_value_per_channel() -> None:
     maml = MAML(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), 0.1)
-    with pytest.raises(ValueError, match="more than one value per channel.*got 1 example"):
+    with pytest.raises(ValueError, match=r"more than one value per channel.*got 1 example"):
         maml.clone()(torch.randn(1, 3))
     batch = good_batch()
     batch["support_x"], batch["support_y"] = batch["support_x"][:, :1], batch["support_y"][:, :1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,7 +37,8 @@ class MetaStep:
 @dataclass
 class MetaStepResult:
     """``losses [T]``; means over tasks ``theta_grad [P]``, ``phi_grad [Q]``, ``rates_grad [P]``;
-    ``adapted [T, P]``; ``predictions [T, N_query, ...]``; ``statistics [T, steps + 1, S]``."""
+    ``adapted [T, P]``; ``predictions [T, N_query, ...]``; ``statistics [T, steps + 1, S]``.
+    """
 
     losses: Tensor
     adapted: Tensor
@@ -85,4 +86,5 @@ class Executor(Protocol):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """``(dgtheta [T, P], dgphi [Q], dgx)``."""
 
-    meta_step: Callable[[MetaStep], MetaStepResult]
+    def meta_step(self, call: MetaStep) -> MetaStepResult:
+        """K inner steps, the query loss and, where asked for, its gradient."""

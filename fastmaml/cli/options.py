@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from typing import TypeAlias
 
 import torch
 
-Verbs = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def positive(text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     """The fields of `Recipe`; those not given are absent from the parsed arguments."""
     group = parser.add_argument_group("recipe", argument_default=argparse.SUPPRESS)
 
-    def add(flag: str, kind: object, text: str) -> None:
+    def add(flag: str, kind: Callable[[str], object], text: str) -> None:
         default = getattr(Recipe, flag[2:].replace("-", "_"))
         group.add_argument(flag, type=kind, metavar="N", help=f"{text} (default {default})")
 

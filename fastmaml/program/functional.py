@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ class FunctionalProgram:
     def run(
         self, parameters: Mapping[str, Tensor], args: Any, kwargs: Any
     ) -> tuple[Any, Tensor | None]:
-        """``(outputs, statistics [T, S])`` for parameters ``[T, *shape]``, arguments ``[T, N, ...]``.
+        """``(outputs, statistics [T, S])``; parameters ``[T, *shape]``, arguments ``[T, N, ...]``.
 
         Differentiable any number of times. ``statistics`` is what ``self.running`` folds.
         """
@@ -164,7 +165,7 @@ class FunctionalProgram:
     def _run_loop(self, *inputs: Any) -> Any:
         tasks = len(next(iter(inputs[0].values())))
         outputs = [
-            self._one_task(*pytree.tree_map_only(Tensor, lambda tensor, t=t: tensor[t], inputs))
+            self._one_task(*pytree.tree_map_only(Tensor, itemgetter(t), inputs))
             for t in range(tasks)
         ]
         return pytree.tree_map(lambda *parts: torch.stack(parts), *outputs)

@@ -1,4 +1,4 @@
-"""Where each parameter of a module lives: in theta ``[T, P]``, or in phi ``[Q]``, shared by tasks."""
+"""Where each parameter of a module lives: in theta ``[T, P]``, or in phi ``[Q]``."""
 
 from __future__ import annotations
 

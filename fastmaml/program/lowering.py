@@ -80,7 +80,7 @@ def _batch_norm(trace: Trace, a: Arguments, result: Any, *, training: bool | Non
         (None, None) if training else tuple(trace.read(b) for b in running),
         training=training,
         tracking=tracking,
-        running=tuple(trace.name_of(b) for b in running) if tracking else None,
+        running=tuple(trace.name_of(b) for b in running if b is not None) if tracking else None,
         momentum=float(momentum),
         eps=float(a.get("eps", a.get("epsilon"))),
     )

@@ -55,7 +55,6 @@ def meta_step(executor: Executor, call: MetaStep) -> MetaStepResult:
         theta = theta - rates * gtheta
     result = MetaStepResult(theta.new_zeros(tasks), theta.contiguous(), None, None)
     if call.query_x is not None:
-        assert call.query_y is not None or not call.gradient
         y, stats, state = executor.forward(
             theta, call.phi, call.buffers, call.query_x, keep=call.gradient
         )
@@ -63,9 +62,9 @@ def meta_step(executor: Executor, call: MetaStep) -> MetaStepResult:
         result.predictions = y
         if call.query_y is not None:
             result.losses = loss.value(y, call.query_y)
-        if call.gradient:
-            gy = loss.gradient(y, call.query_y)
-            _adjoint(executor, call, loss, steps, state, gy, rates, result)
+            if call.gradient:
+                gy = loss.gradient(y, call.query_y)
+                _adjoint(executor, call, loss, steps, state, gy, rates, result)
     if statistics:
         result.statistics = torch.stack(statistics, 1)
     return result

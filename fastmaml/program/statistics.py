@@ -74,8 +74,9 @@ class RunningStatistics:
     def of_graph(graph: Graph) -> list[Tracked]:
         """What the tracking ops of ``graph`` report, in order."""
         return [
-            Tracked(*op.attrs["running"], graph.values[op.inputs[0]][0], op.attrs["momentum"])
+            Tracked(mean, variance, graph.values[op.inputs[0]][0], op.attrs["momentum"])
             for op in graph.tracking_ops()
+            for mean, variance in [op.attrs["running"]]
         ]
 
     def _buffers(self) -> list[Tensor]:
@@ -94,7 +95,7 @@ class RunningStatistics:
 
     @torch.no_grad()
     def fold(self, statistics: Tensor, start: Snapshot | None = None) -> None:
-        """Fold ``statistics [T, calls, S]``, tasks outermost, into ``start`` (default: as it is)."""
+        """Fold ``statistics [T, calls, S]``, tasks outermost, into ``start`` (default: as is)."""
         rows = statistics.flatten(0, 1)
         if start is not None:
             torch._foreach_copy_(self._buffers(), start.buffers)

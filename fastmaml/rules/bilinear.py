@@ -1,4 +1,4 @@
-"""Ops that are linear in the input and linear in the weight, plus a bias: one set of product rules."""
+"""Ops linear in the input and in the weight, plus a bias: one set of product rules."""
 
 from __future__ import annotations
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fastmaml.program.ir import Op
+from fastmaml.rules.base import Rule
 from fastmaml.rules.bilinear import BilinearRule
 
 
@@ -19,7 +22,7 @@ def _channels_to_tasks(x: Tensor, tasks: int) -> Tensor:
     return x.unflatten(1, (tasks, -1)).transpose(0, 1)
 
 
-def _geometry(op: Op) -> dict[str, tuple[int, int]]:
+def _geometry(op: Op) -> dict[str, Any]:
     return {name: op.attrs[name] for name in ("stride", "padding", "dilation")}
 
 
@@ -51,4 +54,4 @@ class Conv2d(BilinearRule):
         return bias[:, None, :, None, None]
 
 
-RULES = {"conv2d": Conv2d()}
+RULES: dict[str, Rule] = {"conv2d": Conv2d()}

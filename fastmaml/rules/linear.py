@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmaml.program.ir import Op
+from fastmaml.rules.base import Rule
 from fastmaml.rules.bilinear import BilinearRule
 
 
@@ -28,4 +29,4 @@ class Linear(BilinearRule):
         return bias.view(len(bias), *[1] * (y.ndim - 2), -1)
 
 
-RULES = {"linear": Linear()}
+RULES: dict[str, Rule] = {"linear": Linear()}

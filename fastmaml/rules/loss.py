@@ -16,7 +16,7 @@ class LossRule(Protocol):
         """The losses ``[T]``."""
 
     def gradient(self, y: Tensor, target: Tensor) -> Tensor:
-        """d loss / d y, like y."""
+        """D loss / d y, like y."""
 
     def tangent(self, y: Tensor, target: Tensor, dy: Tensor) -> Tensor:
         """(d2 loss / d y2) dy, like y."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastmaml.program.ir import Op, Shape
-from fastmaml.rules.base import Grads, Tensors, total
+from fastmaml.rules.base import Grads, Rule, Tensors, total
 
 
 @dataclass
@@ -146,7 +146,7 @@ class BatchNorm:
 
 
 def _centre(op: Op, g: Tensor, xhat: Tensor) -> Tensor:
-    """g - E[g] - xhat E[g xhat] with batch statistics, g itself without."""
+    """G - E[g] - xhat E[g xhat] with batch statistics, g itself without."""
     if not op.attrs["training"]:
         return g
     axes = _axes(g)
@@ -162,4 +162,4 @@ def _centre_tangent(op: Op, g: Tensor, xhat: Tensor, dxhat: Tensor | None) -> Te
     return -dxhat * along - xhat * (g * dxhat).mean(axes, keepdim=True)
 
 
-RULES = {"batch_norm": BatchNorm()}
+RULES: dict[str, Rule] = {"batch_norm": BatchNorm()}

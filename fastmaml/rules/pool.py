@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmaml.program.ir import Op, Shape
-from fastmaml.rules.base import Grads, Tensors
+from fastmaml.rules.base import Grads, Rule, Tensors
 from fastmaml.rules.transposable import LinearMapRule
 
 
@@ -127,7 +127,7 @@ def _membership(first: Tensor, last: Tensor, size: int) -> Tensor:
     return (position >= first[:, None]) & (position < last[:, None])
 
 
-RULES = {
+RULES: dict[str, Rule] = {
     "max_pool2d": MaxPool2d(),
     "avg_pool2d": AvgPool2d(),
     "adaptive_avg_pool2d": AdaptiveAvgPool2d(),

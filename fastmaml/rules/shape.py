@@ -8,7 +8,7 @@ from math import prod
 from torch import Tensor
 
 from fastmaml.program.ir import Op, Shape
-from fastmaml.rules.base import Tensors
+from fastmaml.rules.base import Rule, Tensors
 from fastmaml.rules.transposable import LinearMapRule
 
 
@@ -71,4 +71,10 @@ class Scale(LinearMapRule):
         return [op.attrs["alpha"] * gy]
 
 
-RULES = {"view": View(), "permute": Permute(), "mean": Mean(), "add": Add(), "scale": Scale()}
+RULES: dict[str, Rule] = {
+    "view": View(),
+    "permute": Permute(),
+    "mean": Mean(),
+    "add": Add(),
+    "scale": Scale(),
+}

@@ -202,8 +202,8 @@ def _characters(face: str) -> frozenset[int]:
 def _font(face: str) -> tuple[Any, Any]:
     from matplotlib import ft2font
 
-    flags = getattr(ft2font, "LoadFlags", None)
-    no_hinting = flags.NO_HINTING if flags else ft2font.LOAD_NO_HINTING
+    flags = getattr(ft2font, "LoadFlags", None)  # matplotlib 3.10 on; plain numbers before
+    no_hinting = flags.NO_HINTING if flags else getattr(ft2font, "LOAD_NO_HINTING")  # noqa: B009
     font = ft2font.FT2Font(str(_font_file(face)))
     font.set_size(64, 72)
     return font, no_hinting
