@@ -11,8 +11,6 @@ namespace py = pybind11;
 
 namespace fastmaml {
 
-std::vector<std::string> runnable_isas();
-
 namespace {
 
 template <typename T>

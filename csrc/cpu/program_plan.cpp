@@ -141,7 +141,11 @@ class Planner {
       if (op.kind != "view") lanes_needed = lanes();
       const bool image_op = op.kind == "batch_norm" || op.kind.find("pool") != std::string::npos;
       if (image_op) return channels_first(spec_.values[value], lanes_needed);
-      if (op.kind == "permute" || op.kind == "mean") break;
+      const bool same_order =
+          op.kind == "view" || op.kind == "activation" || op.kind == "add" || op.kind == "scale";
+      if (!same_order || element_count(spec_.values[op.output]) != element_count(spec_.values[0])) {
+        break;
+      }
       value = op.output;
     }
     return channels_last(spec_.values[value], lanes_needed);

@@ -28,8 +28,8 @@ class ActivationOp final : public Op<T> {
  public:
   explicit ActivationOp(OpReader& reader)
       : function_(activation_named(reader, reader.text("function"))),
-        alpha_(static_cast<T>(reader.has("alpha") ? reader.number("alpha") : 0)),
-        beta_(static_cast<T>(reader.has("beta") ? reader.number("beta") : 0)) {
+        alpha_(static_cast<T>(reader.number("alpha"))),
+        beta_(static_cast<T>(reader.number("beta"))) {
     reader.expect_output(reader.input(0));
     const Place place = reader.need_any(0);
     size_ = place.layout.size();

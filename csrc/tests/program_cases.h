@@ -1,0 +1,116 @@
+// Small programs that together hold every kind of op, in the neighbourhoods that planning treats
+// differently: first and last, in place, between layouts, with several consumers, shared
+// parameters.
+#pragma once
+
+#include <utility>
+
+#include "program_builder.h"
+
+namespace fastmaml_test {
+
+struct ProgramCase {
+  std::string name;
+  ProgramSpec spec;
+  bool classifies = true;  // its output is one row of class scores
+  bool smooth = true;      // no maxima, across which differences would step
+};
+
+// How far numerical derivatives step, and how good they are then, in roundings.
+inline double difference_step(const ProgramCase& c) { return c.smooth ? 1e-4 : 1e-7; }
+inline double difference_units(const ProgramCase& c) { return c.smooth ? 1e7 : 1e10; }
+
+inline ProgramSpec mlp(const std::string& function) {
+  ProgramBuilder p({3});
+  int h = p.activation(p.linear(0, 7), function);
+  h = p.activation(p.linear(h, 20), function);
+  p.linear(h, 3);
+  return p.spec();
+}
+
+inline ProgramSpec strided_convnet(const std::string& function, bool training, bool adapt_body,
+                                   bool affine) {
+  ProgramBuilder p({1, 9, 9});
+  p.adapt(adapt_body);
+  int h = 0;
+  for (int layer = 0; layer < 3; ++layer) {
+    h = p.batch_norm(p.conv2d(h, 5, 3, 2), training, affine);
+    h = p.activation(h, function);
+  }
+  p.adapt(true);
+  p.linear(p.mean(h, {1, 2}), 4);
+  return p.spec();
+}
+
+inline ProgramSpec pooled_convnet() {
+  ProgramBuilder p({3, 8, 7});
+  int h = p.activation(p.batch_norm(p.conv2d(0, 18)), "gelu");
+  h = p.max_pool2d(h, 2, 2, 0, {18, 4, 3});
+  h = p.conv2d(h, 4, 2, 1, 1, 2);
+  h = p.max_pool2d(p.activation(h, "elu"), 3, 2, 1, {4, 2, 2});
+  p.linear(p.flatten(h), 3);
+  return p.spec();
+}
+
+inline ProgramSpec skips_and_rearrangements() {
+  ProgramBuilder p({3, 6, 6});
+  int h = p.activation(p.conv2d(0, 4), "tanh");
+  h = p.activation(p.add(p.conv2d(h, 4), h, 0.7), "silu");
+  const int padded_mean = p.avg_pool2d(h, 3, 2, 1, true, {4, 4, 4});
+  const int plain_mean = p.avg_pool2d(h, 3, 2, 1, false, {4, 4, 4});
+  h = p.add(padded_mean, plain_mean, -1.3);
+  h = p.scale(p.add(h, h, 2.0), 0.5, 0.3);
+  h = p.adaptive_avg_pool2d(h, 3, 2);
+  h = p.activation(p.linear(p.permute(h, {1, 2, 0}), 6), "sigmoid");
+  h = p.mean(p.permute(h, {2, 0, 1}), {2});
+  p.linear(p.flatten(h), 3);
+  return p.spec();
+}
+
+inline ProgramSpec tied_weights() {
+  ProgramBuilder p({4});
+  const int weight = p.slot({4, 4});
+  const int bias = p.slot({4});
+  int h = 0;
+  for (int layer = 0; layer < 3; ++layer) {
+    h = p.activation(p.op("linear", {h}, {4}, {weight, bias}, {}), "tanh");
+  }
+  return p.spec();
+}
+
+// The input itself meets a scaling, a norm and, a second time, a convolution; the head is shared.
+inline ProgramSpec input_of_many() {
+  ProgramBuilder p({2, 5, 5});
+  int h = p.batch_norm(p.activation(p.scale(0, 2.0, -0.5), "sin"));
+  h = p.add(h, p.conv2d(0, 2, 3, 1, 1, 1, false), 1.0);
+  h = p.flatten(p.max_pool2d(h, 3, 2, 1, {2, 3, 3}));
+  p.adapt(false);
+  p.linear(h, 3);
+  return p.spec();
+}
+
+// Only the second branch reaches the output; an image comes out.
+inline ProgramSpec dead_branch() {
+  ProgramBuilder p({2, 4, 4});
+  const int h = p.activation(p.conv2d(0, 3), "tanh");
+  p.batch_norm(h);
+  p.conv2d(h, 2);
+  return p.spec();
+}
+
+inline std::vector<ProgramCase> program_cases() {
+  return {
+      {"mlp", mlp("tanh")},
+      {"strided", strided_convnet("tanh", true, true, true)},
+      {"given statistics", strided_convnet("tanh", false, true, true)},
+      {"plain norm", strided_convnet("softplus", true, true, false)},
+      {"shared body", strided_convnet("tanh", true, false, true)},
+      {"pooled", pooled_convnet(), true, false},
+      {"skips", skips_and_rearrangements()},
+      {"tied", tied_weights()},
+      {"input of many", input_of_many(), true, false},
+      {"dead branch", dead_branch(), false},
+  };
+}
+
+}  // namespace fastmaml_test
