@@ -8,10 +8,11 @@ namespace FASTMAML_ISA {
 namespace {
 
 constexpr int kMaxSegments = 64;
-constexpr int kNarrow = 4;               // input channels too few to fill a register tile
-constexpr Index kNarrowRows = 256;       // taps times channels of a narrow weight gradient
-constexpr Index kNarrowElements = 4096;  // of the buffer its input lines are laid out in
-constexpr Index kNarrowOutputs = 5120;   // elements of the output gradient per pass over it
+constexpr Index kPairedBytes = 36 * 1024;  // output gradients of both products that may share L1
+constexpr int kNarrow = 4;                 // input channels too few to fill a register tile
+constexpr Index kNarrowRows = 256;         // taps times channels of a narrow weight gradient
+constexpr Index kNarrowElements = 4096;    // of the buffer its input lines are laid out in
+constexpr Index kNarrowOutputs = 5120;     // elements of the output gradient per pass over it
 
 // Sources, destinations and weights of one direction.
 template <typename T>
@@ -131,7 +132,9 @@ void weight_grad_by_tap(const ConvPlan& plan, const ProductTerm<T> (&terms)[2], 
   const Index ld = padded_to_lanes<T>(g.out_channels), vectors = ld / kLanes<T>;
   const Index per_tap = outer_units(g.in_channels, vectors);
   const Range mine = split(per_tap * g.kernel_h * g.kernel_w, share);
-  const Index block = larger(walk.block_units / term_count, 1);
+  const Index block_bytes = walk.block_units * walk.unit_output * ld * Index{sizeof(T)};
+  const bool halve = term_count * block_bytes > kPairedBytes;
+  const Index block = larger(halve ? walk.block_units / 2 : walk.block_units, 1);
   for (Index scope = 0; scope < walk.scopes; ++scope) {
     for (Index begin = 0; begin < walk.units; begin += block) {
       const bool add = accumulate || scope > 0 || begin > 0;

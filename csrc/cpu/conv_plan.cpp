@@ -7,11 +7,11 @@
 namespace fastmaml {
 namespace {
 
-constexpr Index kWeightBytes = 20 * 1024;  // weights that stay in L1 between tiles
-constexpr Index kBlockBytes = 384 * 1024;  // activations that stay in L2 between passes
-constexpr Index kPairBytes = 20 * 1024;    // output gradients that stay in L1 between tiles
-constexpr int kMaxTaps = 64;               // of one pass (a bit mask names them)
-constexpr Index kSmallImage = 64;          // positions: below, whole images are a unit
+constexpr Index kWeightBytes = 256 * 1024;  // weights of one pass: they stream from L2
+constexpr Index kBlockBytes = 384 * 1024;   // activations that stay in L2 between passes
+constexpr Index kPairBytes = 20 * 1024;     // output gradients that stay in L1 between tiles
+constexpr int kMaxTaps = 64;                // of one pass (a bit mask names them)
+constexpr Index kSmallImage = 64;           // positions: below, whole images are a unit
 
 struct Axis {
   int size, out_size, kernel, stride, pad, dilation;
