@@ -47,7 +47,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DFASTMAML_VERSION={version()}",
         ]
-        jobs = str(self.parallel or os.cpu_count() or 1)
+        jobs = str(self.parallel or len(os.sched_getaffinity(0)))
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
 
