@@ -20,6 +20,7 @@ constexpr int kOuterTile[] = {0, FASTMAML_VECTOR_BYTES == 16 ? 6 : 12,
                               9, 6};
 
 constexpr Index kCacheBytes = 24 * 1024;  // what a loop may keep in half of a small L1 cache
+constexpr Index kPairs = 256;             // row pairs whose offsets are worked out at once
 constexpr Index kOuterRows = 96;          // rows of an outer product between updates of c
 
 FASTMAML_INLINE Index row_of(const std::int32_t* list, Index i) { return list ? list[i] : i; }
@@ -68,19 +69,23 @@ __attribute__((noinline)) void row_tile(const RowProduct<T>& product, const std:
   }
 }
 
+// Where the rows of a pair start, in elements.
+struct Offsets {
+  Index a, b;
+};
+
 template <typename T, int R, int NV, bool kPaired>
-__attribute__((noinline)) void outer_tile(const OuterProduct<T>& product, Index first,
-                                          Index column) {
+__attribute__((noinline)) void outer_tile(const OuterProduct<T>& product, const Offsets* offsets,
+                                          Index first, Index column) {
   Vec<T> sum[R][NV] = {};
   for (int t = 0; t < product.term_count; ++t) {
     const ProductTerm<T>& term = product.terms[t];
     const T* a = term.a + first;
     const T* b = term.b + column;
+#pragma GCC unroll 2
     for (Index i = 0; i < product.rows; ++i) {
-      const Index a_row = kPaired ? product.pairs[i].a : i;
-      const Index b_row = kPaired ? product.pairs[i].b : i;
-      const T* x = a + a_row * term.lda;
-      const T* y = b + b_row * product.ld;
+      const T* x = a + (kPaired ? offsets[i].a : i * term.lda);
+      const T* y = b + (kPaired ? offsets[i].b : i * product.ld);
       Vec<T> values[NV];
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) values[j] = load(y + j * kLanes<T>);
@@ -108,7 +113,7 @@ template <typename T>
 using RowTile = void (*)(const RowProduct<T>&, const std::int32_t*, const std::int32_t*, Index,
                          Index);
 template <typename T>
-using OuterTile = void (*)(const OuterProduct<T>&, Index, Index);
+using OuterTile = void (*)(const OuterProduct<T>&, const Offsets*, Index, Index);
 
 template <typename T, int NV, int... R>
 RowTile<T> pick_row_tile(Index rows, std::integer_sequence<int, R...>) {
@@ -134,17 +139,44 @@ void row_panel(const RowProduct<T>& product, const std::int32_t* source,
 }
 
 template <typename T, int NV>
-void outer_panel(const OuterProduct<T>& product, Range k, Index column) {
+void outer_panel(const OuterProduct<T>& product, const Offsets* offsets, Range k, Index column) {
   const auto sizes = std::make_integer_sequence<int, kOuterTile[NV]>();
   const Index rows = k.end - k.begin;
   const auto run = product.pairs ? pick_outer_tile<T, NV, true>(rows, sizes)
                                  : pick_outer_tile<T, NV, false>(rows, sizes);
-  run(product, k.begin, column);
+  run(product, offsets, k.begin, column);
 }
 
 Index outer_tile_count(Index k, Index vectors) {
   const Index widest = divide_up(vectors, panel_count(vectors));
   return divide_up(k, kOuterTile[widest]);
+}
+
+template <typename T>
+void outer_tiles(const OuterProduct<T>& product, const Offsets* offsets, Index k, Index vectors,
+                 Range units) {
+  const Index tiles = outer_tile_count(k, vectors);
+  for (Index unit = units.begin; unit < units.end; ++unit) {
+    const Range span = panel(vectors, unit / tiles);
+    const Range rows = split(k, {static_cast<int>(unit % tiles), static_cast<int>(tiles)});
+    const Index column = span.begin * kLanes<T>;
+    switch (span.end - span.begin) {
+      case 1:
+        outer_panel<T, 1>(product, offsets, rows, column);
+        break;
+      case 2:
+        outer_panel<T, 2>(product, offsets, rows, column);
+        break;
+#if FASTMAML_VECTOR_BYTES == 64
+      case 3:
+        outer_panel<T, 3>(product, offsets, rows, column);
+        break;
+      case 4:
+        outer_panel<T, 4>(product, offsets, rows, column);
+        break;
+#endif
+    }
+  }
 }
 
 }  // namespace
@@ -182,27 +214,17 @@ Index outer_units(Index k, Index vectors) {
 
 template <typename T>
 void multiply_outer(const OuterProduct<T>& product, Index k, Index vectors, Range units) {
-  const Index tiles = outer_tile_count(k, vectors);
-  for (Index unit = units.begin; unit < units.end; ++unit) {
-    const Range span = panel(vectors, unit / tiles);
-    const Range rows = split(k, {static_cast<int>(unit % tiles), static_cast<int>(tiles)});
-    const Index column = span.begin * kLanes<T>;
-    switch (span.end - span.begin) {
-      case 1:
-        outer_panel<T, 1>(product, rows, column);
-        break;
-      case 2:
-        outer_panel<T, 2>(product, rows, column);
-        break;
-#if FASTMAML_VECTOR_BYTES == 64
-      case 3:
-        outer_panel<T, 3>(product, rows, column);
-        break;
-      case 4:
-        outer_panel<T, 4>(product, rows, column);
-        break;
-#endif
+  if (!product.pairs) return outer_tiles(product, nullptr, k, vectors, units);
+  Offsets offsets[kPairs];
+  OuterProduct<T> part = product;
+  for (Index first = 0; first == 0 || first < product.rows; first += kPairs) {
+    part.rows = smaller(product.rows - first, kPairs);
+    part.accumulate = product.accumulate || first > 0;
+    for (Index i = 0; i < part.rows; ++i) {
+      const RowPair pair = product.pairs[first + i];
+      offsets[i] = {pair.a * product.terms[0].lda, pair.b * product.ld};
     }
+    outer_tiles(part, offsets, k, vectors, units);
   }
 }
 

@@ -40,7 +40,7 @@ void multiply_rows(const RowProduct<T>& product, const std::int32_t* source,
                    const std::int32_t* destination, Index first, Index rows, Range columns);
 
 // c[i][:] = (accumulate ? c : 0) + sum over row pairs of a[pair.a][i] b[pair.b][:].
-// Null pairs: rows 0 ... rows of both.
+// Null pairs: rows 0 ... rows of both; otherwise both terms have the same lda.
 template <typename T>
 struct OuterProduct {
   ProductTerm<T> terms[2];
