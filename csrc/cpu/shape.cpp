@@ -1,18 +1,51 @@
 #include "shape.h"
 
+#include <utility>
+
 namespace fastmaml {
 namespace FASTMAML_ISA {
 namespace {
 
+// Lane j of the result: lane kLane[j] of a and b laid side by side.
+template <typename T, int... kLane>
+FASTMAML_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, kLane...);
+#else
+  return __builtin_shuffle(a, b, MaskVec<T>{kLane...});
+#endif
+}
+
+// Two rows swap what lies off the diagonal of their 2 x 2 blocks of `W` lanes.
+template <typename T, int W, int... J>
+FASTMAML_INLINE void swap_blocks(Vec<T>* upper, Vec<T>* lower, std::integer_sequence<int, J...>) {
+  const Vec<T> a = *upper, b = *lower;
+  *upper = shuffle<T, (J & W ? kLanes<T> + J - W : J)...>(a, b);
+  *lower = shuffle<T, (J & W ? kLanes<T> + J : J + W)...>(a, b);
+}
+
+template <typename T, int W>
+FASTMAML_INLINE void transpose_square(Vec<T> (&rows)[kLanes<T>]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (i & W) continue;
+    swap_blocks<T, W>(&rows[i], &rows[i + W], std::make_integer_sequence<int, kLanes<T>>());
+  }
+  if constexpr (W > 1) transpose_square<T, W / 2>(rows);
+}
+
 // One square of kLanes x kLanes, of which `rows` x `columns` exist in the source.
 template <typename T>
 FASTMAML_INLINE void transpose_block(const T* in, Index ld_in, Index rows, Index columns, T* out,
-                                     Index ld_out, Index out_rows) {
-  alignas(64) T block[kLanes<T>][kLanes<T>] = {};
-  for (Index i = 0; i < rows; ++i) {
-    for (Index j = 0; j < columns; ++j) block[j][i] = in[i * ld_in + j];
+                                     Index ld_out) {
+  Vec<T> square[kLanes<T>];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) square[i] = i < rows ? load(in + i * ld_in) : Vec<T>{};
+  transpose_square<T, kLanes<T> / 2>(square);
+#pragma GCC unroll 16
+  for (int j = 0; j < kLanes<T>; ++j) {
+    if (j < columns) store(out + j * ld_out, square[j]);
   }
-  for (Index j = 0; j < out_rows; ++j) store(out + j * ld_out, load(block[j]));
 }
 
 }  // namespace
@@ -25,9 +58,9 @@ void transpose(Index taps, Index k, Index n, const T* in, T* out, Share share) {
   for (Index unit = mine.begin; unit < mine.end; ++unit) {
     const Index tap = unit / (blocks_k * blocks_n), rest = unit % (blocks_k * blocks_n);
     const Index row = rest / blocks_n * kLanes<T>, column = rest % blocks_n * kLanes<T>;
-    const Index columns = smaller(n - column, kLanes<T>);
     transpose_block(in + (tap * k + row) * ld_in + column, ld_in, smaller(k - row, kLanes<T>),
-                    columns, out + (tap * n + column) * ld_out + row, ld_out, columns);
+                    smaller(n - column, kLanes<T>), out + (tap * n + column) * ld_out + row,
+                    ld_out);
   }
 }
 
