@@ -9,28 +9,37 @@ import platform
 import torch
 
 import fastmaml
-from fastmaml import _core
+from fastmaml.backends.select import forced_backend
 from fastmaml.cli.options import Verbs
 
 
 def add_parser(verbs: Verbs) -> None:
+    """The verb and its options."""
     parser = verbs.add_parser("info", help="versions, the native core and the backend in use")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Print one line a fact."""
     rows = {
         "fastmaml": fastmaml.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": f"{platform.system()} {platform.machine()}",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
-        "backend": os.environ.get("FASTMAML_BACKEND") or "cpu",
+        "backend": forced_backend() or "cpu",
     }
-    core = {f"core {name}": _text(value) for name, value in _core.info().items()}
-    for name, value in (rows | core).items():
-        print(f"{name:<20} {value}")
+    for name, value in (rows | _core()).items():
+        print(f"{name:<14} {value}")
     return 0
+
+
+def _core() -> dict[str, str]:
+    try:
+        from fastmaml import _core
+    except ImportError as error:
+        return {"core": f"not usable: {error}; reinstall fastmaml with `pip install .`"}
+    return {f"core {name}": _text(value) for name, value in _core.info().items()}
 
 
 def _text(value: object) -> str:
