@@ -78,6 +78,10 @@ class _FastWeights(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
+        if hasattr(net, "base") and hasattr(net, "features"):
+            del (
+                net.base
+            )  # a second name for a part of features: functional_call restores it wrongly
 
     def forward(self, x: Tensor, **_: object) -> dict[str, object]:
         return {"logits": self.net(x), "buffers": {}}
