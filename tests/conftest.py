@@ -5,6 +5,11 @@ import functools
 import pytest
 import torch
 
+try:
+    import fastmaml._core  # noqa: F401
+except ImportError as error:
+    pytest.exit(f"the native core is missing, install fastmaml first (make test): {error}", 4)
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 

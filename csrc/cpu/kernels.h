@@ -56,7 +56,8 @@ struct ConvGeometry {
 // geometry, n and the lanes of the table that made it. Immutable, shared by threads.
 struct ConvPlan;
 
-// One pooling window per output position, in input positions [h0, h1) x [w0, w1) (dilated by `step`).
+// One pooling window per output position, in input positions [h0, h1) x [w0, w1) (dilated by
+// `step`).
 struct PoolWindow {
   int h0, h1, w0, w1;
   double scale;  // 1 / divisor for averages
@@ -85,7 +86,8 @@ struct Kernels {
   // taps matrices [k][padded(n)] -> [n][padded(k)]; both sides' padding is written as zero.
   void (*transpose)(Index taps, Index k, Index n, const T* in, T* out, Share share);
 
-  // --- convolution: weights packed [kernel_h][kernel_w][in][padded(out)] --------------------------
+  // --- convolution: weights packed [kernel_h][kernel_w][in][padded(out)]
+  // --------------------------
   ConvPlan* (*conv_plan)(const ConvGeometry& geometry, Index images);
   void (*conv_plan_free)(ConvPlan* plan);
   // y = bias + x * w (+ x2 * w2). ldx: row stride of x (and x2).
@@ -97,10 +99,10 @@ struct Kernels {
   void (*conv_weight_grad)(const ConvPlan& plan, const T* x, Index ldx, const T* gy, const T* x2,
                            const T* gy2, T* gw, bool accumulate, Share share);
 
-  // --- batch norm over rows, channels padded; gamma/beta and their tangents may be null ------------
-  // Training: writes xhat, y, mean, biased variance and inv_std. xhat may be x itself.
-  void (*norm_forward)(Index rows, Index channels, const T* x, const T* gamma, const T* beta,
-                       T eps, T* xhat, T* y, T* mean, T* variance, T* inv_std, Share share);
+  // --- batch norm over rows, channels padded; gamma/beta and their tangents may be null
+  // ------------ Training: writes xhat, y, mean, biased variance and inv_std. xhat may be x itself.
+  void (*norm_forward)(Index rows, Index channels, const T* x, const T* gamma, const T* beta, T eps,
+                       T* xhat, T* y, T* mean, T* variance, T* inv_std, Share share);
   // ggamma and gbeta are always written (sums of gy*xhat and of gy), padded(channels) each;
   // gx may be null.
   void (*norm_backward)(Index rows, Index channels, const T* gy, const T* xhat, const T* gamma,
@@ -109,7 +111,8 @@ struct Kernels {
   void (*norm_tangent)(Index rows, Index channels, const T* dx, const T* xhat, const T* gamma,
                        const T* dgamma, const T* dbeta, const T* inv_std, T* dxhat, T* dy, T* m,
                        Share share);
-  // ggamma, gbeta: what norm_backward wrote. dgy may be null (zero). dggamma, dgbeta always written.
+  // ggamma, gbeta: what norm_backward wrote. dgy may be null (zero). dggamma, dgbeta always
+  // written.
   void (*norm_backward_tangent)(Index rows, Index channels, const T* gy, const T* dgy,
                                 const T* xhat, const T* dxhat, const T* gamma, const T* dgamma,
                                 const T* inv_std, const T* m, const T* ggamma, const T* gbeta,
@@ -119,18 +122,19 @@ struct Kernels {
   void (*norm_eval_forward)(Index rows, Index channels, const T* x, const T* mean,
                             const T* variance, T eps, const T* gamma, const T* beta, T* xhat, T* y,
                             T* inv_std, Share share);
-  void (*norm_eval_backward)(Index rows, Index channels, const T* gy, const T* xhat,
-                             const T* gamma, const T* inv_std, T* gx, bool accumulate, T* ggamma,
-                             T* gbeta, Share share);
+  void (*norm_eval_backward)(Index rows, Index channels, const T* gy, const T* xhat, const T* gamma,
+                             const T* inv_std, T* gx, bool accumulate, T* ggamma, T* gbeta,
+                             Share share);
   void (*norm_eval_tangent)(Index rows, Index channels, const T* dx, const T* xhat, const T* gamma,
                             const T* dgamma, const T* dbeta, const T* inv_std, T* dxhat, T* dy,
                             Share share);
   void (*norm_eval_backward_tangent)(Index rows, Index channels, const T* gy, const T* dgy,
-                                     const T* xhat, const T* dxhat, const T* gamma,
-                                     const T* dgamma, const T* inv_std, T* dgx, bool accumulate,
-                                     T* dggamma, T* dgbeta, Share share);
+                                     const T* xhat, const T* dxhat, const T* gamma, const T* dgamma,
+                                     const T* inv_std, T* dgx, bool accumulate, T* dggamma,
+                                     T* dgbeta, Share share);
 
-  // --- pointwise, over count elements (padding included) -------------------------------------------
+  // --- pointwise, over count elements (padding included)
+  // -------------------------------------------
   void (*act_forward)(Activation kind, T alpha, T beta, Index count, const T* x, T* y, Share share);
   void (*act_backward)(Activation kind, T alpha, T beta, Index count, const T* x, const T* gy,
                        T* gx, bool accumulate, Share share);
@@ -147,7 +151,8 @@ struct Kernels {
   // out = x + a * rate[i] * g[i]; rate may be null (one).
   void (*update)(Index count, T a, const T* rate, const T* x, const T* g, T* out, Share share);
 
-  // --- pooling: argmax holds the input position of each output element; x, y rows of `ld` ----------
+  // --- pooling: argmax holds the input position of each output element; x, y rows of `ld`
+  // ----------
   void (*max_pool_forward)(const PoolGeometry& geometry, Index images, Index ld, const T* x, T* y,
                            std::int32_t* argmax, Share share);
   void (*max_pool_backward)(const PoolGeometry& geometry, Index images, Index ld,
@@ -160,21 +165,24 @@ struct Kernels {
   void (*avg_pool_backward)(const PoolGeometry& geometry, Index images, Index ld, const T* gy,
                             T* gx, bool accumulate, Share share);
 
-  // --- rearranging: out[i] = in[map[i]] per example, or 0 where map[i] < 0 -------------------------
+  // --- rearranging: out[i] = in[map[i]] per example, or 0 where map[i] < 0
+  // -------------------------
   void (*gather)(Index examples, Index in_size, Index out_size, const std::int32_t* map,
                  const T* in, T* out, bool accumulate, Share share);
 
-  // --- losses, mean over the task; y [rows][padded(columns)] ---------------------------------------
-  // Cross-entropy: labels; mean squared error: values [rows][columns]. Returns the loss, writes its
-  // gradient (padding zero). Throws std::invalid_argument on a label outside [0, columns).
+  // --- losses, mean over the task; y [rows][padded(columns)]
+  // --------------------------------------- Cross-entropy: labels; mean squared error: values
+  // [rows][columns]. Returns the loss, writes its gradient (padding zero). Throws
+  // std::invalid_argument on a label outside [0, columns).
   T (*loss_gradient)(Loss kind, Index rows, Index columns, const T* y, const std::int64_t* labels,
                      const T* values, T* gy);
   // dgy = (d2 loss / dy2) dy
   void (*loss_tangent)(Loss kind, Index rows, Index columns, const T* y, const T* dy, T* dgy);
 
-  // --- the machine ----------------------------------------------------------------------------------
-  // So many rounds of independent fused multiply-adds in registers; returns how many multiplications
-  // and additions that was. Timed, it is what this processor can do at best.
+  // --- the machine
+  // ---------------------------------------------------------------------------------- So many
+  // rounds of independent fused multiply-adds in registers; returns how many multiplications and
+  // additions that was. Timed, it is what this processor can do at best.
   double (*fma_rounds)(Index rounds);
 };
 
