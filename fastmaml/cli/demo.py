@@ -47,12 +47,14 @@ def run(arguments: argparse.Namespace) -> int:
     _introduce(trainer)
 
     iterations = arguments.iterations if arguments.seconds is None else 10**9
-    trainer.validate(tasks=100)
+    curve_tasks = min(100, arguments.tasks)
+    trainer.validate(curve_tasks)
     stopped_by = train(
         trainer,
         iterations,
         seconds=arguments.seconds,
         validate_every=max(1, arguments.iterations // CURVE_POINTS),
+        validation_tasks=curve_tasks,
     )
     result = trainer.test(arguments.tasks)
     report(trainer, result)
