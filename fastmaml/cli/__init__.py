@@ -26,3 +26,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FileNotFoundError, FileExistsError, ValueError, DivergedError) as error:
         print(f"fastmaml: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130

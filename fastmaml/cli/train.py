@@ -106,6 +106,8 @@ def _start(
     arguments: argparse.Namespace, recipe: Recipe, given: dict[str, object], checkpoint: Path
 ) -> Trainer:
     if not checkpoint.exists():
+        if arguments.resume:
+            print(f"there is no {checkpoint} yet: starting afresh", flush=True)
         data, split = load_data(recipe.dataset, recipe.seed, arguments.data, arguments.download)
         return Trainer(recipe, data, split, arguments.data)
     if not arguments.resume:
