@@ -82,6 +82,10 @@ class NativeProgram final : public Program, public std::enable_shared_from_this<
   std::mutex call_mutex_;  // one call at a time
 };
 
+// Throws where the arguments of a meta-step do not fit each other or the program.
+void check_meta_step(const MetaStepArgs& args, const ProgramSizes& sizes, Index output_rows,
+                     Index output_columns);
+
 // Elements of a region of gradients with respect to `sources`.
 template <typename T>
 Index gradient_region_size(const Plan<T>& plan, const BatchPlan<T>& batch, Sources sources);

@@ -7,18 +7,12 @@
 // H v is a tangent followed by a backward_tangent (Pearlmutter 1994). Everything stays in packed
 // layout; only the sums over tasks are unpacked.
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
 #include "cpu/program.h"
 
 namespace fastmaml {
 
 namespace {
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
 
 template <typename T>
 class MetaStep {
@@ -55,8 +49,6 @@ class MetaStep {
     bool first_in_group = false;
   };
 
-  void check() const;
-  void check_labels(const void* labels, Index examples, const char* name) const;
   void allocate();
   void take(Workspace& work) const;
   StepMemory take_step(const BatchPlan<T>& batch, Sources sources) const;
@@ -128,7 +120,7 @@ MetaStep<T>::MetaStep(NativeProgram<T>& program, const MetaStepArgs& args)
       phi_size_(plan_.phi.packed_size()),
       outer_(kTheta | (args.gshared != nullptr && phi_size_ > 0 ? kPhi : 0)),
       groups_(std::max<Index>(1, args.tasks), theta_size_ * static_cast<Index>(sizeof(T))) {
-  check();
+  check_meta_step(args, plan_.sizes, plan_.output_rows, plan_.output_columns);
   support_batch_ = program.batch(std::max<Index>(1, args.support_examples));
   query_batch_ = program.batch(std::max<Index>(1, args.query_examples));
   teams_ = team_count(groups_.count(), args.threads);
@@ -137,44 +129,6 @@ MetaStep<T>::MetaStep(NativeProgram<T>& program, const MetaStepArgs& args)
   program.transpose(start_, outer_, args.threads);
   buffers_ = program.pack_buffers(static_cast<const T*>(args.buffers));
   allocate();
-}
-
-template <typename T>
-void MetaStep<T>::check() const {
-  require(args_.tasks > 0, "tasks must be at least 1: there is nothing to do without a task");
-  require(args_.steps >= 0, "steps must not be negative, got " + std::to_string(args_.steps));
-  require(args_.theta != nullptr || plan_.sizes.theta == 0, "theta must be given");
-  require(args_.shared != nullptr || plan_.sizes.shared == 0, "shared must be given");
-  require(args_.buffers != nullptr || plan_.sizes.buffers == 0, "buffers must be given");
-  if (args_.steps > 0) {
-    require(args_.support_examples > 0 && args_.support_x != nullptr && args_.support_y != nullptr,
-            "support_x and support_y must hold at least one example per task");
-  }
-  if (args_.query_examples > 0) {
-    require(args_.query_x != nullptr, "query_x must be given where query_examples is not 0");
-    require(args_.query_y != nullptr || (!wants_gradient() && args_.losses == nullptr),
-            "query_y must be given where losses or gradients are wanted");
-  } else {
-    require(!wants_gradient() && args_.losses == nullptr && args_.predictions == nullptr,
-            "query_examples must be at least 1 where losses, predictions or gradients are wanted");
-  }
-  require(args_.rate_steps == 1 || args_.rate_steps == args_.steps,
-          "rate_steps must be 1 or the number of steps, got " + std::to_string(args_.rate_steps));
-  if (loss_ != Loss::kCrossEntropy) return;
-  require(plan_.output_rows == 1,
-          "cross_entropy needs one row of class scores per example as the program's output");
-  if (args_.steps > 0) check_labels(args_.support_y, args_.support_examples, "support_y");
-  if (args_.query_y != nullptr) check_labels(args_.query_y, args_.query_examples, "query_y");
-}
-
-template <typename T>
-void MetaStep<T>::check_labels(const void* labels, Index examples, const char* name) const {
-  const auto* values = static_cast<const std::int64_t*>(labels);
-  for (Index i = 0; i < args_.tasks * examples; ++i) {
-    require(values[i] >= 0 && values[i] < plan_.output_columns,
-            std::string(name) + " must hold labels in [0, " + std::to_string(plan_.output_columns) +
-                "), got " + std::to_string(values[i]) + " in task " + std::to_string(i / examples));
-  }
 }
 
 template <typename T>
