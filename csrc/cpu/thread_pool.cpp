@@ -6,6 +6,8 @@
 #include <exception>
 #include <utility>
 
+#include "cpu/openmp_team.h"
+
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
@@ -86,8 +88,14 @@ ThreadPool::~ThreadPool() {
 void ThreadPool::run(int threads, const std::function<void(int)>& body) {
   if (threads <= 1) return body(0);
   std::lock_guard<std::mutex> lock(run_mutex_);
-  start_workers(threads - 1);
   body_ = &body;
+  if (!run_on_openmp(threads, [this](int index) { call(index); })) run_on_workers(threads);
+  body_ = nullptr;
+  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+}
+
+void ThreadPool::run_on_workers(int threads) {
+  start_workers(threads - 1);
   pending_.store(threads - 1);
   for (int i = 0; i < threads - 1; ++i) {
     workers_[i]->called.store(true);
@@ -95,8 +103,6 @@ void ThreadPool::run(int threads, const std::function<void(int)>& body) {
   }
   call(0);
   wait_for_workers();
-  body_ = nullptr;
-  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
 void ThreadPool::start_workers(int count) {

@@ -1,4 +1,4 @@
-// The threads of the core: one persistent pool per process, and teams that share one task.
+// The threads of the core, and teams that share one task.
 #pragma once
 
 #include <atomic>
@@ -15,7 +15,8 @@
 
 namespace fastmaml {
 
-// Idle workers spin for a moment, since meta-steps follow each other closely, then sleep.
+// Uses the process's OpenMP threads where there are some (see openmp_team.h), its own otherwise;
+// these spin for a moment when idle, since meta-steps follow each other closely, then sleep.
 class ThreadPool {
  public:
   // The process's pool. A forked child, which inherits no threads, gets a fresh one.
@@ -23,13 +24,14 @@ class ThreadPool {
 
   ~ThreadPool();
 
-  // Runs body(0) here and body(1) ... body(threads - 1) on workers, and waits for all of them. The
-  // first exception thrown by any of them is rethrown here. Concurrent calls take turns.
+  // Runs body(0) here and body(1) ... body(threads - 1) on other threads, and waits for them all.
+  // The first exception thrown by any of them is rethrown here. Concurrent calls take turns.
   void run(int threads, const std::function<void(int)>& body);
 
  private:
   struct Worker;
 
+  void run_on_workers(int threads);
   void start_workers(int count);
   void work(Worker& worker, int index);
   void call(int index);
