@@ -88,9 +88,19 @@ std::shared_ptr<Program> program(const std::string& dtype, std::vector<Shape> va
 std::shared_ptr<Context> forward(Program& self, std::uintptr_t theta, Index theta_stride,
                                  std::uintptr_t shared, std::uintptr_t buffers, std::uintptr_t x,
                                  Index tasks, Index examples, std::uintptr_t y,
-                                 std::uintptr_t stats, int threads, bool keep) {
+                                 std::uintptr_t stats, int threads, bool keep, bool packed) {
   return self.forward({in(theta), theta_stride, in(shared), in(buffers), in(x), tasks, examples,
-                       out(y), out(stats), threads, keep});
+                       out(y), out(stats), threads, keep, packed});
+}
+
+void pack_theta(Program& self, std::uintptr_t theta, Index rows, std::uintptr_t packed,
+                int threads) {
+  self.pack_theta(in(theta), rows, out(packed), threads);
+}
+
+void unpack_theta(Program& self, std::uintptr_t packed, Index rows, std::uintptr_t theta,
+                  int threads) {
+  self.unpack_theta(in(packed), rows, out(theta), threads);
 }
 
 std::shared_ptr<Gradient> backward(Program& self, Context& context, std::uintptr_t gy,
@@ -180,10 +190,17 @@ PYBIND11_MODULE(_core, module) {
       .def_property_readonly("shared_size", [](const Program& p) { return p.sizes().shared; })
       .def_property_readonly("stats_size", [](const Program& p) { return p.sizes().stats; })
       .def_property_readonly("buffers_size", [](const Program& p) { return p.sizes().buffers; })
+      .def_property_readonly("packed_theta_size",
+                             [](const Program& p) { return p.sizes().packed_theta; })
+      .def_property_readonly("packing", &Program::packing)
+      .def("pack_theta", &pack_theta, Unlocked(), py::kw_only(), py::arg("theta"), py::arg("rows"),
+           py::arg("packed"), py::arg("threads") = 1)
+      .def("unpack_theta", &unpack_theta, Unlocked(), py::kw_only(), py::arg("packed"),
+           py::arg("rows"), py::arg("theta"), py::arg("threads") = 1)
       .def("forward", &forward, Unlocked(), py::kw_only(), py::arg("theta"),
            py::arg("theta_stride"), py::arg("shared"), py::arg("buffers"), py::arg("x"),
            py::arg("tasks"), py::arg("examples"), py::arg("y"), py::arg("stats") = 0,
-           py::arg("threads") = 1, py::arg("keep") = true)
+           py::arg("threads") = 1, py::arg("keep") = true, py::arg("packed") = false)
       .def("backward", &backward, Unlocked(), py::kw_only(), py::arg("context"), py::arg("gy"),
            py::arg("gtheta"), py::arg("gshared") = 0, py::arg("gx") = 0, py::arg("threads") = 1,
            py::arg("keep") = true)

@@ -16,6 +16,7 @@ from fastmaml.program.functional import twice_differentiable
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.program import NativeProgram, Program
 from fastmaml.program.statistics import Recorder
+from fastmaml.program.theta import Theta
 
 if TYPE_CHECKING:
     from fastmaml.maml import MAML
@@ -46,7 +47,7 @@ class Learner(BaseLearner):
 
     _base: MAML
     _layout: ParameterLayout
-    _theta: Tensor
+    _theta: Theta
     _phi: Tensor
     _clone: LazyClone
 
@@ -54,7 +55,7 @@ class Learner(BaseLearner):
         self,
         base: MAML,
         layout: ParameterLayout,
-        theta: Tensor,
+        theta: Theta,
         phi: Tensor,
         *,
         tasks: int | None,
@@ -95,7 +96,7 @@ class Learner(BaseLearner):
         if self.tasks is None:
             with twice_differentiable(self.module):
                 return self.module(*args, **kwargs)
-        views = self._layout.views(self._theta, self._phi.expand(self.tasks, -1))
+        views = self._layout.views(self.theta, self._phi.expand(self.tasks, -1))
         outputs, statistics = program.run(views, args, kwargs)
         self._used |= views.keys()
         self._record(program, statistics)
@@ -154,7 +155,7 @@ class Learner(BaseLearner):
         second_order = not (self.first_order if first_order is None else first_order)
         lenient = self.allow_unused if allow_unused is None else allow_unused
         gradient = self._gradient(loss, second_order, lenient)
-        self.set_theta(self._base.update(self._theta, gradient))
+        self._move(self._theta.moved(self._base.update(self._theta.root, gradient)))
 
     def _gradient(self, loss: Tensor, second_order: bool, lenient: bool) -> Tensor:
         clone = self._clone.built
@@ -163,7 +164,7 @@ class Learner(BaseLearner):
         with twice_differentiable(self._base.module) if views else nullcontext():
             gradient, *parts = torch.autograd.grad(
                 total,
-                [self._theta, *views.values()],
+                [self._theta.root, *views.values()],
                 create_graph=second_order,
                 retain_graph=second_order,
                 allow_unused=True,
@@ -189,11 +190,13 @@ class Learner(BaseLearner):
     @property
     def theta(self) -> Tensor:
         """The adapted parameters, flat: ``[T, P]`` (T = 1 for one task)."""
-        theta: Tensor = self._theta
-        return theta
+        return self._theta.rows
 
     def set_theta(self, theta: Tensor) -> None:
         """Replace the adapted parameters by ``theta [T, P]``."""
+        self._move(Theta(theta))
+
+    def _move(self, theta: Theta) -> None:
         self.__dict__["_theta"] = theta
         self._used.clear()
         if self._clone.built is not None:
@@ -209,7 +212,7 @@ class Learner(BaseLearner):
         learner = Learner(
             self._base,
             self._layout,
-            self._theta.view_as(self._theta),
+            self._theta.moved(self._theta.root.view_as(self._theta.root)),
             self._phi,
             tasks=self.tasks,
             first_order=self.first_order if first_order is None else first_order,
@@ -225,8 +228,8 @@ class Learner(BaseLearner):
     def adapted_parameters(self) -> dict[str, Tensor]:
         """Every parameter as it is now, ``[*shape]``, or ``[T, *shape]`` for T tasks."""
         if self.tasks is None:
-            return self._layout.views(self._theta[0], self._phi)
-        return self._layout.views(self._theta, self._phi.expand(self.tasks, -1))
+            return self._layout.views(self.theta[0], self._phi)
+        return self._layout.views(self.theta, self._phi.expand(self.tasks, -1))
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

@@ -86,12 +86,12 @@ class MAML(BaseLearner):
         """
         if tasks is not None:
             checks.positive_tasks(tasks)
-        layout, theta, phi = self.packed()
+        layout = self.layout()
         return Learner(
             self,
             layout,
-            theta.expand(tasks or 1, -1),
-            phi,
+            self.programs.start(layout).expand(tasks or 1),
+            layout.pack(adapted=False),
             tasks=tasks,
             first_order=self.first_order if first_order is None else first_order,
             allow_unused=self.allow_unused if allow_unused is None else allow_unused,
@@ -165,11 +165,15 @@ class MAML(BaseLearner):
 
     def packed(self) -> tuple[ParameterLayout, Tensor, Tensor]:
         """The layout of the module as it is now, theta ``[P]`` and phi ``[Q]``."""
+        layout = self.layout()
+        return layout, layout.pack(adapted=True), layout.pack(adapted=False)
+
+    def layout(self) -> ParameterLayout:
+        """Where each parameter of the module as it is now lives."""
         signature = module_signature(self.module)
         if self._layout is None or self._layout[0] != signature:
             self._layout = (signature, ParameterLayout(self.module, self.adapt_filter))
-        layout = self._layout[1]
-        return layout, layout.pack(adapted=True), layout.pack(adapted=False)
+        return self._layout[1]
 
 
 def _as_filter(adapt: AdaptFilter | Iterable[str] | None) -> AdaptFilter | None:

@@ -14,6 +14,7 @@ struct NativeContext final : Context {
   const void* program = nullptr;
   std::shared_ptr<const BatchPlan<T>> batch;
   Index tasks = 0;
+  bool packed = false;  // the caller's rows of theta are
   PackedParameters<T> weights;
   std::vector<std::shared_ptr<T>> values;  // by task, the input among them
 };
@@ -83,13 +84,14 @@ Run<T> context_run(const Plan<T>& plan, const NativeContext<T>& context, const T
 template <typename T>
 class GradientOutput {
  public:
-  GradientOutput(const NativeProgram<T>& program, Index tasks, Index examples, void* gtheta,
+  GradientOutput(const NativeProgram<T>& program, const NativeContext<T>& context, void* gtheta,
                  void* gphi, void* gx, int threads)
       : plan_(program.plan()),
         memory_(program.memory()),
-        groups_(tasks, plan_.phi.packed_size() * static_cast<Index>(sizeof(T))),
-        tasks_(tasks),
-        examples_(examples),
+        groups_(context.tasks, plan_.phi.packed_size() * static_cast<Index>(sizeof(T))),
+        tasks_(context.tasks),
+        examples_(context.batch->examples),
+        packed_(context.packed),
         gtheta_(static_cast<T*>(gtheta)),
         gphi_(static_cast<T*>(gphi)),
         gx_(static_cast<T*>(gx)),
@@ -98,7 +100,8 @@ class GradientOutput {
       phi_sums_ = GroupSums<T>(memory_, groups_.count(), plan_.phi.packed_size());
     }
     const int teams = team_count(units(), threads);
-    theta_ = take_regions<T>(memory_, teams, gtheta_ == nullptr ? 0 : plan_.theta.packed_size());
+    const bool rearranged = gtheta_ != nullptr && !packed_;
+    theta_ = take_regions<T>(memory_, teams, rearranged ? plan_.theta.packed_size() : 0);
     phi_ = take_regions<T>(memory_, teams, gphi_ == nullptr ? 0 : plan_.phi.packed_size());
   }
 
@@ -115,14 +118,16 @@ class GradientOutput {
     });
   }
 
-  void prepare(Flow<T>& flow, const TeamMember& member) const {
-    flow.theta = theta_[member.team].get();
+  void prepare(Flow<T>& flow, const TeamMember& member, Index task) const {
+    flow.theta = packed_ ? packed_row(task) : theta_[member.team].get();
     flow.phi = phi_[member.team].get();
     flow.sources = sources();
   }
 
   void store(Run<T>& run, const Flow<T>& flow, Index task) const {
-    if (gtheta_ != nullptr) {
+    if (packed_) {
+      if (gtheta_ != nullptr && run.share.part == 0) plan_.theta.clear_unused(packed_row(task));
+    } else if (gtheta_ != nullptr) {
       plan_.theta.unpack(flow.theta, T(1), gtheta_ + task * plan_.theta.size(), run.share);
     }
     if (gphi_ != nullptr) add_phi(run, flow, task);
@@ -140,6 +145,10 @@ class GradientOutput {
   }
 
  private:
+  T* packed_row(Index task) const {
+    return gtheta_ == nullptr ? nullptr : gtheta_ + task * plan_.theta.row_size();
+  }
+
   void add_phi(Run<T>& run, const Flow<T>& flow, Index task) const {
     Index group = 0;
     while (groups_.tasks(group).end <= task) ++group;
@@ -162,6 +171,7 @@ class GradientOutput {
   ArenaPool& memory_;
   TaskGroups groups_;
   Index tasks_, examples_;
+  bool packed_;
   T *gtheta_, *gphi_, *gx_;
   int threads_;
   GroupSums<T> phi_sums_;
@@ -188,8 +198,9 @@ std::shared_ptr<Context> NativeProgram<T>::forward(const ForwardArgs& args) {
   context->program = this;
   context->batch = batch(args.examples);
   context->tasks = args.tasks;
-  context->weights = pack(static_cast<const T*>(args.theta), args.theta_stride, args.tasks,
-                          static_cast<const T*>(args.shared), args.threads);
+  context->packed = args.packed;
+  context->weights = parameters(args.packed, static_cast<const T*>(args.theta), args.theta_stride,
+                                args.tasks, static_cast<const T*>(args.shared), args.threads);
   const BatchPlan<T>& batch = *context->batch;
   const std::shared_ptr<T> buffers = pack_buffers(static_cast<const T*>(args.buffers));
   const Index frames = args.keep ? args.tasks : team_count(args.tasks, args.threads);
@@ -218,8 +229,7 @@ std::shared_ptr<Gradient> NativeProgram<T>::backward(Context& base, const Backwa
   std::lock_guard<std::mutex> lock(call_mutex_);
   NativeContext<T>& context = native<T>(base, this);
   const BatchPlan<T>& batch = *context.batch;
-  const GradientOutput<T> output(*this, context.tasks, batch.examples, args.gtheta, args.gshared,
-                                 args.gx, args.threads);
+  const GradientOutput<T> output(*this, context, args.gtheta, args.gshared, args.gx, args.threads);
   auto gradient = std::make_shared<NativeGradient<T>>();
   gradient->context = &context;
   gradient->sources = output.sources();
@@ -230,7 +240,7 @@ std::shared_ptr<Gradient> NativeProgram<T>::backward(Context& base, const Backwa
   const auto* gy = static_cast<const T*>(args.gy);
   output.for_each_task([&](const TeamMember& member, Index task) {
     Run<T> run = context_run(plan_, context, member, task);
-    output.prepare(run.first, member);
+    output.prepare(run.first, member, task);
     run.first.region = gradient->regions[args.keep ? task : member.team].get();
     load_output_gradient(run, run.first, gy + task * batch.examples * plan_.output_size);
     run_backward(run, run.first);
@@ -249,8 +259,9 @@ std::shared_ptr<Tangent> NativeProgram<T>::tangent(Context& base, const TangentA
   auto tangent = std::make_shared<NativeTangent<T>>();
   tangent->context = &context;
   tangent->sources = sources_of(args.dtheta, args.dshared, args.dx);
-  tangent->directions = pack(static_cast<const T*>(args.dtheta), args.dtheta_stride, context.tasks,
-                             static_cast<const T*>(args.dshared), args.threads);
+  tangent->directions =
+      parameters(context.packed, static_cast<const T*>(args.dtheta), args.dtheta_stride,
+                 context.tasks, static_cast<const T*>(args.dshared), args.threads);
   const Index frames = args.keep ? context.tasks : team_count(context.tasks, args.threads);
   tangent->regions = take_regions<T>(*memory_, frames, batch.tangent_size);
   const auto* dx = static_cast<const T*>(args.dx);
@@ -282,8 +293,8 @@ void NativeProgram<T>::backward_tangent(Context& base, Gradient& base_gradient,
           "backward must have been asked for the gradient (gtheta, gshared, gx) of everything that "
           "the tangent moves");
   const BatchPlan<T>& batch = *context.batch;
-  const GradientOutput<T> output(*this, context.tasks, batch.examples, args.dgtheta, args.dgshared,
-                                 args.dgx, args.threads);
+  const GradientOutput<T> output(*this, context, args.dgtheta, args.dgshared, args.dgx,
+                                 args.threads);
   transpose(context.weights, output.sources(), args.threads);
   transpose(tangent.directions, output.sources(), args.threads);
   const auto regions = take_regions<T>(*memory_, team_count(output.units(), args.threads),
@@ -297,7 +308,7 @@ void NativeProgram<T>::backward_tangent(Context& base, Gradient& base_gradient,
     run.directions = tangent.directions.of(plan_, task);
     run.first.region = gradient.regions[task].get();
     run.first.sources = gradient.sources;
-    output.prepare(run.second, member);
+    output.prepare(run.second, member, task);
     run.second.region = regions[member.team].get();
     if (dgy == nullptr) {
       run.reset(run.second);

@@ -48,6 +48,7 @@ template <typename T>
 struct PackedParameters {
   std::shared_ptr<T> theta, theta_transposed, phi, phi_transposed;
   Index copies = 1;  // of theta: one for all tasks, or one each
+  Index stride = 0;  // elements from one copy to the next
   Sources transposed_for = 0;
 
   Weights<T> of(const Plan<T>& plan, Index task) const;
@@ -58,19 +59,28 @@ class NativeProgram final : public Program, public std::enable_shared_from_this<
  public:
   explicit NativeProgram(const ProgramSpec& spec);
 
-  ProgramSizes sizes() const override { return plan_.sizes; }
+  ProgramSizes sizes() const override;
   std::shared_ptr<Context> forward(const ForwardArgs& args) override;
   std::shared_ptr<Gradient> backward(Context& context, const BackwardArgs& args) override;
   std::shared_ptr<Tangent> tangent(Context& context, const TangentArgs& args) override;
   void backward_tangent(Context& context, Gradient& gradient, Tangent& tangent,
                         const BackwardTangentArgs& args) override;
   void meta_step(const MetaStepArgs& args) override;
+  void pack_theta(const void* theta, Index rows, void* packed, int threads) override;
+  void unpack_theta(const void* packed, Index rows, void* theta, int threads) override;
+  std::vector<Index> packing() const override { return plan_.theta.packing(); }
 
   const Plan<T>& plan() const { return plan_; }
   ArenaPool& memory() const { return *memory_; }
   std::shared_ptr<const BatchPlan<T>> batch(Index examples);
 
   PackedParameters<T> pack(const T* theta, Index stride, Index tasks, const T* phi, int threads);
+  // The same of a theta that is packed already and is read where it lies.
+  PackedParameters<T> pack_phi(const T* packed_theta, Index stride, Index tasks, const T* phi);
+  PackedParameters<T> parameters(bool packed, const T* theta, Index stride, Index tasks,
+                                 const T* phi, int threads) {
+    return packed ? pack_phi(theta, stride, tasks, phi) : pack(theta, stride, tasks, phi, threads);
+  }
   // Makes the transposes that differentiating `sources` reads, unless they are there.
   void transpose(PackedParameters<T>& parameters, Sources sources, int threads);
   std::shared_ptr<T> pack_buffers(const T* buffers);

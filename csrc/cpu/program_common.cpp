@@ -35,12 +35,19 @@ Weights<T> PackedParameters<T>::of(const Plan<T>& plan, Index task) const {
   const auto at = [&](const std::shared_ptr<T>& memory, Index size) -> const T* {
     return memory == nullptr ? nullptr : memory.get() + copy * size;
   };
-  return {at(theta, plan.theta.packed_size()), at(theta_transposed, plan.theta.transposed_size()),
-          phi.get(), phi_transposed.get()};
+  return {at(theta, stride), at(theta_transposed, plan.theta.transposed_size()), phi.get(),
+          phi_transposed.get()};
 }
 
 template <typename T>
 NativeProgram<T>::NativeProgram(const ProgramSpec& spec) : plan_(make_plan(spec, kernels<T>())) {}
+
+template <typename T>
+ProgramSizes NativeProgram<T>::sizes() const {
+  ProgramSizes sizes = plan_.sizes;
+  sizes.packed_theta = plan_.theta.row_size();
+  return sizes;
+}
 
 template <typename T>
 std::shared_ptr<const BatchPlan<T>> NativeProgram<T>::batch(Index examples) {
@@ -56,14 +63,25 @@ std::shared_ptr<const BatchPlan<T>> NativeProgram<T>::batch(Index examples) {
 template <typename T>
 PackedParameters<T> NativeProgram<T>::pack(const T* theta, Index stride, Index tasks, const T* phi,
                                            int threads) {
-  PackedParameters<T> packed;
-  packed.copies = stride == 0 ? 1 : tasks;
+  const Index size = plan_.theta.packed_size();
+  PackedParameters<T> packed = pack_phi(nullptr, stride == 0 ? 0 : size, tasks, phi);
   if (theta != nullptr) {
-    const Index size = plan_.theta.packed_size();
     packed.theta = memory_->take<T>(packed.copies * size);
     for_each_unit(packed.copies, threads, [&](const TeamMember& member, Index copy) {
       plan_.theta.pack(theta + copy * stride, packed.theta.get() + copy * size, member.share);
     });
+  }
+  return packed;
+}
+
+template <typename T>
+PackedParameters<T> NativeProgram<T>::pack_phi(const T* packed_theta, Index stride, Index tasks,
+                                               const T* phi) {
+  PackedParameters<T> packed;
+  packed.copies = stride == 0 ? 1 : tasks;
+  packed.stride = stride;
+  if (packed_theta != nullptr) {
+    packed.theta = std::shared_ptr<T>(const_cast<T*>(packed_theta), [](T*) {});
   }
   if (phi != nullptr) {
     packed.phi = memory_->take<T>(plan_.phi.packed_size());
@@ -73,21 +91,42 @@ PackedParameters<T> NativeProgram<T>::pack(const T* theta, Index stride, Index t
 }
 
 template <typename T>
+void NativeProgram<T>::pack_theta(const void* theta, Index rows, void* packed, int threads) {
+  const auto* from = static_cast<const T*>(theta);
+  auto* to = static_cast<T*>(packed);
+  for_each_unit(rows, threads, [&](const TeamMember& member, Index row) {
+    plan_.theta.pack_row(from + row * plan_.theta.size(), to + row * plan_.theta.row_size(),
+                         member.share);
+  });
+}
+
+template <typename T>
+void NativeProgram<T>::unpack_theta(const void* packed, Index rows, void* theta, int threads) {
+  const auto* from = static_cast<const T*>(packed);
+  auto* to = static_cast<T*>(theta);
+  for_each_unit(rows, threads, [&](const TeamMember& member, Index row) {
+    plan_.theta.unpack_row(from + row * plan_.theta.row_size(), to + row * plan_.theta.size(),
+                           member.share);
+  });
+}
+
+template <typename T>
 void NativeProgram<T>::transpose(PackedParameters<T>& parameters, Sources sources, int threads) {
   if ((sources & ~parameters.transposed_for) == 0) return;
   parameters.transposed_for |= sources;
   const Sources all = parameters.transposed_for;
   const auto of_group = [&](const ParameterGroup& group, const T* packed, Index copies,
-                            std::shared_ptr<T>& transposed) {
+                            Index stride, std::shared_ptr<T>& transposed) {
     if (packed == nullptr) return;
     if (transposed == nullptr) transposed = memory_->take<T>(copies * group.transposed_size());
     for_each_unit(copies, threads, [&](const TeamMember& member, Index copy) {
-      group.transpose(*plan_.kernels, packed + copy * group.packed_size(), all,
+      group.transpose(*plan_.kernels, packed + copy * stride, all,
                       transposed.get() + copy * group.transposed_size(), member.share);
     });
   };
-  of_group(plan_.theta, parameters.theta.get(), parameters.copies, parameters.theta_transposed);
-  of_group(plan_.phi, parameters.phi.get(), 1, parameters.phi_transposed);
+  of_group(plan_.theta, parameters.theta.get(), parameters.copies, parameters.stride,
+           parameters.theta_transposed);
+  of_group(plan_.phi, parameters.phi.get(), 1, 0, parameters.phi_transposed);
 }
 
 template <typename T>
@@ -163,8 +202,12 @@ void store_stats(const Run<T>& run, T* stats) {
   template class GroupSums<T>;                                                                \
   template struct PackedParameters<T>;                                                        \
   template NativeProgram<T>::NativeProgram(const ProgramSpec&);                               \
+  template ProgramSizes NativeProgram<T>::sizes() const;                                      \
   template std::shared_ptr<const BatchPlan<T>> NativeProgram<T>::batch(Index);                \
   template PackedParameters<T> NativeProgram<T>::pack(const T*, Index, Index, const T*, int); \
+  template PackedParameters<T> NativeProgram<T>::pack_phi(const T*, Index, Index, const T*);  \
+  template void NativeProgram<T>::pack_theta(const void*, Index, void*, int);                 \
+  template void NativeProgram<T>::unpack_theta(const void*, Index, void*, int);               \
   template void NativeProgram<T>::transpose(PackedParameters<T>&, Sources, int);              \
   template std::shared_ptr<T> NativeProgram<T>::pack_buffers(const T*);                       \
   template Index gradient_region_size<T>(const Plan<T>&, const BatchPlan<T>&, Sources);       \

@@ -75,6 +75,7 @@ void ParameterGroup::find_gaps() {
     end = range.end;
   }
   if (end < size_) gaps_.push_back({end, size_});
+  for (const Range& gap : gaps_) uncovered_ += gap.end - gap.begin;
 }
 
 template <typename T>
@@ -109,13 +110,48 @@ void ParameterGroup::unpack(const T* packed, T scale, T* flat, Share share) cons
     const PackedRow place = packed_row(slot, lanes_);
     const Index columns = slot.in * slot.taps;
     for_tiles(slot.out, columns, share, [&](Range rows, Range part) {
-      for (Index r = rows.begin; r < rows.end; ++r) {
-        for (Index c = part.begin; c < part.end; ++c) {
-          to[r * columns + c] = scale * from[place(c) + r];
-        }
+      for (Index c = part.begin; c < part.end; ++c) {
+        const T* row = from + place(c);
+        for (Index r = rows.begin; r < rows.end; ++r) to[r * columns + c] = scale * row[r];
       }
     });
   }
+}
+
+template <typename T>
+void ParameterGroup::pack_row(const T* flat, T* row, Share share) const {
+  pack(flat, row, share);
+  if (share.part != 0) return;
+  T* rest = row + packed_size_;
+  for (const Range& gap : gaps_) rest = std::copy(flat + gap.begin, flat + gap.end, rest);
+}
+
+template <typename T>
+void ParameterGroup::unpack_row(const T* row, T* flat, Share share) const {
+  unpack(row, T(1), flat, share);
+  if (share.part != 0) return;
+  const T* rest = row + packed_size_;
+  for (const Range& gap : gaps_) {
+    std::copy(rest, rest + (gap.end - gap.begin), flat + gap.begin);
+    rest += gap.end - gap.begin;
+  }
+}
+
+template <typename T>
+void ParameterGroup::clear_unused(T* row) const {
+  for (const PackedSlot& slot : slots_) {
+    T* to = row + slot.packed;
+    std::fill(to + slot.packed_size, to + padded(slot.packed_size, kAlignment), T(0));
+  }
+  std::fill(row + packed_size_, row + row_size(), T(0));
+}
+
+std::vector<Index> ParameterGroup::packing() const {
+  std::vector<Index> facts{lanes_, size_};
+  for (const PackedSlot& slot : slots_) {
+    facts.insert(facts.end(), {slot.offset, slot.taps, slot.in, slot.out});
+  }
+  return facts;
 }
 
 template <typename T>
@@ -133,10 +169,13 @@ void ParameterGroup::transpose(const Kernels<T>& kernels, const T* packed, Sourc
   }
 }
 
-#define FASTMAML_INSTANTIATE(T)                                          \
-  template void ParameterGroup::pack<T>(const T*, T*, Share) const;      \
-  template void ParameterGroup::unpack<T>(const T*, T, T*, Share) const; \
-  template void ParameterGroup::copy_uncovered<T>(const T*, T*) const;   \
+#define FASTMAML_INSTANTIATE(T)                                           \
+  template void ParameterGroup::pack<T>(const T*, T*, Share) const;       \
+  template void ParameterGroup::unpack<T>(const T*, T, T*, Share) const;  \
+  template void ParameterGroup::pack_row<T>(const T*, T*, Share) const;   \
+  template void ParameterGroup::unpack_row<T>(const T*, T*, Share) const; \
+  template void ParameterGroup::clear_unused<T>(T*) const;                \
+  template void ParameterGroup::copy_uncovered<T>(const T*, T*) const;    \
   template void ParameterGroup::transpose<T>(const Kernels<T>&, const T*, Sources, T*, Share) const;
 FASTMAML_INSTANTIATE(float)
 FASTMAML_INSTANTIATE(double)

@@ -64,6 +64,18 @@ class ParameterGroup {
   // Packed to torch's layout, times `scale`; what no slot covers is zero.
   template <typename T>
   void unpack(const T* packed, T scale, T* flat, Share share) const;
+  // Rows as the four operations may exchange them with the caller: packed, then what no slot
+  // covers.
+  Index row_size() const { return packed_size_ + uncovered_; }
+  template <typename T>
+  void pack_row(const T* flat, T* row, Share share) const;
+  template <typename T>
+  void unpack_row(const T* row, T* flat, Share share) const;
+  // Zero in a row whatever no kernel writes: what lies between slots, and what none covers.
+  template <typename T>
+  void clear_unused(T* row) const;
+  // Equal for programs whose rows are alike.
+  std::vector<Index> packing() const;
   // Copies what no slot covers.
   template <typename T>
   void copy_uncovered(const T* from, T* to) const;
@@ -79,6 +91,7 @@ class ParameterGroup {
   int lanes_ = 1;
   Index size_ = 0;
   std::vector<Range> gaps_;  // what no slot covers
+  Index uncovered_ = 0;      // elements in the gaps
   Index packed_size_ = 0;
   Index transposed_size_ = 0;
 };

@@ -59,15 +59,19 @@ class Executor(Protocol):
 
     name: str
 
+    @property
+    def packed(self) -> PackedExecutor | None:
+        """The same program on theta in an order of its own, if it has one."""
+
     def forward(
         self, theta: Tensor, phi: Tensor, buffers: Sequence[Tensor], x: Tensor, *, keep: bool
     ) -> tuple[Tensor, Tensor | None, Any]:
         """``(y, statistics [T, S] or None, state)``; the state only where ``keep``."""
 
     def backward(
-        self, state: Any, gy: Tensor, *, want_phi: bool, want_x: bool
+        self, state: Any, gy: Tensor, *, want_phi: bool, want_x: bool, keep: bool = True
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Any]:
-        """``(gtheta [T, P], gphi [Q], gx, gradient state)``."""
+        """``(gtheta [T, P], gphi [Q], gx, gradient state)``; the state only where ``keep``."""
 
     def tangent(
         self, state: Any, dtheta: Tensor, dphi: Tensor | None, dx: Tensor | None
@@ -88,3 +92,22 @@ class Executor(Protocol):
 
     def meta_step(self, call: MetaStep) -> MetaStepResult:
         """K inner steps, the query loss and, where asked for, its gradient."""
+
+
+class PackedExecutor(Executor, Protocol):
+    """An executor whose ``theta``, and gradients and directions in its space, are rows ``[T, K]``
+    as its kernels read them; padding in them is zero. Sums of such rows are such rows.
+    """
+
+    @property
+    def packing(self) -> tuple[int, ...]:
+        """Equal for executors that pack alike."""
+
+    def takes(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether ``parameters`` are of its dtype and on its device."""
+
+    def pack(self, rows: Tensor) -> Tensor:
+        """``[T, P]`` in torch's order to ``[T, K]``."""
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """``[T, K]`` to ``[T, P]`` in torch's order."""

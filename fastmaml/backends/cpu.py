@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,40 @@ class CpuExecutor:
             theta_size=layout.theta_size,
             shared_size=layout.shared_size,
         )
+        self._theta_size = layout.theta_size
+        self.packing = tuple(self._program.packing)
+        self.packed = self._packed_twin()
+
+    def _packed_twin(self) -> CpuExecutor:
+        twin = copy(self)
+        twin.packed = twin
+        twin._theta_size = self._program.packed_theta_size
+        return twin
+
+    def takes(self, parameters: Sequence[Tensor]) -> bool:
+        return all(p.dtype == self._dtype and p.is_cpu for p in parameters)
+
+    def pack(self, rows: Tensor) -> Tensor:
+        rows = rows.contiguous()
+        packed = rows.new_empty(len(rows), self._program.packed_theta_size)
+        self._program.pack_theta(
+            theta=rows.data_ptr(),
+            rows=len(rows),
+            packed=packed.data_ptr(),
+            threads=torch.get_num_threads(),
+        )
+        return packed
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        packed = packed.contiguous()
+        rows = packed.new_empty(len(packed), self._program.theta_size)
+        self._program.unpack_theta(
+            packed=packed.data_ptr(),
+            rows=len(packed),
+            theta=rows.data_ptr(),
+            threads=torch.get_num_threads(),
+        )
+        return rows
 
     def forward(
         self, theta: Tensor, phi: Tensor, buffers: Sequence[Tensor], x: Tensor, *, keep: bool
@@ -75,11 +110,12 @@ class CpuExecutor:
             stats=_pointer(statistics),
             threads=torch.get_num_threads(),
             keep=keep,
+            packed=self is self.packed,
         )
         return y, statistics, _State(context, (theta, phi, flat, x)) if keep else None
 
     def backward(
-        self, state: _State, gy: Tensor, *, want_phi: bool, want_x: bool
+        self, state: _State, gy: Tensor, *, want_phi: bool, want_x: bool, keep: bool = True
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Any]:
         gtheta, gphi, gx = self._gradients(state, want_phi, want_x)
         gy = gy.contiguous()
@@ -90,6 +126,7 @@ class CpuExecutor:
             gshared=_pointer(gphi),
             gx=_pointer(gx),
             threads=torch.get_num_threads(),
+            keep=keep,
         )
         return gtheta, gphi, gx, (gradient, gy)
 
@@ -190,7 +227,7 @@ class CpuExecutor:
         self, state: _State, want_phi: bool, want_x: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         _, phi, _, x = state.inputs
-        gtheta = x.new_empty(len(x), self._program.theta_size)
+        gtheta = x.new_empty(len(x), self._theta_size)
         return (
             gtheta,
             torch.empty_like(phi) if want_phi else None,

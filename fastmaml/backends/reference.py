@@ -42,6 +42,7 @@ class ReferenceExecutor:
     """See :class:`fastmaml.backends.base.Executor`."""
 
     name = "reference"
+    packed = None
 
     def __init__(self, graph: Graph, layout: ParameterLayout) -> None:
         self.graph = graph
@@ -67,7 +68,7 @@ class ReferenceExecutor:
         return y, torch.cat(statistics, 1) if statistics else None, state if keep else None
 
     def backward(
-        self, state: _State, gy: Tensor, *, want_phi: bool, want_x: bool
+        self, state: _State, gy: Tensor, *, want_phi: bool, want_x: bool, keep: bool = True
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Any]:
         gvalues: Values = {self.graph.output: gy}
         gparams: list[tuple[Slot, Tensor]] = []

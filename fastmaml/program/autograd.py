@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from fastmaml.backends.base import Executor, MetaStep, MetaStepResult
 from fastmaml.program.layout import ParameterLayout
+from fastmaml.program.theta import Pack, Unpack
 
 
 @dataclass
@@ -28,8 +29,23 @@ class Run:
     executor: Executor
     reference: Executor
     buffers: Sequence[Tensor]
+    keep: bool = True  # a backward pass may follow
     statistics: Tensor | None = None
     state: Any = None
+
+    def unpacked(self, rows: Tensor) -> Tensor:
+        """Rows in the executor's order in torch's."""
+        if self.executor is not self.executor.packed:
+            return rows
+        unpacked: Tensor = Unpack.apply(self.executor, rows)
+        return unpacked
+
+    def packed(self, rows: Tensor) -> Tensor:
+        """Rows in torch's order in the executor's."""
+        if self.executor is not self.executor.packed:
+            return rows
+        packed: Tensor = Pack.apply(self.executor, rows)
+        return packed
 
 
 class ProgramForward(Function):
@@ -37,7 +53,7 @@ class ProgramForward(Function):
 
     @staticmethod
     def forward(ctx: Any, run: Run, theta: Tensor, phi: Tensor, x: Tensor) -> Tensor:
-        keep = any(ctx.needs_input_grad)
+        keep = run.keep and any(ctx.needs_input_grad)
         y, run.statistics, run.state = run.executor.forward(theta, phi, run.buffers, x, keep=keep)
         ctx.run = run
         ctx.save_for_backward(theta, phi, x)
@@ -50,7 +66,8 @@ class ProgramForward(Function):
             return None, None, None, None
         theta, phi, x = ctx.saved_tensors
         _, want_theta, want_phi, want_x = ctx.needs_input_grad
-        gtheta, gphi, gx = ProgramBackward.apply(ctx.run, want_phi, want_x, theta, phi, x, gy)
+        wants = (want_phi, want_x, torch.is_grad_enabled())
+        gtheta, gphi, gx = ProgramBackward.apply(ctx.run, wants, theta, phi, x, gy)
         return None, gtheta if want_theta else None, gphi, gx
 
 
@@ -59,11 +76,17 @@ class ProgramBackward(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run: Run, want_phi: bool, want_x: bool, theta: Tensor, phi: Tensor, x: Tensor,
+        ctx: Any,
+        run: Run,
+        wants: tuple[bool, bool, bool],
+        theta: Tensor,
+        phi: Tensor,
+        x: Tensor,
         gy: Tensor,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        want_phi, want_x, keep = wants
         gtheta, gphi, gx, gradient = run.executor.backward(
-            run.state, gy, want_phi=want_phi, want_x=want_x
+            run.state, gy, want_phi=want_phi, want_x=want_x, keep=keep
         )
         ctx.run, ctx.gradient = run, gradient
         ctx.save_for_backward(theta, phi, x, gy)
@@ -77,25 +100,27 @@ class ProgramBackward(Function):
         theta, phi, x, gy = ctx.saved_tensors
         *_, want_theta, want_phi, want_x, want_gy = ctx.needs_input_grad
         if v is None and u is None and w is None:
-            return (None,) * 7
-        executor, state, gradient = ctx.run.executor, ctx.run.state, ctx.gradient
+            return (None,) * 6
+        run: Run = ctx.run
+        executor, state, gradient = run.executor, run.state, ctx.gradient
+        v = torch.zeros_like(theta) if v is None else v
         if torch.is_grad_enabled():
             # a third derivative was asked for: the rules are differentiable themselves
-            executor = ctx.run.reference
-            state, gradient = _recompute(executor, ctx.run, theta, phi, x, gy)
-        v = torch.zeros_like(theta) if v is None else v
+            executor, v = run.reference, run.unpacked(v)
+            state, gradient = _recompute(run, run.unpacked(theta), phi, x, gy)
         dy, tangent = executor.tangent(state, v, u, w)
         if not (want_theta or want_phi or want_x):
-            return None, None, None, None, None, None, dy
+            return None, None, None, None, None, dy
         gtheta, gphi, gx = executor.backward_tangent(
             state, gradient, tangent, None, want_phi=want_phi, want_x=want_x
         )
-        return None, None, None, gtheta if want_theta else None, gphi, gx, dy if want_gy else None
+        if executor is run.reference:
+            gtheta = run.packed(gtheta)
+        return None, None, gtheta if want_theta else None, gphi, gx, dy if want_gy else None
 
 
-def _recompute(
-    executor: Executor, run: Run, theta: Tensor, phi: Tensor, x: Tensor, gy: Tensor
-) -> tuple[Any, Any]:
+def _recompute(run: Run, theta: Tensor, phi: Tensor, x: Tensor, gy: Tensor) -> tuple[Any, Any]:
+    executor = run.reference
     _, _, state = executor.forward(theta, phi, run.buffers, x, keep=True)
     return state, executor.backward(state, gy, want_phi=True, want_x=True)[-1]
 

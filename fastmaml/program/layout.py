@@ -33,9 +33,9 @@ class ParameterLayout:
                 adapted = parameter.requires_grad and (adapt is None or adapt(name, parameter))
                 self._add(name, parameter, adapted)
         self.aliases = aliases
-        pairs = zip(self.slots.values(), self.parameters, strict=True)
-        self.shared_requires_grad = any(p.requires_grad and not s.adapted for s, p in pairs)
+        self.shared_requires_grad = any(p.requires_grad for s, p in self._pairs() if not s.adapted)
         self.adapted_names = tuple(slot.name for slot in self.group(adapted=True))
+        self.adapted_parameters = tuple(p for s, p in self._pairs() if s.adapted)
 
     def _add(self, name: str, parameter: nn.Parameter, adapted: bool) -> None:
         offset = self.theta_size if adapted else self.shared_size
@@ -47,14 +47,16 @@ class ParameterLayout:
         else:
             self.shared_size += slot.size
 
+    def _pairs(self) -> Iterator[tuple[Slot, nn.Parameter]]:
+        return zip(self.slots.values(), self.parameters, strict=True)
+
     def group(self, *, adapted: bool) -> Iterator[Slot]:
         """The slots of theta, or of phi, in order."""
         return (slot for slot in self.slots.values() if slot.adapted == adapted)
 
     def pack(self, *, adapted: bool) -> Tensor:
         """The group's parameters as one vector ``[P]`` or ``[Q]``; differentiable."""
-        pairs = zip(self.slots.values(), self.parameters, strict=True)
-        parts = [p.reshape(-1) for slot, p in pairs if slot.adapted == adapted]
+        parts = [p.reshape(-1) for slot, p in self._pairs() if slot.adapted == adapted]
         if parts:
             return torch.cat(parts)
         return self.parameters[0].new_empty(0) if self.parameters else torch.empty(0)
@@ -66,6 +68,10 @@ class ParameterLayout:
             None if source is None else self._part(slot, source)
             for slot, source in zip(self.slots.values(), sources, strict=True)
         ]
+
+    def parts(self, theta: Tensor) -> list[Tensor]:
+        """Views of ``theta [P]`` like the adapted parameters."""
+        return [self._part(slot, theta) for slot in self.group(adapted=True)]
 
     @staticmethod
     def _part(slot: Slot, source: Tensor) -> Tensor:

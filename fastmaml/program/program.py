@@ -19,6 +19,7 @@ from fastmaml.program.functional import FunctionalProgram
 from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.statistics import RunningStatistics
+from fastmaml.program.theta import Theta
 from fastmaml.program.trace import NotCovered
 
 _CACHED_PROGRAMS = 16  # per module: modes, input shapes, dtypes
@@ -59,11 +60,12 @@ class NativeProgram:
                 f"mode, got {examples} example(s) per task; add examples or call eval()"
             )
 
-    def run(self, theta: Tensor, phi: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def run(self, theta: Theta, phi: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``(y [T, N, ...], statistics [T, S])``; y is differentiable in theta, phi and x."""
         self.check_examples(x.shape[1], "x")
-        run = Run(self.executor, self._reference, self.buffers())
-        y = ProgramForward.apply(run, theta, phi, x)
+        executor, rows = theta.on(self.executor)
+        run = Run(executor, self._reference, self.buffers(), keep=torch.is_grad_enabled())
+        y = ProgramForward.apply(run, rows, phi, x)
         return y, run.statistics
 
 
@@ -79,6 +81,14 @@ class ProgramCache:
         self._module = module
         self._programs: OrderedDict[Signature, tuple[Program, object]] = OrderedDict()
         self._warned: set[str] = set()
+        self._latest: NativeProgram | None = None
+
+    def start(self, layout: ParameterLayout) -> Theta:
+        """The module's parameters, packed as the program that ran last reads them."""
+        latest = self._latest
+        fits = latest is not None and latest.layout.slots == layout.slots
+        packing = latest.executor.packed if latest is not None and fits else None
+        return Theta.of_parameters(layout, packing)
 
     def find(
         self,
@@ -102,6 +112,7 @@ class ProgramCache:
         found = self._programs.get(key)
         if found is not None:
             self._programs.move_to_end(key)
+            self._remember(found[0])
             return found[0]
         try:
             with _modes_set(self._module, modes):
@@ -109,7 +120,12 @@ class ProgramCache:
         except NotCovered as reason:
             return self._functional(key, str(reason))
         self._keep(key, program)
+        self._remember(program)
         return program
+
+    def _remember(self, program: Program) -> None:
+        if isinstance(program, NativeProgram):
+            self._latest = program
 
     def _capture(self, layout: ParameterLayout, x: Tensor, example_axes: int) -> NativeProgram:
         sample = x.detach().flatten(0, example_axes - 1)

@@ -57,10 +57,11 @@ struct ProgramSizes {
   Index shared = 0;
   Index stats = 0;
   Index buffers = 0;
+  Index packed_theta = 0;  // of theta as the kernels read it, see ForwardArgs::packed
 };
 
 // What forward, backward and tangent leave behind for the calls that follow them. They own all the
-// memory they refer to.
+// memory they refer to, but for packed parameters and directions, which stay the caller's.
 class Context {
  public:
   virtual ~Context() = default;
@@ -87,6 +88,9 @@ struct ForwardArgs {
   void* stats = nullptr;  // [tasks, sizes.stats]
   int threads = 1;
   bool keep = true;  // false: no Context is returned
+  // theta, and gtheta, dtheta and dgtheta of the calls that follow, are rows of sizes.packed_theta
+  // elements from pack_theta: nothing is rearranged. Sums of such rows are such rows.
+  bool packed = false;
 };
 
 // The gradient of <gy, y>. Only what is asked for is computed.
@@ -163,6 +167,11 @@ class Program {
   virtual void backward_tangent(Context& context, Gradient& gradient, Tangent& tangent,
                                 const BackwardTangentArgs& args) = 0;
   virtual void meta_step(const MetaStepArgs& args) = 0;
+  // Rows of theta from torch's layout to the kernels', and back.
+  virtual void pack_theta(const void* theta, Index rows, void* packed, int threads) = 0;
+  virtual void unpack_theta(const void* packed, Index rows, void* theta, int threads) = 0;
+  // Equal for programs that pack theta alike.
+  virtual std::vector<Index> packing() const = 0;
 };
 
 // Throws std::invalid_argument, naming the op and the argument, where the spec is inconsistent.

@@ -1,0 +1,99 @@
+"""The adapted parameters of T tasks: in torch's order, or as a program's kernels read them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastmaml.backends.base import Executor, PackedExecutor
+from fastmaml.program.layout import ParameterLayout
+
+
+class Pack(Function):
+    """Rows ``[T, P]`` to an executor's ``[T, K]``: linear, and the adjoint of :class:`Unpack`."""
+
+    @staticmethod
+    def forward(ctx: Any, executor: PackedExecutor, rows: Tensor) -> Tensor:
+        ctx.executor = executor
+        return executor.pack(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, Unpack.apply(ctx.executor, grad)
+
+
+class Unpack(Function):
+    """An executor's rows ``[T, K]`` to ``[T, P]``."""
+
+    @staticmethod
+    def forward(ctx: Any, executor: PackedExecutor, packed: Tensor) -> Tensor:
+        ctx.executor = executor
+        return executor.unpack(packed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, Pack.apply(ctx.executor, grad)
+
+
+class PackParameters(Function):
+    """A module's adapted parameters as one packed row ``[1, K]``: one node for all of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, executor: PackedExecutor, layout: ParameterLayout, *parameters: Tensor
+    ) -> Tensor:
+        ctx.executor, ctx.layout = executor, layout
+        return executor.pack(torch.cat([p.reshape(-1) for p in parameters])[None])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        flat = Unpack.apply(ctx.executor, grad)[0]
+        return None, None, *ctx.layout.parts(flat)
+
+
+class Theta:
+    """``[T, P]`` rows of adapted parameters and, where they are kept packed, ``[T, K]`` rows.
+
+    ``root`` is what gradients are taken with respect to; everything else is computed from it.
+    """
+
+    def __init__(self, root: Tensor, packing: PackedExecutor | None = None) -> None:
+        self.root = root
+        self.packing = packing
+        self._rows = root if packing is None else None
+
+    @classmethod
+    def of_parameters(cls, layout: ParameterLayout, packing: PackedExecutor | None) -> Theta:
+        """The module's own parameters as one row, packed where ``packing`` can."""
+        parameters = layout.adapted_parameters
+        if packing is None or not packing.takes(parameters):
+            return cls(layout.pack(adapted=True)[None])
+        return cls(PackParameters.apply(packing, layout, *parameters), packing)
+
+    def expand(self, tasks: int) -> Theta:
+        """One row for each of ``tasks`` tasks."""
+        return self.moved(self.root.expand(tasks, -1))
+
+    def moved(self, root: Tensor) -> Theta:
+        """Other values in the same order of elements."""
+        return Theta(root, self.packing)
+
+    @property
+    def rows(self) -> Tensor:
+        """The parameters in torch's order, ``[T, P]``."""
+        if self._rows is not None:
+            return self._rows
+        rows: Tensor = Unpack.apply(self.packing, self.root)
+        if torch.is_grad_enabled() or not self.root.requires_grad:
+            self._rows = rows
+        return rows
+
+    def on(self, executor: Executor) -> tuple[Executor, Tensor]:
+        """``executor``, or its packed twin, with the rows that it takes."""
+        twin = executor.packed
+        if self.packing is None or twin is None or twin.packing != self.packing.packing:
+            return executor, self.rows
+        return twin, self.root
