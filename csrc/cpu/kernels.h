@@ -68,6 +68,26 @@ struct PoolGeometry {
   std::vector<PoolWindow> windows;  // [out_height * out_width]
 };
 
+// Images of height x width rows; windows of window x window (1 or 2) rows that do not overlap, as
+// many as fit.
+struct NormReluShape {
+  Index images, height, width, window, channels;
+};
+// What forward leaves to the other passes. `origin` says where an output comes from: the winner's
+// place in its window, or -1 where the ReLU is off; with window 1 it is y itself, by its sign.
+template <typename T>
+struct NormReluState {
+  const T *x, *gamma;
+  T *mean, *variance, *inv_std, *y, *origin;
+};
+// The same of a tangent: dx may be null; mean(dx) and mean(dx * xhat) are written by
+// norm_relu_tangent.
+template <typename T>
+struct NormReluTangent {
+  const T *dx, *dgamma;
+  T *mean_dx, *mean_dx_xhat;
+};
+
 template <typename T>
 struct Kernels {
   const char* isa;  // "avx512", "avx2", "portable"
@@ -132,6 +152,19 @@ struct Kernels {
                                      const T* xhat, const T* dxhat, const T* gamma, const T* dgamma,
                                      const T* inv_std, T* dgx, bool accumulate, T* dggamma,
                                      T* dgbeta, Share share);
+
+  // --- y = max over windows of relu(batch norm(x)), statistics of the batch; what norm_* computes,
+  // without the values in between. gx, gy, dgy, gamma, dgamma, dbeta as there.
+  void (*norm_relu_forward)(const NormReluShape& shape, const NormReluState<T>& state,
+                            const T* beta, T eps, Share share);
+  void (*norm_relu_backward)(const NormReluShape& shape, const NormReluState<T>& state, const T* gy,
+                             T* gx, bool accumulate, T* ggamma, T* gbeta, Share share);
+  void (*norm_relu_tangent)(const NormReluShape& shape, const NormReluState<T>& state,
+                            const NormReluTangent<T>& tangent, const T* dbeta, T* dy, Share share);
+  void (*norm_relu_backward_tangent)(const NormReluShape& shape, const NormReluState<T>& state,
+                                     const NormReluTangent<T>& tangent, const T* gy, const T* dgy,
+                                     const T* ggamma, const T* gbeta, T* dgx, bool accumulate,
+                                     T* dggamma, T* dgbeta, Share share);
 
   // --- pointwise, over count elements (padding included)
   // -------------------------------------------

@@ -26,7 +26,9 @@ enum class Padding {
 // op's constructor asks for its parameters and inputs first, then produces its output.
 class OpReader {
  public:
-  OpReader(const ProgramSpec& spec, int index) : spec_(spec), index_(index) {}
+  // `last`: the last of the ops that are run as one, `index` where it stands alone.
+  OpReader(const ProgramSpec& spec, int index, int last)
+      : spec_(spec), index_(index), last_(last) {}
   virtual ~OpReader() = default;
 
   const OpSpec& op() const { return spec_.ops[index_]; }
@@ -49,6 +51,11 @@ class OpReader {
   const Shape& output() const { return spec_.values[op().output]; }
   void expect_output(const Shape& shape) const;
 
+  // --- ops that are run together with this one: a ReLU, perhaps a max-pool -----------------------
+  const Shape& fused_output() const { return spec_.values[spec_.ops[last_].output]; }
+  // Of the max-pool, 1 without one; 0 where the op stands alone.
+  Index fused_window() const { return last_ == index_ ? 0 : last_ - index_; }
+
   // --- slots: -1 where absent
   // ---------------------------------------------------------------------
   const Shape& slot_shape(int i, const std::string& name) const;
@@ -65,6 +72,10 @@ class OpReader {
   virtual Place need_any(int input) = 0;
   // Nothing else reads the memory of this input.
   virtual bool may_overwrite(int input, const Place& place) const = 0;
+  // Nobody but a batch norm in training mode reads the output.
+  virtual bool feeds_batch_statistics() const = 0;
+  // The contents of this input must stay as they are.
+  virtual void keep(const Place& place) = 0;
   virtual int produce(const Layout& layout) = 0;
   // The output takes the memory of an input, and whoever wrote it must leave it alone.
   virtual int produce_in_place(const Place& place) = 0;
@@ -76,7 +87,7 @@ class OpReader {
   void expect_shape(const std::string& name, const Shape& expected, const Shape& actual) const;
 
   const ProgramSpec& spec_;
-  int index_;
+  int index_, last_;
 
  private:
   template <typename Value>

@@ -1,5 +1,6 @@
 #include "cpu/program_plan.h"
 
+#include <algorithm>
 #include <map>
 #include <stdexcept>
 
@@ -28,6 +29,42 @@ struct Readers {
     ++count[root[spec.output]];
   }
 };
+
+bool holds(const OpSpec& op, const std::string& name, const Attribute& value) {
+  const auto found = op.attributes.find(name);
+  return found != op.attributes.end() && found->second == value;
+}
+
+bool is_relu(const OpSpec& op) {
+  return op.kind == "activation" && holds(op, "function", std::string("relu"));
+}
+
+// Windows of 2 x 2 that do not overlap, as many as fit.
+bool is_halving_max_pool(const ProgramSpec& spec, const OpSpec& op) {
+  if (op.kind != "max_pool2d") return false;
+  const std::vector<Index> two = {2, 2}, zero = {0, 0}, one = {1, 1};
+  const Shape &x = spec.values[op.inputs[0]], &y = spec.values[op.output];
+  return holds(op, "kernel", two) && holds(op, "stride", two) && holds(op, "padding", zero) &&
+         holds(op, "dilation", one) && x.size() == 3 && y == Shape{x[0], x[1] / 2, x[2] / 2};
+}
+
+bool takes_batch_statistics(const OpSpec& op) {
+  return op.kind == "batch_norm" && holds(op, "training", true);
+}
+
+// The last of the ops from `index` on that run as one: a batch norm in training mode, a ReLU and a
+// max-pool, each the only reader of the one before.
+int fused_until(const ProgramSpec& spec, const Readers& readers, int index) {
+  const auto feeds_only_next = [&](int i) {
+    return i + 1 < static_cast<int>(spec.ops.size()) && readers.count[spec.ops[i].output] == 1 &&
+           spec.ops[i + 1].inputs == std::vector<int>{spec.ops[i].output};
+  };
+  if (!takes_batch_statistics(spec.ops[index])) return index;
+  if (!feeds_only_next(index) || !is_relu(spec.ops[index + 1])) return index;
+  const int relu = index + 1;
+  const bool pooled = feeds_only_next(relu) && is_halving_max_pool(spec, spec.ops[relu + 1]);
+  return pooled ? relu + 1 : relu;
+}
 
 void check_shapes(const ProgramSpec& spec) {
   if (spec.values.empty()) throw std::invalid_argument("values must hold at least the input");
@@ -105,7 +142,8 @@ class Planner {
 
   Plan<T> build() {
     place_input();
-    for (std::size_t i = 0; i < spec_.ops.size(); ++i) add_op(static_cast<int>(i));
+    for (int i = 0; i < static_cast<int>(spec_.ops.size()); i = add_op(i) + 1) {
+    }
     place_output();
     mark_live();
     plan_.theta.build(plan_.slots, true, spec_.theta_size, lanes());
@@ -176,7 +214,8 @@ class Planner {
     plan_.output_from_torch = gather_map(dense, layout);
   }
 
-  void add_op(int index);
+  // Returns the last op of the spec that it covers.
+  int add_op(int index);
 
   void add(std::unique_ptr<Op<T>> op) {
     op->index = static_cast<int>(plan_.ops.size());
@@ -230,7 +269,11 @@ class Planner {
 template <typename T>
 class Planner<T>::Reader final : public OpReader {
  public:
-  Reader(Planner& planner, int index) : OpReader(planner.spec_, index), planner_(planner) {}
+  Reader(Planner& planner, int index)
+      : OpReader(planner.spec_, index, fused_until(planner.spec_, planner.readers_, index)),
+        planner_(planner) {}
+
+  int last() const { return last_; }
 
   int parameter(int i, const std::string& name, const Shape& shape, bool required) override {
     const int slot = slot_number(i, op().params, spec_.slots.size(), name);
@@ -271,14 +314,23 @@ class Planner<T>::Reader final : public OpReader {
     return readers.count[readers.root[op().inputs[input]]] == 1 && !planner_.kept_[place.storage];
   }
 
+  bool feeds_batch_statistics() const override {
+    if (planner_.readers_.count[op().output] != 1) return false;
+    return std::any_of(spec_.ops.begin(), spec_.ops.end(), [&](const OpSpec& next) {
+      return takes_batch_statistics(next) && next.inputs[0] == op().output;
+    });
+  }
+
+  void keep(const Place& place) override { planner_.kept_[place.storage] = true; }
+
   int produce(const Layout& layout) override {
     const int storage = planner_.new_storage(layout, depends_);
-    planner_.values_[op().output] = Place{storage, layout};
+    planner_.values_[spec_.ops[last_].output] = Place{storage, layout};
     return storage;
   }
 
   int produce_in_place(const Place& place) override {
-    planner_.kept_[place.storage] = true;
+    keep(place);
     planner_.values_[op().output] = place;
     return place.storage;
   }
@@ -307,7 +359,7 @@ Layout permuted_output(const OpReader& reader, const Layout& layout) {
 }
 
 template <typename T>
-void Planner<T>::add_op(int index) {
+int Planner<T>::add_op(int index) {
   using Maker = std::unique_ptr<Op<T>> (*)(OpReader&);
   static const std::map<std::string, Maker> makers = {
       {"linear", make_linear<T>},
@@ -332,11 +384,12 @@ void Planner<T>::add_op(int index) {
     }
     values_[op.output] =
         op.kind == "view" ? from : Place{from.storage, permuted_output(reader, from.layout)};
-    return;
+    return index;
   }
   const auto maker = makers.find(op.kind);
   if (maker == makers.end()) reader.fail("this kind of op is not known");
   add(maker->second(reader));
+  return reader.last();
 }
 
 }  // namespace

@@ -81,11 +81,13 @@ class WeightedOp : public Op<T> {
   virtual void weight_product(Run<T>& run, const Pairs<T>& x_gy, Target<T> gw) const = 0;
   virtual void input_gradient(Run<T>& run, const Pairs<T>& gy_wt, Target<T> gx) const = 0;
 
-  void place(OpReader& reader, const Layout& in, const Layout& out) {
+  // Whether the bias belongs to what a batch norm would call a channel.
+  void place(OpReader& reader, const Layout& in, const Layout& out, bool bias_per_channel) {
     const Place x = reader.need(0, in, Padding::kOptional);
     this->inputs = {x.storage};
     ldx_ = x.layout.ld;
     reader.need_transposed(weight(), x.storage);
+    bias_cancels_ = bias_per_channel && reader.feeds_batch_statistics();
     this->output = reader.produce(out);
   }
 
@@ -97,12 +99,16 @@ class WeightedOp : public Op<T> {
   Index ldx_ = 0;
 
  private:
+  // The batch norm behind it subtracts the mean, and the bias with it: its gradient is zero.
+  bool bias_cancels_ = false;
+
   void weight_gradient(Run<T>& run, Flow<T>& flow, const Pairs<T>& pairs) const {
     if (!pairs) return;
     if (const Target<T> target = run.into_slot(flow, weight())) weight_product(run, pairs, target);
   }
 
   void bias_gradient(Run<T>& run, Flow<T>& flow, const T* gy) const {
+    if (bias_cancels_) return;
     if (const Target<T> target = run.into_slot(flow, bias())) {
       run.kernels.column_sums(rows(run), out_channels_, gy, target.data, target.accumulate,
                               run.share);
@@ -124,7 +130,8 @@ class LinearLayerOp final : public WeightedOp<T> {
     this->slots = {reader.parameter(0, "weight", {this->out_channels_, in_channels_}, true),
                    reader.parameter(1, "bias", {this->out_channels_}, false)};
     positions_ = element_count(x) / in_channels_;
-    this->place(reader, channels_last(x, reader.lanes()), channels_last(expected, reader.lanes()));
+    this->place(reader, channels_last(x, reader.lanes()), channels_last(expected, reader.lanes()),
+                expected.size() == 1);
   }
 
  protected:
@@ -181,8 +188,8 @@ class Conv2dOp final : public WeightedOp<T> {
                  dilation[0],         dilation[1]};
     this->slots = {reader.parameter(0, "weight", weight, true),
                    reader.parameter(1, "bias", {weight[0]}, false)};
-    this->place(reader, channels_first(x, reader.lanes()),
-                channels_first(expected, reader.lanes()));
+    this->place(reader, channels_first(x, reader.lanes()), channels_first(expected, reader.lanes()),
+                true);
   }
 
   void reserve(const Kernels<T>& kernels, BatchPlan<T>& batch, OpPlaces& places) const override {

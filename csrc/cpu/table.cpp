@@ -4,6 +4,7 @@
 #include "gemm.h"
 #include "loss.h"
 #include "norm.h"
+#include "norm_relu.h"
 #include "peak.h"
 #include "pool.h"
 #include "shape.h"
@@ -36,6 +37,10 @@ const Kernels<T>& table() {
       &norm_eval_backward<T>,
       &norm_eval_tangent<T>,
       &norm_eval_backward_tangent<T>,
+      &norm_relu_forward<T>,
+      &norm_relu_backward<T>,
+      &norm_relu_tangent<T>,
+      &norm_relu_backward_tangent<T>,
       &act_forward<T>,
       &act_backward<T>,
       &act_tangent<T>,

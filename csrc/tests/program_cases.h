@@ -52,6 +52,18 @@ inline ProgramSpec pooled_convnet() {
   return p.spec();
 }
 
+// Blocks that run as one op, on sizes that their windows do not fill; the last keeps no pool.
+inline ProgramSpec pooled_blocks(bool affine) {
+  ProgramBuilder p({2, 11, 9});
+  int h = p.activation(p.batch_norm(p.conv2d(0, 18), true, affine), "relu");
+  h = p.max_pool2d(h, 2, 2, 0, {18, 5, 4});
+  h = p.activation(p.batch_norm(p.conv2d(h, 4), true, affine), "relu");
+  h = p.max_pool2d(h, 2, 2, 0, {4, 2, 2});
+  h = p.activation(p.batch_norm(p.conv2d(h, 5), true, affine), "relu");
+  p.linear(p.flatten(h), 3);
+  return p.spec();
+}
+
 inline ProgramSpec skips_and_rearrangements() {
   ProgramBuilder p({3, 6, 6});
   int h = p.activation(p.conv2d(0, 4), "tanh");
@@ -106,6 +118,8 @@ inline std::vector<ProgramCase> program_cases() {
       {"plain norm", strided_convnet("softplus", true, true, false)},
       {"shared body", strided_convnet("tanh", true, false, true)},
       {"pooled", pooled_convnet(), true, false},
+      {"pooled blocks", pooled_blocks(true), true, false},
+      {"pooled blocks without affine", pooled_blocks(false), true, false},
       {"skips", skips_and_rearrangements()},
       {"tied", tied_weights()},
       {"input of many", input_of_many(), true, false},

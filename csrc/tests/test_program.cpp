@@ -214,7 +214,10 @@ void check_shared_theta(const ProgramCase& c) {
 // A ReLU works in place where it can. Clamping at zero and a number out of reach is the same
 // function and never does.
 void check_in_place(const ProgramSpec& relu, const ProgramSpec& clamp) {
-  const Setup in_place({"relu", relu}), plain({"clamp", clamp});
+  generator().seed(1);
+  const Setup in_place({"relu", relu});
+  generator().seed(1);
+  const Setup plain({"clamp", clamp});
   const Point at = plain.random_point();
   const Gradients got = in_place.gradients(at), expected = plain.gradients(at);
   check(in_place.output(at) == plain.output(at), "in place: output");
@@ -263,8 +266,8 @@ int main() {
     check_shared_theta(c);
   }
   check_in_place(mlp("relu"), mlp("hardtanh"));
-  check_in_place(strided_convnet("relu", true, true, true),
-                 strided_convnet("hardtanh", true, true, true));
+  check_in_place(strided_convnet("relu", false, true, true),
+                 strided_convnet("hardtanh", false, true, true));
   check_errors();
   return report("program");
 }

@@ -1,0 +1,124 @@
+// Rows of channels in registers, and the sums over rows that batch normalisation is made of.
+#pragma once
+
+#include "simd.h"
+
+namespace fastmaml {
+namespace FASTMAML_ISA {
+
+constexpr Index kBlockRows = 128;  // sums go block by block: rounding grows slower, L1 is reused
+
+// NV vectors of channels of one row.
+template <typename T, int NV>
+struct Row {
+  Vec<T> v[NV];
+
+  static FASTMAML_INLINE Row fill(T x) {
+    Row out;
+    for (int j = 0; j < NV; ++j) out.v[j] = broadcast(x);
+    return out;
+  }
+  static FASTMAML_INLINE Row at(const T* p) {
+    Row out;
+    for (int j = 0; j < NV; ++j) out.v[j] = load(p + j * kLanes<T>);
+    return out;
+  }
+  static FASTMAML_INLINE Row at_or(const T* p, T otherwise) { return p ? at(p) : fill(otherwise); }
+  FASTMAML_INLINE void put(T* p) const {
+    for (int j = 0; j < NV; ++j) store(p + j * kLanes<T>, v[j]);
+  }
+  FASTMAML_INLINE void put_or_add(T* p, bool add) const { (add ? *this + at(p) : *this).put(p); }
+
+  FASTMAML_INLINE Row operator+(const Row& o) const {
+    Row out;
+    for (int j = 0; j < NV; ++j) out.v[j] = v[j] + o.v[j];
+    return out;
+  }
+  FASTMAML_INLINE Row operator-(const Row& o) const {
+    Row out;
+    for (int j = 0; j < NV; ++j) out.v[j] = v[j] - o.v[j];
+    return out;
+  }
+  FASTMAML_INLINE Row operator*(const Row& o) const {
+    Row out;
+    for (int j = 0; j < NV; ++j) out.v[j] = v[j] * o.v[j];
+    return out;
+  }
+};
+
+template <typename T, int NV>
+FASTMAML_INLINE Row<T, NV> multiply_add(const Row<T, NV>& a, const Row<T, NV>& b,
+                                        const Row<T, NV>& c) {
+  Row<T, NV> out;
+  for (int j = 0; j < NV; ++j) out.v[j] = fma(a.v[j], b.v[j], c.v[j]);
+  return out;
+}
+
+template <typename T, int NV>
+FASTMAML_INLINE Row<T, NV> inverse_std(const Row<T, NV>& variance, T eps) {
+  Row<T, NV> out;
+  for (int j = 0; j < NV; ++j) {
+    out.v[j] = broadcast(T(1)) / square_root<T>(variance.v[j] + broadcast(eps));
+  }
+  return out;
+}
+
+// Walks the share's channels in panels of up to two vectors: body(row tag, first channel).
+template <typename T, typename Body>
+FASTMAML_INLINE void for_panels(Index channels, Share share, Body body) {
+  const Range mine = split(padded_to_lanes<T>(channels) / kLanes<T>, share);
+  Index v = mine.begin;
+  for (; v + 2 <= mine.end; v += 2) body(Row<T, 2>(), v * kLanes<T>);
+  if (v < mine.end) body(Row<T, 1>(), v * kLanes<T>);
+}
+
+template <typename R>
+struct Moments {
+  R mean, variance;
+};
+
+// Two passes over each block while it is in the cache, blocks merged as Chan et al. (1983) do.
+template <typename T, int NV>
+FASTMAML_INLINE Moments<Row<T, NV>> moments(Index rows, Index ld, const T* x) {
+  using R = Row<T, NV>;
+  R mean = R::fill(0), squares = R::fill(0);
+  for (Index first = 0; first < rows; first += kBlockRows) {
+    const Index last = smaller(first + kBlockRows, rows), count = last - first;
+    R sum = R::fill(0), block_squares = R::fill(0);
+    for (Index i = first; i < last; ++i) sum = sum + R::at(x + i * ld);
+    const R block_mean = sum * R::fill(T(1) / static_cast<T>(count));
+    for (Index i = first; i < last; ++i) {
+      const R difference = R::at(x + i * ld) - block_mean;
+      block_squares = multiply_add(difference, difference, block_squares);
+    }
+    const R shift = block_mean - mean;
+    const T part = static_cast<T>(count) / static_cast<T>(last);
+    mean = multiply_add(shift, R::fill(part), mean);
+    squares =
+        squares + multiply_add(shift * shift, R::fill(part * static_cast<T>(first)), block_squares);
+  }
+  return {mean, squares * R::fill(T(1) / static_cast<T>(rows))};
+}
+
+template <typename R>
+struct Sums {
+  R a, b;
+};
+
+// Column sums of two terms per row: add(row, &sums).
+template <typename T, int NV, typename Add>
+FASTMAML_INLINE Sums<Row<T, NV>> column_pair_sums(Index rows, Add add) {
+  using R = Row<T, NV>;
+  Sums<R> total = {R::fill(0), R::fill(0)};
+  for (Index first = 0; first < rows; first += kBlockRows) {
+    const Index last = smaller(first + kBlockRows, rows);
+    Sums<R> part = {R::fill(0), R::fill(0)};
+    for (Index i = first; i < last; ++i) add(i, &part);
+    total.a = total.a + part.a;
+    total.b = total.b + part.b;
+  }
+  return total;
+}
+
+}  // namespace FASTMAML_ISA
+}  // namespace fastmaml
