@@ -113,7 +113,7 @@ class MAML(BaseLearner):
         """One inner step: ``theta [T, P]`` moved against ``gradient [T, P]``."""
         if isinstance(self.lr, Tensor):
             return theta - self.lr * gradient
-        return torch.sub(theta, gradient, alpha=self.lr)
+        return torch.add(theta, gradient, alpha=-self.lr)  # whose backward is one product
 
     # --- door 3 -------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 #include "cpu/program_memory.h"
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 
@@ -8,7 +9,7 @@ namespace fastmaml {
 namespace {
 
 constexpr std::align_val_t kAlignment{64};
-constexpr std::size_t kMostFreeBytes = std::size_t{512} << 20;
+constexpr std::size_t kAlwaysKeptBytes = std::size_t{512} << 20;
 
 }  // namespace
 
@@ -19,6 +20,8 @@ ArenaPool::~ArenaPool() {
 void* ArenaPool::take_bytes(std::size_t bytes) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
+    used_bytes_ += bytes;
+    most_used_bytes_ = std::max(most_used_bytes_, used_bytes_);
     for (auto block = free_.rbegin(); block != free_.rend(); ++block) {
       if (block->bytes != bytes) continue;
       void* memory = block->memory;
@@ -36,7 +39,9 @@ void ArenaPool::give(void* memory, std::size_t bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
   free_.push_back({memory, bytes});
   free_bytes_ += bytes;
-  while (free_bytes_ > kMostFreeBytes) {
+  used_bytes_ -= bytes;
+  const std::size_t kept = std::max(kAlwaysKeptBytes, most_used_bytes_);
+  while (!free_.empty() && free_bytes_ + used_bytes_ > kept) {
     ::operator delete(free_.front().memory, kAlignment);
     free_bytes_ -= free_.front().bytes;
     free_.pop_front();
