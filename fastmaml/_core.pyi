@@ -85,6 +85,7 @@ class Program:
         dgx: int = 0,
         threads: int = 1,
     ) -> None: ...
+    def useful_threads(self, tasks: int, examples: int, passes: int, threads: int) -> int: ...
     def meta_step(
         self,
         *,

@@ -66,6 +66,7 @@ class NativeProgram final : public Program, public std::enable_shared_from_this<
   void backward_tangent(Context& context, Gradient& gradient, Tangent& tangent,
                         const BackwardTangentArgs& args) override;
   void meta_step(const MetaStepArgs& args) override;
+  int useful_threads(Index tasks, Index examples, Index passes, int threads) const override;
   void pack_theta(const void* theta, Index rows, void* packed, int threads) override;
   void unpack_theta(const void* packed, Index rows, void* theta, int threads) override;
   std::vector<Index> packing() const override { return plan_.theta.packing(); }

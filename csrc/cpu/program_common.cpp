@@ -9,6 +9,9 @@ namespace fastmaml {
 namespace {
 
 constexpr Index kMostGroups = 16;
+// Multiplications that outweigh waking a thread, and meeting another one after every op.
+constexpr Index kWorthAThread = 200'000;
+constexpr Index kWorthATeam = 1'000'000;
 constexpr Index kMostSumBytes = Index{256} << 20;
 
 }  // namespace
@@ -47,6 +50,13 @@ ProgramSizes NativeProgram<T>::sizes() const {
   ProgramSizes sizes = plan_.sizes;
   sizes.packed_theta = plan_.theta.row_size();
   return sizes;
+}
+
+template <typename T>
+int NativeProgram<T>::useful_threads(Index tasks, Index examples, Index passes, int threads) const {
+  const Index work = tasks * examples * passes * plan_.multiplications;
+  const Index worth = tasks < threads ? kWorthATeam * passes : kWorthAThread;
+  return static_cast<int>(std::min<Index>(threads, 1 + work / worth));
 }
 
 template <typename T>
@@ -203,6 +213,7 @@ void store_stats(const Run<T>& run, T* stats) {
   template struct PackedParameters<T>;                                                        \
   template NativeProgram<T>::NativeProgram(const ProgramSpec&);                               \
   template ProgramSizes NativeProgram<T>::sizes() const;                                      \
+  template int NativeProgram<T>::useful_threads(Index, Index, Index, int) const;              \
   template std::shared_ptr<const BatchPlan<T>> NativeProgram<T>::batch(Index);                \
   template PackedParameters<T> NativeProgram<T>::pack(const T*, Index, Index, const T*, int); \
   template PackedParameters<T> NativeProgram<T>::pack_phi(const T*, Index, Index, const T*);  \

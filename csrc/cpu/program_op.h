@@ -37,6 +37,7 @@ struct Plan {
   std::vector<PackedSlot> slots;
   ParameterGroup theta;
   ParameterGroup phi;
+  Index multiplications = 0;  // of a forward pass, per example
   std::vector<PackedBuffer> buffers;
   Index buffers_size = 0;  // with padding
   ProgramSizes sizes;
@@ -200,6 +201,8 @@ class Op {
   virtual void tangent(Run<T>& run) const = 0;
   // As above, and run.first holds what backward left; the output's second gradient may be zero.
   virtual void backward_tangent(Run<T>& run) const = 0;
+  // Of a forward pass, per example: where the time goes.
+  virtual Index multiplications() const { return 0; }
   // Elements of a statistics row (2 * channels for a tracking norm), and how to fill it.
   virtual Index stats_size() const { return 0; }
   virtual void write_stats(const Run<T>&, T*) const {}

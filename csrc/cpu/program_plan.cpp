@@ -150,7 +150,10 @@ class Planner {
     plan_.phi.build(plan_.slots, false, spec_.shared_size, lanes());
     plan_.sizes.theta = plan_.theta.size();
     plan_.sizes.shared = plan_.phi.size();
-    for (const auto& op : plan_.ops) plan_.sizes.stats += op->stats_size();
+    for (const auto& op : plan_.ops) {
+      plan_.sizes.stats += op->stats_size();
+      plan_.multiplications += op->multiplications();
+    }
     return std::move(plan_);
   }
 

@@ -134,6 +134,8 @@ class LinearLayerOp final : public WeightedOp<T> {
                 expected.size() == 1);
   }
 
+  Index multiplications() const override { return positions_ * in_channels_ * this->out_channels_; }
+
  protected:
   Index rows(const Run<T>& run) const override { return run.examples() * positions_; }
 
@@ -194,6 +196,11 @@ class Conv2dOp final : public WeightedOp<T> {
 
   void reserve(const Kernels<T>& kernels, BatchPlan<T>& batch, OpPlaces& places) const override {
     places.conv.reset(kernels.conv_plan(geometry_, batch.examples), kernels.conv_plan_free);
+  }
+
+  Index multiplications() const override {
+    return Index{geometry_.out_height} * geometry_.out_width * geometry_.kernel_h *
+           geometry_.kernel_w * geometry_.in_channels * geometry_.out_channels;
   }
 
  protected:

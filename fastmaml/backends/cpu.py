@@ -16,6 +16,8 @@ from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
 
 _PYTHON_ONLY = ("running", "momentum")  # whose running statistics a batch norm feeds, and how
+_STEP_PASSES = 6  # of a second-order inner step: forward, backward, and its part of the adjoint
+_WORTH_A_THREAD = 1 << 17  # elements to copy
 DEFAULT_MEMORY_BUDGET = 1 << 30  # bytes of saved activations before a meta-step recomputes them
 
 
@@ -75,7 +77,7 @@ class CpuExecutor:
             theta=rows.data_ptr(),
             rows=len(rows),
             packed=packed.data_ptr(),
-            threads=torch.get_num_threads(),
+            threads=_copying_threads(packed),
         )
         return packed
 
@@ -86,7 +88,7 @@ class CpuExecutor:
             packed=packed.data_ptr(),
             rows=len(packed),
             theta=rows.data_ptr(),
-            threads=torch.get_num_threads(),
+            threads=_copying_threads(packed),
         )
         return rows
 
@@ -108,7 +110,7 @@ class CpuExecutor:
             examples=examples,
             y=y.data_ptr(),
             stats=_pointer(statistics),
-            threads=torch.get_num_threads(),
+            threads=self._threads(x),
             keep=keep,
             packed=self is self.packed,
         )
@@ -125,7 +127,7 @@ class CpuExecutor:
             gtheta=gtheta.data_ptr(),
             gshared=_pointer(gphi),
             gx=_pointer(gx),
-            threads=torch.get_num_threads(),
+            threads=self._threads(state.inputs[-1], passes=2),
             keep=keep,
         )
         return gtheta, gphi, gx, (gradient, gy)
@@ -145,7 +147,7 @@ class CpuExecutor:
             dshared=_pointer(dphi),
             dx=_pointer(dx),
             dy=dy.data_ptr(),
-            threads=torch.get_num_threads(),
+            threads=self._threads(x, passes=2),
         )
         return dy, (tangent, dtheta, dphi, dx)
 
@@ -169,7 +171,7 @@ class CpuExecutor:
             dgtheta=dgtheta.data_ptr(),
             dgshared=_pointer(dgphi),
             dgx=_pointer(dgx),
-            threads=torch.get_num_threads(),
+            threads=self._threads(state.inputs[-1], passes=4),
         )
         return dgtheta, dgphi, dgx
 
@@ -214,10 +216,14 @@ class CpuExecutor:
             stats=_pointer(result.statistics),
             adapted=0 if call.gradient else result.adapted.data_ptr(),
             predictions=_pointer(result.predictions),
-            threads=torch.get_num_threads(),
+            threads=self._threads(x, passes=_STEP_PASSES * (call.steps + 1)),
             memory_budget_bytes=self.memory_budget,
         )
         return result
+
+    def _threads(self, x: Tensor, passes: int = 1) -> int:
+        tasks, examples = x.shape[:2]
+        return self._program.useful_threads(tasks, examples, passes, torch.get_num_threads())
 
     def _statistics(self, x: Tensor, *lead: int) -> Tensor | None:
         size = self._program.stats_size
@@ -233,6 +239,10 @@ class CpuExecutor:
             torch.empty_like(phi) if want_phi else None,
             torch.empty_like(x) if want_x else None,
         )
+
+
+def _copying_threads(tensor: Tensor) -> int:
+    return torch.get_num_threads() if tensor.numel() > _WORTH_A_THREAD else 1
 
 
 def _pointer(tensor: Tensor | None) -> int:

@@ -167,6 +167,9 @@ class Program {
   virtual void backward_tangent(Context& context, Gradient& gradient, Tangent& tangent,
                                 const BackwardTangentArgs& args) = 0;
   virtual void meta_step(const MetaStepArgs& args) = 0;
+  // As many of `threads` as the work of that many forward passes keeps busy: threads that wait for
+  // each other longer than they compute make a call slower.
+  virtual int useful_threads(Index tasks, Index examples, Index passes, int threads) const = 0;
   // Rows of theta from torch's layout to the kernels', and back.
   virtual void pack_theta(const void* theta, Index rows, void* packed, int threads) = 0;
   virtual void unpack_theta(const void* packed, Index rows, void* theta, int threads) = 0;
