@@ -144,7 +144,9 @@ def adapt_loss(loss: object, tasks: int | None) -> Tensor:
 
 def finite_loss(loss: Tensor) -> None:
     """The loss is a number; checked where that needs no device synchronisation."""
-    if loss.device.type == "cpu" and not math.isfinite(loss.detach().sum().item()):
+    if loss.device.type == "cpu" and not math.isfinite(
+        (loss if loss.ndim == 0 else loss.detach().sum()).item()
+    ):
         raise FloatingPointError(
             f"loss must be finite, got {loss.detach().tolist()}; lower the inner learning rate "
             "or check the data for NaN"

@@ -29,7 +29,7 @@ def meta_loss(
     with torch.no_grad():
         layout, theta, phi = maml.packed()
     batch = checks.batch(batch, theta, labels_needed=True)
-    program = maml.programs.find(layout, batch.support_x)
+    program = maml.current_program(layout, batch.support_x)
     kind = built_in(loss)
     inputs_learned = batch.support_x.requires_grad or batch.query_x.requires_grad
     if not isinstance(program, NativeProgram) or kind is None or inputs_learned:
@@ -134,7 +134,7 @@ def adapted(maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss) -> Adapted
     batch = checks.batch(batch, theta, labels_needed=False)
     learner = maml.clone(tasks=len(batch.support_x), first_order=True, allow_unused=True)
     learner.updates_statistics = False
-    program = maml.programs.find(layout, batch.support_x)
+    program = maml.current_program(layout, batch.support_x)
     kind = built_in(loss)
     if isinstance(program, NativeProgram) and kind is not None:
         _check(program, batch, kind)

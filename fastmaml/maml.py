@@ -22,7 +22,7 @@ from fastmaml.fused import Adapted
 from fastmaml.learner import BaseLearner, Learner
 from fastmaml.losses import TaskLoss
 from fastmaml.program.layout import AdaptFilter, ParameterLayout
-from fastmaml.program.program import ProgramCache, module_signature
+from fastmaml.program.program import Program, ProgramCache, Signature, module_signature
 
 
 class MAML(BaseLearner):
@@ -62,7 +62,7 @@ class MAML(BaseLearner):
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
         self.adapt_filter = _as_filter(adapt)
         self.programs = ProgramCache(module)
-        self._layout: tuple[object, ParameterLayout] | None = None
+        self._layout: tuple[Signature, ParameterLayout] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module itself, with its own parameters."""
@@ -174,6 +174,11 @@ class MAML(BaseLearner):
         if self._layout is None or self._layout[0] != signature:
             self._layout = (signature, ParameterLayout(self.module, self.adapt_filter))
         return self._layout[1]
+
+    def current_program(self, layout: ParameterLayout, x: Tensor) -> Program:
+        """The program for ``x [T, N, ...]``; ``layout``: :meth:`layout`'s, just taken."""
+        signature = None if self._layout is None else self._layout[0]
+        return self.programs.find(layout, x, signature=signature)
 
 
 def _as_filter(adapt: AdaptFilter | Iterable[str] | None) -> AdaptFilter | None:

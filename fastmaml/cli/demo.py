@@ -11,7 +11,7 @@ from fastmaml.cli.options import Verbs, add_threads, positive, positive_float, s
 from fastmaml.figure import draw_figure
 from fastmaml.training import Evaluation, Recipe, Trainer, load_data, train
 
-ITERATIONS = 3000
+ITERATIONS = 2400
 CURVE_POINTS = 30
 EPISODES = 4
 

@@ -98,17 +98,20 @@ class ProgramCache:
         example_axes: int = 2,
         modes: Modes | None = None,
         why_not: str | None = None,
+        signature: Signature | None = None,
     ) -> Program:
         """The program for inputs like ``x``, whose first ``example_axes`` axes are T and N.
 
         ``modes``: ``training`` of each of the module's ``modules()`` where not as they are now;
-        ``why_not``: a reason known to the caller why there can be no native program.
+        ``why_not``: a reason known to the caller why there can be no native program;
+        ``signature``: the module's, where the caller has just taken it.
         """
-        signature = (layout.adapted_names, *module_signature(self._module), modes)
+        state = module_signature(self._module) if signature is None else signature
+        key: Signature = (layout.adapted_names, state, modes)
         if not isinstance(x, Tensor) or why_not:
             reason = why_not or "it is not called with one tensor"
-            return self._functional((*signature, reason), reason)
-        key = (*signature, x.shape[example_axes:], x.dtype, x.device, forced_backend())
+            return self._functional((*key, reason), reason)
+        key = (*key, x.shape[example_axes:], x.dtype, x.device, forced_backend())
         found = self._programs.get(key)
         if found is not None:
             self._programs.move_to_end(key)
@@ -164,10 +167,12 @@ def module_signature(module: nn.Module) -> Signature:
     stack = [module]
     while stack:
         m = stack.pop()
+        state = m.__dict__  # every call goes through here: nn.Module's own look-up is slow
         hooks = len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
-        parts += (id(m), m.training, hooks)
-        parts += [(id(p), p is not None and p.requires_grad) for p in m._parameters.values()]
-        stack += [child for child in m._modules.values() if child is not None]
+        parts += (id(m), state["training"], hooks)
+        for parameter in state["_parameters"].values():
+            parts += (id(parameter), parameter is not None and parameter.requires_grad)
+        stack += [child for child in state["_modules"].values() if child is not None]
     return tuple(parts)
 
 
