@@ -78,6 +78,15 @@ def batch(value: object, like: Tensor, *, labels_needed: bool) -> TaskBatch:
     return value if isinstance(value, TaskBatch) else TaskBatch(*value)
 
 
+def form(batch: object) -> tuple[object, ...]:
+    """All that :func:`batch` looks at: batches of equal forms pass or fail alike."""
+    parts = batch if isinstance(batch, tuple) else ()
+    return type(batch), *[
+        (t.shape, t.dtype, t.device, t.requires_grad) if isinstance(t, Tensor) else type(t)
+        for t in parts
+    ]
+
+
 def _field(name: str, tensor: object, support_x: Tensor, like: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor [T, N, ...], got {type(tensor).__name__}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmaml import checks
 from fastmaml.backends.base import MetaStep
+from fastmaml.backends.select import forced_backend
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.learner import Learner
 from fastmaml.losses import TaskLoss, built_in, per_task
@@ -18,6 +18,7 @@ from fastmaml.program.program import NativeProgram
 
 if TYPE_CHECKING:
     from fastmaml.maml import MAML
+    from fastmaml.program.layout import ParameterLayout
 
 
 def meta_loss(
@@ -28,28 +29,50 @@ def meta_loss(
     checks.steps_count(steps)
     with torch.no_grad():
         layout, theta, phi = maml.packed()
-    batch = checks.batch(batch, theta, labels_needed=True)
-    program = maml.current_program(layout, batch.support_x)
-    kind = built_in(loss)
-    inputs_learned = batch.support_x.requires_grad or batch.query_x.requires_grad
-    if not isinstance(program, NativeProgram) or kind is None or inputs_learned:
+    batch, program, kind = _recognised(maml, layout, theta, batch, loss)
+    if program is None:
         return _by_autograd(maml, batch, steps, loss, order)
-    _check(program, batch, kind)
-    call = _call(maml, program, batch, steps, kind, theta, phi)
-    learned = call.rates is not None and call.rates.requires_grad
-    grad = torch.is_grad_enabled()
-    call = replace(
-        call,
-        first_order=order,
-        gradient=grad and (learned or any(p.requires_grad for p in layout.parameters)),
-        shared_gradient=grad and layout.shared_requires_grad,
-        rates_gradient=grad and learned,
-    )
+    call = _call(maml, program, batch, steps, kind, theta, phi, order)
+    if torch.is_grad_enabled():
+        call.rates_gradient = call.rates is not None and call.rates.requires_grad
+        call.gradient = layout.requires_grad or call.rates_gradient
+        call.shared_gradient = layout.shared_requires_grad
     value, result = fused_meta_loss(program.executor, layout, call)
     checks.finite_loss(value)
     if result.statistics is not None:
         program.running.fold(result.statistics)
     return value
+
+
+class Recognised(NamedTuple):
+    """A batch's form that has passed the checks, and what runs batches of that form."""
+
+    form: tuple[object, ...]
+    program: NativeProgram | None
+    kind: str
+
+
+def _recognised(
+    maml: MAML, layout: ParameterLayout, theta: Tensor, batch: TaskBatch, loss: TaskLoss
+) -> tuple[TaskBatch, NativeProgram | None, str]:
+    """``batch`` checked, and the native program for it with its loss's name, or None.
+
+    A form that has passed once is known again at the price of a comparison.
+    """
+    kind = built_in(loss) or ""
+    form = (layout, theta.dtype, theta.device, kind, forced_backend(), *checks.form(batch))
+    known = maml.recognised
+    if known is None or known.form != form:
+        batch = checks.batch(batch, theta, labels_needed=True)
+        program = maml.current_program(layout, batch.support_x)
+        inputs_learned = batch.support_x.requires_grad or batch.query_x.requires_grad
+        native = program if isinstance(program, NativeProgram) else None
+        if native is not None and kind and not inputs_learned:
+            _check(native, batch, kind)
+        else:
+            native = None
+        maml.recognised = known = Recognised(form, native, kind)
+    return TaskBatch(*batch), known.program, kind
 
 
 def _by_autograd(
@@ -72,6 +95,7 @@ def _call(
     kind: str,
     theta: Tensor,
     phi: Tensor,
+    first_order: bool = False,
 ) -> MetaStep:
     """The meta-step as it stands, without a gradient."""
     lr = maml.lr
@@ -86,8 +110,9 @@ def _call(
         query_y=batch.query_y,
         steps=steps,
         loss=kind,
-        rate=1.0 if isinstance(lr, Tensor) else float(lr),
+        rate=float(lr) if rates is None else 1.0,
         rates=rates,
+        first_order=first_order,
         gradient=False,
     )
 
@@ -99,8 +124,6 @@ def _check(program: NativeProgram, batch: TaskBatch, kind: str) -> None:
         program.check_examples(x.shape[1], f"{part}_x")
         if y is not None:
             checks.known_loss_targets(kind, f"{part}_y", y, output)
-            if kind == "cross_entropy":
-                checks.labels_in_range(f"{part}_y", y, output[0])
 
 
 class Adapted:
@@ -139,7 +162,9 @@ def adapted(maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss) -> Adapted
     if isinstance(program, NativeProgram) and kind is not None:
         _check(program, batch, kind)
         call = _call(maml, program, batch, steps, kind, theta, phi)
-        result = program.executor.meta_step(replace(call, query_y=None))
+        call.query_y = None
+        result = program.executor.meta_step(call)
+        assert result.adapted is not None  # it comes with every call without a gradient
         learner.set_theta(result.adapted)
         return Adapted(learner, batch, result.predictions)
     for _ in range(steps):

@@ -62,6 +62,7 @@ class MAML(BaseLearner):
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
         self.adapt_filter = _as_filter(adapt)
         self.programs = ProgramCache(module)
+        self.recognised: fused.Recognised | None = None
         self._layout: tuple[Signature, ParameterLayout] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -17,9 +17,10 @@ void check_labels(const void* labels, Index count, Index per_task, Index classes
   const auto* values = static_cast<const std::int64_t*>(labels);
   for (Index i = 0; i < count; ++i) {
     if (values[i] >= 0 && values[i] < classes) continue;
-    throw std::invalid_argument(std::string(name) + " must hold labels in [0, " +
+    throw std::invalid_argument(std::string(name) + " must be labels in [0, " +
                                 std::to_string(classes) + "), got " + std::to_string(values[i]) +
-                                " in task " + std::to_string(i / per_task));
+                                " in task " + std::to_string(i / per_task) +
+                                "; labels are positions in the task");
   }
 }
 

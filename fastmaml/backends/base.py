@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class MetaStep:
     """One call of the fused meta-step: K inner steps, the query loss and the exact adjoint.
 
@@ -37,13 +37,14 @@ class MetaStep:
 @dataclass
 class MetaStepResult:
     """``losses [T]``; means over tasks ``theta_grad [P]``, ``phi_grad [Q]``, ``rates_grad [P]``;
-    ``adapted [T, P]``; ``predictions [T, N_query, ...]``; ``statistics [T, steps + 1, S]``.
+    ``statistics [T, steps + 1, S]``; without a gradient also ``adapted [T, P]`` and
+    ``predictions [T, N_query, ...]``.
     """
 
     losses: Tensor
-    adapted: Tensor
-    predictions: Tensor | None
-    statistics: Tensor | None
+    adapted: Tensor | None = None
+    predictions: Tensor | None = None
+    statistics: Tensor | None = None
     theta_grad: Tensor | None = None
     phi_grad: Tensor | None = None
     rates_grad: Tensor | None = None

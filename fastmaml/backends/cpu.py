@@ -182,16 +182,16 @@ class CpuExecutor:
         tasks = len(x)
         result = MetaStepResult(
             losses=x.new_zeros(tasks),
-            adapted=x.new_empty(0 if call.gradient else tasks, self._program.theta_size),
-            predictions=None
-            if call.gradient or qx is None
-            else x.new_empty(tasks, qx.shape[1], *self._output_shape),
             statistics=self._statistics(x, tasks, call.steps + (qx is not None)),
         )
         if call.gradient:
             result.theta_grad = torch.empty_like(theta)
             result.phi_grad = torch.empty_like(phi) if call.shared_gradient else None
             result.rates_grad = torch.empty_like(theta) if call.rates_gradient else None
+        else:
+            result.adapted = x.new_empty(tasks, self._program.theta_size)
+            if qx is not None:
+                result.predictions = x.new_empty(tasks, qx.shape[1], *self._output_shape)
         rates = None if call.rates is None else call.rates.contiguous()
         self._program.meta_step(
             theta=theta.data_ptr(),
@@ -214,7 +214,7 @@ class CpuExecutor:
             gshared=_pointer(result.phi_grad),
             grates=_pointer(result.rates_grad),
             stats=_pointer(result.statistics),
-            adapted=0 if call.gradient else result.adapted.data_ptr(),
+            adapted=_pointer(result.adapted),
             predictions=_pointer(result.predictions),
             threads=self._threads(x, passes=_STEP_PASSES * (call.steps + 1)),
             memory_budget_bytes=self.memory_budget,

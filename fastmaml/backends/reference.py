@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmaml import checks
 from fastmaml.backends.base import MetaStep, MetaStepResult
 from fastmaml.program.ir import Graph, Op, Slot
 from fastmaml.program.layout import ParameterLayout
@@ -126,6 +127,11 @@ class ReferenceExecutor:
         return self._gradients(state, dgvalues, dgparams, want_phi, want_x)
 
     def meta_step(self, call: MetaStep) -> MetaStepResult:
+        if call.loss == "cross_entropy":
+            classes = self.graph.values[self.graph.output][0]
+            for name, y in (("support_y", call.support_y), ("query_y", call.query_y)):
+                if y is not None and y.device.type == "cpu":  # a look elsewhere would synchronise
+                    checks.labels_in_range(name, y, classes)
         return meta_step(self, call)
 
     # --- between slots and flat vectors -------------------------------------------------------

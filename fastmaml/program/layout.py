@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
 
 from fastmaml.program.ir import Slot
 
@@ -33,9 +34,15 @@ class ParameterLayout:
                 adapted = parameter.requires_grad and (adapt is None or adapt(name, parameter))
                 self._add(name, parameter, adapted)
         self.aliases = aliases
-        self.shared_requires_grad = any(p.requires_grad for s, p in self._pairs() if not s.adapted)
         self.adapted_names = tuple(slot.name for slot in self.group(adapted=True))
         self.adapted_parameters = tuple(p for s, p in self._pairs() if s.adapted)
+        self.shared_parameters = tuple(p for s, p in self._pairs() if not s.adapted)
+        self.shared_requires_grad = any(p.requires_grad for p in self.shared_parameters)
+        self.requires_grad = any(p.requires_grad for p in self.parameters)
+        self._places = [
+            (s.adapted, s.shape, torch.empty(s.shape, device="meta").stride(), s.offset)
+            for s in self.slots.values()
+        ]
 
     def _add(self, name: str, parameter: nn.Parameter, adapted: bool) -> None:
         offset = self.theta_size if adapted else self.shared_size
@@ -56,18 +63,20 @@ class ParameterLayout:
 
     def pack(self, *, adapted: bool) -> Tensor:
         """The group's parameters as one vector ``[P]`` or ``[Q]``; differentiable."""
-        parts = [p.reshape(-1) for slot, p in self._pairs() if slot.adapted == adapted]
-        if parts:
-            return torch.cat(parts)
+        parameters = self.adapted_parameters if adapted else self.shared_parameters
+        if parameters:
+            return _flatten_dense_tensors(parameters)
         return self.parameters[0].new_empty(0) if self.parameters else torch.empty(0)
 
     def unpack(self, theta: Tensor | None, phi: Tensor | None) -> list[Tensor | None]:
-        """Views of ``theta [P]`` and ``phi [Q]`` like the parameters; None stays None."""
-        sources = (theta if slot.adapted else phi for slot in self.slots.values())
-        return [
-            None if source is None else self._part(slot, source)
-            for slot, source in zip(self.slots.values(), sources, strict=True)
-        ]
+        """Views of ``theta [P]`` and ``phi [Q]`` like the parameters, outside any graph; None
+        stays None.
+        """
+        views: list[Tensor | None] = []
+        for adapted, shape, stride, offset in self._places:
+            source = theta if adapted else phi
+            views.append(None if source is None else source.as_strided(shape, stride, offset))
+        return views
 
     def parts(self, theta: Tensor) -> list[Tensor]:
         """Views of ``theta [P]`` like the adapted parameters."""

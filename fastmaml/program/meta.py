@@ -53,7 +53,7 @@ def meta_step(executor: Executor, call: MetaStep) -> MetaStepResult:
         if call.gradient:
             steps.append(_Step(y, state, gtheta, gradient))
         theta = theta - rates * gtheta
-    result = MetaStepResult(theta.new_zeros(tasks), theta.contiguous(), None, None)
+    result = MetaStepResult(theta.new_zeros(tasks), theta.contiguous())
     if call.query_x is not None:
         y, stats, state = executor.forward(
             theta, call.phi, call.buffers, call.query_x, keep=call.gradient
