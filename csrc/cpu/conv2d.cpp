@@ -2,6 +2,7 @@
 
 #include "conv_lines.h"
 #include "gemm.h"
+#include "winograd.h"
 
 namespace fastmaml {
 namespace FASTMAML_ISA {
@@ -274,6 +275,9 @@ void conv_forward(const ConvPlan& plan, const T* x, Index ldx, const T* w, const
                              bias,
                              y,
                              false};
+  if (winograd_serves<T>(g, plan.images, data.k, ldx)) {
+    return winograd_sweep(line_sweep(plan, data, false), share);
+  }
   if (sweeps_by_line<T>(g, g.out_width, data.columns)) {
     return sweep_lines(line_sweep(plan, data, false), share);
   }
@@ -292,6 +296,9 @@ void conv_input_grad(const ConvPlan& plan, const T* gy, const T* wt, const T* gy
                              nullptr,
                              gx,
                              accumulate};
+  if (winograd_serves<T>(g, plan.images, data.k, ld)) {
+    return winograd_sweep(line_sweep(plan, data, true), share);
+  }
   if (sweeps_by_line<T>(g, g.width, data.columns)) {
     return sweep_lines(line_sweep(plan, data, true), share);
   }
@@ -305,7 +312,9 @@ void conv_weight_grad(const ConvPlan& plan, const T* x, Index ldx, const T* gy, 
   const ProductTerm<T> terms[2] = {{x, ldx, gy}, {x2, ldx, gy2}};
   const int term_count = x2 ? 2 : 1;
   const NarrowLayout layout(g);
-  if (g.in_channels <= kNarrow && layout.k <= kNarrowRows && layout.fitting(g) > 0) {
+  if (winograd_serves<T>(g, plan.images, g.in_channels, ldx)) {
+    winograd_weight_grad(plan, terms, term_count, gw, accumulate, share);
+  } else if (g.in_channels <= kNarrow && layout.k <= kNarrowRows && layout.fitting(g) > 0) {
     weight_grad_narrow(plan, terms, term_count, gw, accumulate, share);
   } else if (weight_grad_by_line<T>(g)) {
     weight_grad_lines(plan, terms, term_count, gw, accumulate, share);

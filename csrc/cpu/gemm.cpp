@@ -130,8 +130,9 @@ template <typename T, int NV>
 void row_panel(const RowProduct<T>& product, const std::int32_t* source,
                const std::int32_t* destination, Index first, Index rows, Index column) {
   const Index tiles = divide_up(rows, kRowTile[NV]);
+  const Parts parts(rows, tiles);
   for (Index i = 0; i < tiles; ++i) {
-    const Range tile = split(rows, {static_cast<int>(i), static_cast<int>(tiles)});
+    const Range tile = parts[i];
     const auto run = pick_row_tile<T, NV>(tile.end - tile.begin,
                                           std::make_integer_sequence<int, kRowTile[NV]>());
     run(product, source, destination, first + tile.begin, column);
@@ -156,10 +157,15 @@ template <typename T>
 void outer_tiles(const OuterProduct<T>& product, const Offsets* offsets, Index k, Index vectors,
                  Range units) {
   const Index tiles = outer_tile_count(k, vectors);
+  const Parts tile(k, tiles), panels(vectors, panel_count(vectors));
+  Index p = units.begin == 0 ? 0 : units.begin / tiles, t = units.begin - p * tiles;
   for (Index unit = units.begin; unit < units.end; ++unit) {
-    const Range span = panel(vectors, unit / tiles);
-    const Range rows = split(k, {static_cast<int>(unit % tiles), static_cast<int>(tiles)});
+    const Range span = panels[p], rows = tile[t];
     const Index column = span.begin * kLanes<T>;
+    if (++t == tiles) {
+      t = 0;
+      ++p;
+    }
     switch (span.end - span.begin) {
       case 1:
         outer_panel<T, 1>(product, offsets, rows, column);
@@ -185,9 +191,10 @@ template <typename T>
 void multiply_rows(const RowProduct<T>& product, const std::int32_t* source,
                    const std::int32_t* destination, Index first, Index rows, Range columns) {
   if (rows <= 0) return;
-  const Index vectors = columns.end - columns.begin;
-  for (Index p = 0; p < panel_count(vectors); ++p) {
-    const Range span = panel(vectors, p);
+  const Index vectors = columns.end - columns.begin, count = panel_count(vectors);
+  const Parts panels(vectors, count);
+  for (Index p = 0; p < count; ++p) {
+    const Range span = panels[p];
     const Index column = (columns.begin + span.begin) * kLanes<T>;
     switch (span.end - span.begin) {
       case 1:
@@ -239,9 +246,10 @@ void matmul(Index rows, Index k, Index n, const T* a, Index lda, const T* b, con
   // Several passes over c pay off only where the rows reuse what they bring into the cache.
   const Index panel_row = smaller(vectors, kPanel) * FASTMAML_VECTOR_BYTES;
   const Index chunk = rows > 2 * kRowTile[1] ? larger(kCacheBytes / panel_row, 1) : k;
-  const Index chunks = larger(divide_up(k, larger(chunk, 1)), 1);
+  const Index chunks = chunk >= k ? 1 : divide_up(k, chunk);
+  const Parts parts(k, chunks);
   for (Index i = 0; i < chunks; ++i) {
-    const Range part = split(k, {static_cast<int>(i), static_cast<int>(chunks)});
+    const Range part = parts[i];
     const Segment segment = {part.begin, part.begin, part.end - part.begin};
     const RowProduct<T> product = {
         {{a, lda, b}, {a2, lda2, b2}}, a2 ? 2 : 1, &segment, 1,
@@ -257,8 +265,9 @@ void matmul_tn(Index rows, Index k, Index n, const T* a, Index lda, const T* b, 
   const Index ld = padded_to_lanes<T>(n), vectors = ld / kLanes<T>;
   const Range units = split(outer_units(k, vectors), share);
   const Index blocks = larger(divide_up(rows, kOuterRows), 1);
+  const Parts in_blocks(rows, blocks);
   for (Index i = 0; i < blocks; ++i) {
-    const Range block = split(rows, {static_cast<int>(i), static_cast<int>(blocks)});
+    const Range block = in_blocks[i];
     const OuterProduct<T> product = {
         {{a + block.begin * lda, lda, b + block.begin * ld},
          {a2 ? a2 + block.begin * lda2 : nullptr, lda2, b2 ? b2 + block.begin * ld : nullptr}},

@@ -64,7 +64,7 @@ constexpr int kPanelRows = FASTMAML_VECTOR_BYTES == 16 ? 4 : 6;  // rows of such
 // [0, vectors) in panels of at most kPanel, as even as can be.
 FASTMAML_INLINE Index panel_count(Index vectors) { return divide_up(vectors, kPanel); }
 FASTMAML_INLINE Range panel(Index vectors, Index which) {
-  return split(vectors, {static_cast<int>(which), static_cast<int>(panel_count(vectors))});
+  return Parts(vectors, panel_count(vectors))[which];
 }
 
 template <typename T>

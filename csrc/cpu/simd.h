@@ -138,8 +138,22 @@ struct Range {
 
 // The part of [0, count) that a share owns; parts differ by at most one.
 FASTMAML_INLINE Range split(Index count, Share share) {
+  if (share.parts == 1) return {0, count};  // the common case is worth two divisions
   return {count * share.part / share.parts, count * (share.part + 1) / share.parts};
 }
+
+// [0, count) in so many parts, as even as can be: the parts one by one, at the price of a division.
+class Parts {
+ public:
+  FASTMAML_INLINE Parts(Index count, Index parts)
+      : size_(parts <= 1 ? count : count / parts), longer_(count - size_ * parts) {}
+  FASTMAML_INLINE Range operator[](Index i) const {
+    return {i * size_ + smaller(i, longer_), (i + 1) * size_ + smaller(i + 1, longer_)};
+  }
+
+ private:
+  Index size_, longer_;
+};
 
 // Elements [begin, end) that a share owns, whole vectors but for the very last.
 template <typename T>

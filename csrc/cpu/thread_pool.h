@@ -93,6 +93,7 @@ struct Range {
   Index begin, end;
 };
 inline Range split(Index count, Share share) {
+  if (share.parts == 1) return {0, count};  // the common case is worth two divisions
   return {count * share.part / share.parts, count * (share.part + 1) / share.parts};
 }
 

@@ -195,8 +195,10 @@ void check_bad_label() {
     program->meta_step(args);
     fail("a label out of range went through");
   } catch (const std::invalid_argument& error) {
-    check(error.what() == std::string("query_y must be labels in [0, 3), got 3 in task 0; labels are positions in the "
-                          "task"),
+    check(error.what() ==
+              std::string(
+                  "query_y must be labels in [0, 3), got 3 in task 0; labels are positions in the "
+                  "task"),
           error.what());
   }
 }
