@@ -1,4 +1,5 @@
-// fastmaml._core: the only file that knows Python. Tensors arrive as data_ptr() integers.
+// fastmaml._core: with bindings_sampler.cpp the only file that knows Python. Tensors arrive as
+// data_ptr() integers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +11,8 @@
 namespace py = pybind11;
 
 namespace fastmaml {
+
+void bind_sampler(py::module_& module);
 
 namespace {
 
@@ -222,6 +225,7 @@ PYBIND11_MODULE(_core, module) {
            py::arg("predictions") = 0, py::arg("threads") = 1,
            py::arg("memory_budget_bytes") = std::size_t{1} << 30);
 
+  bind_sampler(module);
   module.def("info", &info, "What was built, and what this processor runs.");
   module.def("fma_peak", &fma_peak, py::arg("threads") = 1, Unlocked(),
              "Measured GFLOP/s of float32 fused multiply-adds in registers.");

@@ -116,5 +116,30 @@ class Program:
         memory_budget_bytes: int = ...,
     ) -> None: ...
 
+def draw_episodes(
+    *,
+    images: int,
+    element_bytes: int,
+    values: int = 0,
+    values_per_channel: bool = False,
+    channels: int,
+    plane: int,
+    turned: int = 0,
+    members: int,
+    starts: int,
+    counts: int,
+    classes: int,
+    ways: int,
+    shots: int,
+    queries: int,
+    tasks: int,
+    rotations: str,
+    seed: int,
+    batch: int,
+    first_task: int,
+    support_x: int,
+    query_x: int,
+    threads: int = 1,
+) -> None: ...
 def info() -> dict[str, Any]: ...
 def fma_peak(threads: int = 1) -> float: ...

@@ -25,7 +25,7 @@ def coded(side: int = 3) -> tuple[Tensor, Tensor]:
 def sampler(**changes) -> EpisodeSampler:
     images, labels = coded()
     sizes = {"ways": 4, "shots": 2, "queries": 3, "tasks": 5}
-    return EpisodeSampler(images, labels, **(sizes | changes))
+    return EpisodeSampler((images, labels), **(sizes | changes))
 
 
 def which(x: Tensor) -> Tensor:
@@ -173,8 +173,8 @@ def test_a_class_index_says_the_same_as_labels() -> None:
 
     index = MetaDataset(Pairs()).labels_to_indices
     sizes = {"ways": 4, "shots": 2, "queries": 3, "tasks": 5}
-    ours = EpisodeSampler(images, index, **sizes, classes=[f"class {i}" for i in range(7)])
-    named = EpisodeSampler(images, [label for _, label in pairs], **sizes)
+    ours = EpisodeSampler((images, index), **sizes, classes=[f"class {i}" for i in range(7)])
+    named = EpisodeSampler((images, [label for _, label in pairs]), **sizes)
     for draw in (ours, named):
         assert torch.equal(draw.sample().query_x, sampler().sample().query_x)
 
@@ -182,7 +182,7 @@ def test_a_class_index_says_the_same_as_labels() -> None:
 def test_classes_may_have_different_sizes() -> None:
     labels = torch.tensor([0] * 2 + [1] * 9 + [2] * 4)
     images = torch.arange(15.0).view(-1, 1, 1)
-    draw = EpisodeSampler(images, labels, ways=3, shots=1, queries=1, tasks=400)
+    draw = EpisodeSampler((images, labels), ways=3, shots=1, queries=1, tasks=400)
     batch = draw.sample()
     assert set(batch.support_x.long().flatten().tolist()) == set(range(15))
 
@@ -215,7 +215,7 @@ def test_rotations_turn_every_channel_alike() -> None:
     images, labels = coded()
     colour = torch.stack([images, images + 0.5], dim=1)
     sizes = {"ways": 4, "shots": 2, "queries": 3, "tasks": 5, "rotations": True}
-    x = EpisodeSampler(colour, labels, **sizes).sample().support_x
+    x = EpisodeSampler((colour, labels), **sizes).sample().support_x
     assert torch.equal(x[:, :, :1], sampler(rotations=True).sample().support_x)
     assert torch.equal(x[:, :, 1:], x[:, :, :1] + 0.5)
 
@@ -225,7 +225,7 @@ def test_rotations_turn_every_channel_alike() -> None:
 
 def test_bytes_become_floats_from_0_to_1() -> None:
     images = torch.tensor([0, 51, 255, 102], dtype=torch.uint8).view(4, 1, 1)
-    draw = EpisodeSampler(images, [0, 0, 1, 1], ways=2, shots=1, queries=1, tasks=20)
+    draw = EpisodeSampler((images, [0, 0, 1, 1]), ways=2, shots=1, queries=1, tasks=20)
     x = draw.sample().support_x
     assert x.dtype == torch.float32
     assert draw.images.dtype == torch.uint8
@@ -235,13 +235,13 @@ def test_bytes_become_floats_from_0_to_1() -> None:
 def test_scale_mean_and_std_are_applied_per_channel() -> None:
     images = torch.full((4, 2, 1, 1), 10, dtype=torch.uint8)
     draw = EpisodeSampler(
-        images, [0, 0, 1, 1], 2, 1, 1, 1, scale=0.1, mean=[0.5, 3.0], std=[0.25, 2.0]
+        (images, [0, 0, 1, 1]), 2, 1, 1, 1, scale=0.1, mean=[0.5, 3.0], std=[0.25, 2.0]
     )
     torch.testing.assert_close(draw.sample().query_x[0, 0].flatten(), torch.tensor([2.0, -1.0]))
 
 
 def test_vectors_need_no_channels() -> None:
-    draw = EpisodeSampler(torch.randn(6, 5), [0, 0, 0, 1, 1, 1], 2, 1, 2, tasks=3)
+    draw = EpisodeSampler((torch.randn(6, 5), [0, 0, 0, 1, 1, 1]), 2, 1, 2, tasks=3)
     assert draw.sample().query_x.shape == (3, 4, 5)
 
 
@@ -278,7 +278,7 @@ def test_looking_at_a_batch_does_not_move_the_stream() -> None:
 def test_ranks_share_the_tasks_of_one_stream() -> None:
     together = sampler(tasks=6).sample()
     for rank in range(3):
-        part = sampler(tasks=2, rank=rank).sample()
+        part = sampler(tasks=2, rank=rank, world_size=3).sample()
         assert torch.equal(part.query_x, together.query_x[2 * rank : 2 * rank + 2])
 
 
@@ -312,6 +312,8 @@ def test_a_gpu_draws_the_same_batches() -> None:
         ({"classes": [1, 9, 2, 3]}, "classes must be among the 7 classes of labels, got 9"),
         ({"classes": [1, 2, 3, 2]}, "classes must not repeat, got 2 more than once"),
         ({"seed": -1}, "seed must be from 0 to"),
+        ({"rank": 2, "world_size": 2}, "rank must be from 0 to 1, got 2"),
+        ({"rotations": "all"}, "rotations must be True, False or 'classes', got 'all'"),
         ({"std": 0.0}, "std must be positive, got 0.0"),
         ({"mean": [0.1, 0.2]}, "mean must be a number or one per channel"),
     ],
@@ -326,15 +328,17 @@ def test_unfit_images_and_labels_are_refused() -> None:
     with pytest.raises(
         TypeError, match=r"images must be uint8 or floating point, got torch\.int64"
     ):
-        EpisodeSampler(torch.zeros(4, 2, 2, dtype=torch.int64), [0, 0, 1, 1], **sizes)
+        EpisodeSampler((torch.zeros(4, 2, 2, dtype=torch.int64), [0, 0, 1, 1]), **sizes)
+    with pytest.raises(TypeError, match=r"dataset must be a torch data set .* got Tensor"):
+        EpisodeSampler(torch.zeros(4, 2, 2), **sizes)
     with pytest.raises(TypeError, match=r"images must be a tensor .* got list"):
-        EpisodeSampler([[0.0]], [0], **sizes)
+        EpisodeSampler(([[0.0]], [0]), **sizes)
     with pytest.raises(ValueError, match=r"one label for each of the 4 images, got shape \[3\]"):
-        EpisodeSampler(torch.zeros(4, 2, 2), [0, 0, 1], **sizes)
+        EpisodeSampler((torch.zeros(4, 2, 2), [0, 0, 1]), **sizes)
     with pytest.raises(ValueError, match="positions from 2 to 4 for class 'b'"):
-        EpisodeSampler(torch.zeros(4, 2, 2), {"a": [0, 1], "b": [2, 4]}, **sizes)
+        EpisodeSampler((torch.zeros(4, 2, 2), {"a": [0, 1], "b": [2, 4]}), **sizes)
     with pytest.raises(ValueError, match=r"rotations must have square images .* \[4, 1, 2, 3\]"):
-        EpisodeSampler(torch.zeros(4, 2, 3), [0, 0, 1, 1], **sizes, rotations=True)
+        EpisodeSampler((torch.zeros(4, 2, 3), [0, 0, 1, 1]), **sizes, rotations=True)
     with pytest.raises(TypeError, match=r"shots must be an int, got 1\.5"):
         sampler(shots=1.5)
 

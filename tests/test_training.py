@@ -140,10 +140,10 @@ def test_evaluation_changes_nothing_and_repeats(trainer):
 def test_evaluation_counts_exactly_the_tasks_asked_for(trainer):
     data, split = make_data()
     sampler = EpisodeSampler(
-        data.images, data.labels, ways=3, shots=1, queries=2, tasks=4, classes=split.test, seed=1
+        (data.images, data.labels), ways=3, shots=1, queries=2, tasks=4, classes=split.test, seed=1
     )
     again = EpisodeSampler(
-        data.images, data.labels, ways=3, shots=1, queries=2, tasks=4, classes=split.test, seed=1
+        (data.images, data.labels), ways=3, shots=1, queries=2, tasks=4, classes=split.test, seed=1
     )
     batches = [again.sample(), again.sample()]
     expected = torch.cat(

@@ -2,6 +2,7 @@
 
 from fastmaml.data.episodes import EpisodeSampler
 from fastmaml.data.meta_dataset import FilteredMetaDataset, MetaDataset, UnionMetaDataset
+from fastmaml.data.packed import PackedImages, pack
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.data.task_generator import LabelEncoder, SampleDataset, TaskGenerator
 
@@ -10,8 +11,10 @@ __all__ = [
     "FilteredMetaDataset",
     "LabelEncoder",
     "MetaDataset",
+    "PackedImages",
     "SampleDataset",
     "TaskBatch",
     "TaskGenerator",
     "UnionMetaDataset",
+    "pack",
 ]

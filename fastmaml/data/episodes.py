@@ -1,19 +1,24 @@
-"""Episodes drawn from images that stay on the device."""
+"""Episodes drawn on the device: see :class:`EpisodeSampler`."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from fastmaml.data.philox import below, distinct, task_words
+from fastmaml.data.ahead import Ahead
+from fastmaml.data.drawing import EpisodePlan, NativeDrawing, ReferenceDrawing
+from fastmaml.data.packed import ClassIndex, PackedImages, pack
 from fastmaml.data.task_batch import TaskBatch
 
-ClassIndex = Mapping[Any, Sequence[int]]
+Rotations = bool | Literal["classes"]
+Labels = Tensor | Sequence[Hashable] | ClassIndex
 
 
 class EpisodeSampler:
@@ -24,24 +29,30 @@ class EpisodeSampler:
     ``[T, ways * shots, C, H, W]``, ordered by class and then by draw, ``support_y`` ``[T, ways *
     shots]`` holds the classes' positions 0 to ways - 1, and so for the query set.
 
-    Batch i of a seed is always the same: the random numbers are a function of seed, batch index
-    and task alone (see ``fastmaml.data.philox``), and :meth:`state_dict` is just seed and index.
+    Batch i of a seed is always the same, on every backend and for any number of threads: the
+    random numbers are a function of seed, batch index and task alone (see
+    ``fastmaml.data.philox``), and :meth:`state_dict` is just seed and index. On the CPU a batch is
+    one native pass over the images; the next one is drawn while this one is used.
 
     Args:
-        images: uint8 or float, ``[M, H, W]`` (grey, gets its channel axis here), ``[M, C, H, W]``,
-            or anything else with M first.
-        labels: the class of each image, ``[M]``; or an index, class to the positions of its
-            images, such as ``MetaDataset.labels_to_indices``.
+        dataset: a torch data set of ``(image, label)``, read once (see
+            :func:`fastmaml.data.pack`); what that function returns; or ``(images, labels)``.
+            Images: uint8 or float, ``[M, H, W]`` (grey, gets its channel axis here),
+            ``[M, C, H, W]``, or anything else with M first. Labels: the class of each image,
+            ``[M]``, or an index, class to the positions of its images.
         tasks: T, the number of tasks in a batch.
+        device: where images and batches are; None: where the images are.
         classes: which classes to draw from; None: all.
-        rotations: turn each class of each task by its own multiple of 90 degrees, as Finn et al.
-            (ICML 2017) do for Omniglot.
+        rotations: True: turn each class of each task by its own multiple of 90 degrees, as Finn et
+            al. (ICML 2017) do for Omniglot. ``"classes"``: every class turned by 0, 90, 180 and
+            270 degrees counts as four classes (Santoro et al., ICML 2016).
         seed: from 0 to 2**64 - 1.
-        rank: of several processes that draw from the same seed; each draws its own tasks.
-        device: where images and batches are; None: where ``images`` is.
+        rank, world_size: of several processes that draw from the same seed; each draws its own
+            tasks.
         scale: factor on the values; None: 1/255 for uint8, and 1 for float.
         mean: subtracted after scaling, one number or one per channel.
         std: divides after that, one number or one per channel.
+        prefetch: draw the next batch on a thread of its own while this one is used.
 
     Raises:
         TypeError: the images are neither uint8 nor float.
@@ -50,38 +61,53 @@ class EpisodeSampler:
 
     def __init__(
         self,
-        images: Tensor,
-        labels: Tensor | Sequence[Hashable] | ClassIndex,
+        dataset: Dataset | PackedImages | tuple[Tensor, Labels],
         ways: int,
         shots: int,
         queries: int,
         tasks: int,
         *,
+        device: torch.device | str | None = None,
         classes: Iterable[Any] | None = None,
-        rotations: bool = False,
+        rotations: Rotations = False,
         seed: int = 0,
         rank: int = 0,
-        device: torch.device | str | None = None,
+        world_size: int = 1,
         scale: float | None = None,
         mean: float | Sequence[float] = 0.0,
         std: float | Sequence[float] = 1.0,
+        prefetch: bool = True,
     ) -> None:
         sizes = {"ways": ways, "shots": shots, "queries": queries, "tasks": tasks}
-        for name, value in sizes.items():
+        for name, value in (sizes | {"world_size": world_size}).items():
             _check_int(name, value, 1)
-        _check_int("rank", rank, 0)
+        _check_int("rank", rank, 0, world_size - 1)
         self.ways, self.shots, self.queries, self.tasks = ways, shots, queries, tasks
-        self.rotations, self.rank = rotations, rank
-        self.images = _as_examples(images).to(device)
+        self.rotations, self.rank, self.world_size = _known_rotations(rotations), rank, world_size
+        images, labels = _images_and_labels(dataset)
+        self.images = _as_examples(images).to(device).contiguous()
         index = _class_index(labels, len(images))
-        self.classes = _chosen(index, classes, ways)
+        self.classes = _chosen(index, classes, ways, 4 if rotations == "classes" else 1)
         members = [_members(index, c, shots + queries, len(images)) for c in self.classes]
-        self._counts = np.array([len(m) for m in members])
-        self._starts = np.cumsum(self._counts) - self._counts
-        self._members = np.concatenate(members)
-        self._factor, self._shift = _affine(self.images, scale, mean, std)
-        self._turned = _quarter_turns(self.images) if rotations else None
-        self._labels = torch.arange(ways, device=self.images.device)
+        plan = EpisodePlan(
+            images=self.images,
+            members=members,
+            ways=ways,
+            shots=shots,
+            queries=queries,
+            tasks=tasks,
+            first_task=rank * tasks,
+            rotations=self.rotations,
+            factor_and_shift=_affine(self.images, scale, mean, std),
+            turned=_quarter_turns(self.images) if rotations else None,
+        )
+        self._drawing = (NativeDrawing if self.images.is_cpu else ReferenceDrawing)(plan)
+        self._targets = [
+            torch.arange(ways, device=self.images.device).repeat_interleave(n).repeat(tasks, 1)
+            for n in (shots, queries)
+        ]
+        # beside a meta-step, on one thread: the step has the others
+        self._ahead = Ahead(partial(self._make, threads=1)) if prefetch else None
         self.load_state_dict({"seed": seed, "batch": 0})
 
     def __iter__(self) -> Iterator[TaskBatch]:
@@ -94,54 +120,19 @@ class EpisodeSampler:
 
     def sample(self) -> TaskBatch:
         """The next batch."""
-        batch = self.batch(self._batch)
+        key = (self._seed, self._batch)
+        batch = self.batch(self._batch) if self._ahead is None else self._ahead.take(*key)
         self._batch += 1
         return batch
 
     def batch(self, index: int) -> TaskBatch:
         """Batch ``index`` of this seed, wherever the stream is."""
-        classes, turns, examples = self._draw(index)
-        chosen = self._members[self._starts[classes][..., None] + examples]
-        rows = torch.from_numpy(chosen.ravel()).to(self.images.device)
-        x = self.images.index_select(0, rows).unflatten(0, chosen.shape)
-        if self._turned is not None:
-            x = self._rotate(x, turns, self._turned)
-        x = self._normalise(x)
-        support, query = x[:, :, : self.shots], x[:, :, self.shots :]
-        return TaskBatch(
-            support.flatten(1, 2),
-            self._targets(self.shots),
-            query.flatten(1, 2),
-            self._targets(self.queries),
-        )
+        return self._make(self._seed, index, torch.get_num_threads())
 
-    def _draw(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Classes and turns ``[T, ways]`` and examples ``[T, ways, shots + queries]`` of a batch.
-
-        Classes and examples are positions: in ``classes``, and in the class. A task's words are
-        used in this order, those of the turns in any case, so that rotations do not change which
-        images are in a batch.
-        """
-        ways, examples = self.ways, self.shots + self.queries
-        words = task_words(
-            self._seed, index, self.rank * self.tasks, self.tasks, ways * (2 + examples)
-        )
-        classes = distinct(words[:, :ways], np.full(self.tasks, len(self.classes)))
-        turns = below(words[:, ways : 2 * ways], 4)
-        per_class = words[:, 2 * ways :].reshape(self.tasks, ways, examples)
-        return classes, turns, distinct(per_class, self._counts[classes])
-
-    def _rotate(self, x: Tensor, turns: NDArray[np.int64], turned: Tensor) -> Tensor:
-        pixels = turned[torch.from_numpy(turns).to(x.device)]  # [T, ways, H * W]
-        flat = x.flatten(-2)
-        index = pixels.unflatten(1, (self.ways, *[1] * (flat.ndim - 3)))
-        return flat.gather(-1, index.expand_as(flat)).view_as(x)
-
-    def _normalise(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self._shift, x.to(self._factor.dtype), self._factor)
-
-    def _targets(self, per_class: int) -> Tensor:
-        return self._labels.repeat_interleave(per_class).repeat(self.tasks, 1)
+    def _make(self, seed: int, index: int, threads: int) -> TaskBatch:
+        support_x, query_x = self._drawing.draw(seed, index, threads)
+        support_y, query_y = (y.clone() for y in self._targets)
+        return TaskBatch(support_x, support_y, query_x, query_y)
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream is: ``seed``, and ``batch``, the index of the next batch."""
@@ -170,6 +161,25 @@ def _check_int(name: str, value: object, low: int, high: int | None = None) -> N
         raise ValueError(f"{name} must be {limits}, got {value}")
 
 
+def _known_rotations(rotations: object) -> Literal["none", "per_class", "as_classes"]:
+    if rotations == "classes":
+        return "as_classes"
+    if isinstance(rotations, bool):
+        return "per_class" if rotations else "none"
+    raise ValueError(f"rotations must be True, False or 'classes', got {rotations!r}")
+
+
+def _images_and_labels(dataset: object) -> tuple[Tensor, Labels]:
+    if isinstance(dataset, Dataset):
+        dataset = pack(dataset)
+    if isinstance(dataset, tuple) and len(dataset) == 2:
+        return dataset
+    raise TypeError(
+        "dataset must be a torch data set of (image, label), or the tuple (images, labels), got "
+        f"{type(dataset).__name__}"
+    )
+
+
 def _as_examples(images: object) -> Tensor:
     if not isinstance(images, Tensor):
         raise TypeError(
@@ -182,7 +192,7 @@ def _as_examples(images: object) -> Tensor:
     return images[:, None] if images.ndim == 3 else images
 
 
-def _class_index(labels: Tensor | Sequence[Hashable] | ClassIndex, images: int) -> ClassIndex:
+def _class_index(labels: Labels, images: int) -> ClassIndex:
     """Class to the positions of its images, classes in ascending order."""
     if isinstance(labels, Mapping):
         return labels
@@ -197,7 +207,7 @@ def _class_index(labels: Tensor | Sequence[Hashable] | ClassIndex, images: int) 
     return dict(zip(names.tolist(), np.split(order, starts[1:]), strict=True))
 
 
-def _chosen(index: ClassIndex, classes: Iterable[Any] | None, ways: int) -> list[Any]:
+def _chosen(index: ClassIndex, classes: Iterable[Any] | None, ways: int, rotated: int) -> list[Any]:
     chosen = list(index) if classes is None else list(classes)
     if unknown := [c for c in chosen if c not in index]:
         raise ValueError(
@@ -206,9 +216,9 @@ def _chosen(index: ClassIndex, classes: Iterable[Any] | None, ways: int) -> list
     if len(set(chosen)) < len(chosen):
         twice = next(c for c in chosen if chosen.count(c) > 1)
         raise ValueError(f"classes must not repeat, got {twice!r} more than once")
-    if ways > len(chosen):
+    if ways > len(chosen) * rotated:
         raise ValueError(
-            f"ways must be at most the number of classes, {len(chosen)}, got {ways}; "
+            f"ways must be at most the number of classes, {len(chosen) * rotated}, got {ways}; "
             "draw from more classes or make smaller tasks"
         )
     return chosen

@@ -52,8 +52,7 @@ class Recipe:
     ) -> EpisodeSampler:
         """Episodes of this recipe's size from some of the classes."""
         return EpisodeSampler(
-            data.images,
-            data.labels,
+            (data.images, data.labels),
             ways=self.ways,
             shots=self.shots,
             queries=self.queries,

@@ -180,6 +180,39 @@ class Program {
 // Throws std::invalid_argument, naming the op and the argument, where the spec is inconsistent.
 std::shared_ptr<Program> make_program(const ProgramSpec& spec);
 
+enum class Rotations { kNone, kPerClass, kAsClasses };
+
+// Images that episodes are drawn from, [count, channels, plane]: bytes, each looked up in `values`
+// ([channels or 1][256]), or elements of `element_bytes` copied as they are (values is null).
+struct ImageStore {
+  const void* images = nullptr;
+  const float* values = nullptr;
+  bool values_per_channel = false;
+  Index element_bytes = 1;
+  Index channels = 1;
+  Index plane = 0;
+  const std::int32_t* turned = nullptr;  // [4, plane]: what each pixel shows after so many turns
+};
+
+// One batch of episodes, the tasks `first_task`, first_task + 1 ... of batch `batch` of a seed. Per
+// task: `ways` classes without replacement; then of each its turns (kPerClass), and `shots` support
+// and `queries` query images without replacement, in this order of random words.
+struct EpisodeArgs {
+  ImageStore store;
+  const Index* members = nullptr;  // positions of images, class by class
+  const Index* starts = nullptr;   // [classes] into members
+  const Index* counts = nullptr;   // [classes]
+  Index classes = 0;
+  Index ways = 0, shots = 0, queries = 0, tasks = 0;
+  Rotations rotations = Rotations::kNone;
+  std::uint64_t seed = 0, batch = 0;
+  Index first_task = 0;
+  void* support_x = nullptr;  // [tasks, ways * shots, channels, plane]
+  void* query_x = nullptr;
+  int threads = 1;
+};
+void draw_episodes(const EpisodeArgs& args);
+
 // GFLOP/s of float32 fused multiply-adds in the registers of so many threads: the measure that
 // timings are held against. Takes some tenths of a second.
 double fma_peak(int threads);
