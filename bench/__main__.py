@@ -1,12 +1,18 @@
-"""`python -m bench run|scale|compare|report`."""
+"""`python -m bench run|scale|episodes|compare|report`."""
 
 from __future__ import annotations
 
 import argparse
 
-from bench import compare, report, run, scale
+from bench import compare, episodes, report, run, scale
 
-VERBS = {"run": run, "scale": scale, "compare": compare, "report": report}
+VERBS = {
+    "run": run,
+    "scale": scale,
+    "episodes": episodes,
+    "compare": compare,
+    "report": report,
+}
 
 
 def main() -> int:

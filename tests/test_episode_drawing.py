@@ -46,7 +46,7 @@ def test_native_batches_are_the_reference_bit_for_bit(kind, rotations, threads, 
     channels = images.shape[1] if images.ndim == 4 else 1
     mean = [0.1 * c for c in range(channels)] if channels > 1 else 0.25
     for changes in ({}, {"scale": 0.3, "mean": mean, "std": 1.7}):
-        draw = make(images, rotations=rotations, seed=2**63 + 11, prefetch=False, **changes)
+        draw = make(images, rotations=rotations, seed=2**63 + 11, **changes)
         draw.load_state_dict({"seed": 2**63 + 11, "batch": 2**33 + 5})
         reference = ReferenceDrawing(draw._drawing._plan)
         before = torch.get_num_threads()
@@ -108,7 +108,7 @@ def chi_square(counts: Tensor) -> float:
 
 def test_drawing_ahead_changes_nothing() -> None:
     images = IMAGES["grey bytes"]
-    ahead, plain = make(images, seed=4), make(images, seed=4, prefetch=False)
+    ahead, plain = make(images, seed=4, prefetch=True), make(images, seed=4)
     for _ in range(3):
         assert alike(ahead.sample(), plain.sample())
     for draw in (ahead, plain):
@@ -150,7 +150,7 @@ def _in_child(draw: EpisodeSampler, queue) -> None:
 
 
 def test_a_forked_process_goes_on_by_itself() -> None:
-    draw, same = (make(IMAGES["float32"], seed=5) for _ in range(2))
+    draw, same = (make(IMAGES["float32"], seed=5, prefetch=True) for _ in range(2))
     draw.sample(), same.sample()
     context = multiprocessing.get_context("fork")
     queue = context.Queue()

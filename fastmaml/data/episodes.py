@@ -32,7 +32,7 @@ class EpisodeSampler:
     Batch i of a seed is always the same, on every backend and for any number of threads: the
     random numbers are a function of seed, batch index and task alone (see
     ``fastmaml.data.philox``), and :meth:`state_dict` is just seed and index. On the CPU a batch is
-    one native pass over the images; the next one is drawn while this one is used.
+    one native pass over the images.
 
     Args:
         dataset: a torch data set of ``(image, label)``, read once (see
@@ -52,7 +52,8 @@ class EpisodeSampler:
         scale: factor on the values; None: 1/255 for uint8, and 1 for float.
         mean: subtracted after scaling, one number or one per channel.
         std: divides after that, one number or one per channel.
-        prefetch: draw the next batch on a thread of its own while this one is used.
+        prefetch: draw the next batch on a thread of its own while this one is used: for loops
+            that compute something in between.
 
     Raises:
         TypeError: the images are neither uint8 nor float.
@@ -76,7 +77,7 @@ class EpisodeSampler:
         scale: float | None = None,
         mean: float | Sequence[float] = 0.0,
         std: float | Sequence[float] = 1.0,
-        prefetch: bool = True,
+        prefetch: bool = False,
     ) -> None:
         sizes = {"ways": ways, "shots": shots, "queries": queries, "tasks": tasks}
         for name, value in (sizes | {"world_size": world_size}).items():

@@ -60,6 +60,7 @@ class Recipe:
             classes=classes,
             rotations=rotations,
             seed=self.seed,
+            prefetch=True,
         )
 
 
