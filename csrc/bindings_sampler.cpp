@@ -1,8 +1,10 @@
-// fastmaml._core.draw_episodes
+// fastmaml._core.draw_episodes, and the memory of its batches.
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <string>
 
+#include "cpu/program_memory.h"
 #include "fastmaml/core.h"
 
 namespace py = pybind11;
@@ -23,6 +25,27 @@ template <typename T>
 const T* array(std::uintptr_t address) {
   return reinterpret_cast<const T*>(address);
 }
+
+// Bytes for a batch. They come from the batches that nobody holds any more: fresh memory of that
+// size would cost more page faults than the drawing.
+class BatchMemory {
+ public:
+  explicit BatchMemory(Index bytes) : bytes_(bytes), memory_(pool().take<char>(bytes)) {}
+
+  py::buffer_info info() const {
+    return py::buffer_info(memory_.get(), sizeof(char), py::format_descriptor<char>::format(), 1,
+                           {bytes_}, {Index{1}});
+  }
+
+ private:
+  static ArenaPool& pool() {
+    static const auto pool = std::make_shared<ArenaPool>();
+    return *pool;
+  }
+
+  Index bytes_;
+  std::shared_ptr<char> memory_;
+};
 
 void draw(std::uintptr_t images, Index element_bytes, std::uintptr_t values,
           bool values_per_channel, Index channels, Index plane, std::uintptr_t turned,
@@ -60,6 +83,9 @@ void draw(std::uintptr_t images, Index element_bytes, std::uintptr_t values,
 }  // namespace
 
 void bind_sampler(py::module_& module) {
+  py::class_<BatchMemory>(module, "BatchMemory", py::buffer_protocol())
+      .def(py::init<Index>(), py::arg("bytes"))
+      .def_buffer(&BatchMemory::info);
   module.def("draw_episodes", &draw, py::kw_only(), py::arg("images"), py::arg("element_bytes"),
              py::arg("values") = 0, py::arg("values_per_channel") = false, py::arg("channels"),
              py::arg("plane"), py::arg("turned") = 0, py::arg("members"), py::arg("starts"),

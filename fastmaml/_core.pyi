@@ -116,6 +116,10 @@ class Program:
         memory_budget_bytes: int = ...,
     ) -> None: ...
 
+class BatchMemory:
+    def __init__(self, bytes: int) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
 def draw_episodes(
     *,
     images: int,

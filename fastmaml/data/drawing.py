@@ -7,6 +7,7 @@ rotations do not change which images are in a batch), and then the examples clas
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -106,7 +107,7 @@ class NativeDrawing:
         self._turned = None if plan.turned is None else plan.turned.int().contiguous()
         shape = plan.images.shape[1:]
         self._channels = shape[0] if len(shape) == 3 else 1
-        self._plane = int(np.prod(shape, dtype=np.int64)) // self._channels
+        self._plane = prod(shape) // self._channels
         self._values = self._table() if plan.images.dtype == torch.uint8 else None
 
     def _table(self) -> Tensor:
@@ -121,7 +122,7 @@ class NativeDrawing:
         plan = self._plan
         dtype = torch.float32 if self._values is not None else plan.images.dtype
         x = [
-            torch.empty(plan.tasks, plan.ways * n, *plan.images.shape[1:], dtype=dtype)
+            _room((plan.tasks, plan.ways * n, *plan.images.shape[1:]), dtype)
             for n in (plan.shots, plan.queries)
         ]
         elements = x[0].numel() + x[1].numel()
@@ -152,3 +153,9 @@ class NativeDrawing:
         if self._values is None and plan.changes_values:
             return plan.normalised(x[0]), plan.normalised(x[1])
         return x[0], x[1]
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor, in the memory of one that is no longer used."""
+    memory = _core.BatchMemory(prod(shape) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
