@@ -78,7 +78,7 @@ def _cache_folder(dataset: Dataset, cache: str | Path | bool | None) -> Path | N
         return None
     if isinstance(cache, (str, Path)):
         return Path(cache)
-    inner = dataset.dataset if isinstance(dataset, MetaDataset) else dataset
+    inner = _inner(dataset)
     root = getattr(inner, "root", None)
     if root is not None and Path(root).is_dir():
         folder = Path(root) / "fastmaml-packed" / type(inner).__name__
@@ -92,6 +92,11 @@ def _cache_folder(dataset: Dataset, cache: str | Path | bool | None) -> Path | N
     return None
 
 
+def _inner(dataset: Dataset) -> Dataset:
+    """What a plain MetaDataset wraps; a filtered one or a union is a data set of its own."""
+    return dataset.dataset if type(dataset) is MetaDataset else dataset
+
+
 def _writable(folder: Path) -> bool:
     """False also where the folder is marked read-only, which the system does not hold root to."""
     return bool(folder.stat().st_mode & 0o222)
@@ -99,7 +104,7 @@ def _writable(folder: Path) -> bool:
 
 def _fingerprint(dataset: Dataset) -> str:
     """Changes with the number of examples, the transforms, the files, and what is in them."""
-    inner = dataset.dataset if isinstance(dataset, MetaDataset) else dataset
+    inner = _inner(dataset)
     length = len(dataset)  # type: ignore[arg-type]
     digest = hashlib.sha256()
     parts = [type(inner).__qualname__, length, getattr(inner, "transform", None)]
@@ -211,6 +216,5 @@ def _check_alike(dataset: Dataset, i: int, image: NDArray[Any], images: NDArray[
 
 
 def _name(dataset: Dataset, i: int) -> str:
-    inner = dataset.dataset if isinstance(dataset, MetaDataset) else dataset
-    files = _files(inner)
+    files = _files(_inner(dataset))
     return f"image {i}" + (f" ({files[i]})" if len(files) > i else "")

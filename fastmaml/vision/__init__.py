@@ -1,5 +1,5 @@
-"""Networks and data sets of images."""
+"""Networks, data sets of images, and transforms of tasks made of them."""
 
-from fastmaml.vision import datasets, models
+from fastmaml.vision import datasets, models, transforms
 
-__all__ = ["datasets", "models"]
+__all__ = ["datasets", "models", "transforms"]

@@ -1,0 +1,162 @@
+"""Which tasksets are episodes as the native sampler draws them."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from fastmaml.data.episodes import EpisodeSampler
+from fastmaml.data.meta_dataset import MetaDataset
+from fastmaml.data.packed import PackedImages, pack
+from fastmaml.data.transforms import (
+    ConsecutiveLabels,
+    FilterLabels,
+    FusedNWaysKShots,
+    KShots,
+    LoadData,
+    NWays,
+    RemapLabels,
+    TaskTransform,
+)
+from fastmaml.vision.transforms import RandomClassRotation
+
+if TYPE_CHECKING:
+    from fastmaml.data.taskset import Taskset
+
+_QUARTER_TURNS = [0, 90, 180, 270]
+_packed: weakref.WeakKeyDictionary[MetaDataset, PackedImages] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Tasks of ``ways`` classes with ``images`` examples each."""
+
+    dataset: MetaDataset
+    ways: int
+    images: int
+    classes: tuple[Any, ...]
+    rotations: bool
+
+    def sampler(
+        self, tasks: int, shots: int | None, device: torch.device | str | None, seed: int
+    ) -> EpisodeSampler:
+        shots = self.images // 2 if shots is None else shots
+        if self.dataset not in _packed:
+            _packed[self.dataset] = pack(self.dataset, cache=False)
+        return EpisodeSampler(
+            _packed[self.dataset],
+            self.ways,
+            shots,
+            self.images - shots,
+            tasks,
+            device=device,
+            classes=self.classes,
+            rotations=self.rotations,
+            seed=seed,
+        )
+
+    def __str__(self) -> str:
+        turned = ", each class turned by a multiple of 90 degrees" if self.rotations else ""
+        return f"{self.ways} of {len(self.classes)} classes, {self.images} examples of each{turned}"
+
+
+def recognise(taskset: Taskset) -> Episodes | str:
+    """What the native sampler can draw in the same distribution, or why it cannot."""
+    transforms = taskset.task_transforms
+    if taskset.num_tasks != -1:
+        return f"there are {taskset.num_tasks} fixed tasks"
+    if taskset.task_collate is not default_collate:
+        return "task_collate is not PyTorch's default"
+    if callable(transforms):
+        return "task_transforms is a function"
+    for transform in transforms:
+        if (reason := _unknown(transform, taskset.dataset)) is not None:
+            return reason
+    drawn = _drawn(list(transforms))
+    if isinstance(drawn, str):
+        return drawn
+    return _fixed_pictures(taskset.dataset) or _episodes(taskset.dataset, *drawn)
+
+
+def _unknown(transform: object, dataset: MetaDataset) -> str | None:
+    name = type(transform).__name__
+    if type(transform) not in _KNOWN:
+        return f"{name} is not a known transform"
+    assert isinstance(transform, TaskTransform)
+    mine = transform.dataset
+    same = mine is dataset or (
+        type(mine) is type(dataset) is MetaDataset and mine.dataset is dataset.dataset
+    )
+    if not same:
+        return f"{name} has another data set"
+    if getattr(transform, "replacement", False):
+        return f"{name} draws with replacement"
+    if isinstance(transform, RemapLabels) and not transform.shuffle:
+        return "RemapLabels does not shuffle"
+    if isinstance(transform, RandomClassRotation) and sorted(transform.degrees) != _QUARTER_TURNS:
+        return "RandomClassRotation has other degrees than 0, 90, 180 and 270"
+    return None
+
+
+_KNOWN = {
+    ConsecutiveLabels,
+    FilterLabels,
+    FusedNWaysKShots,
+    KShots,
+    LoadData,
+    NWays,
+    RandomClassRotation,
+    RemapLabels,
+}
+
+
+def _drawn(transforms: list[Any]) -> tuple[int, int, list[list[Any]], bool] | str:
+    """Ways, images, the lists of classes that are allowed, and whether classes are turned."""
+    kinds = [type(t) for t in transforms]
+    allowed = [t.labels for t in transforms if isinstance(t, FilterLabels)]
+    core = [t for t in transforms if not isinstance(t, (FilterLabels, ConsecutiveLabels))]
+    order = [type(t) for t in core]
+    if FilterLabels in kinds and kinds.index(FilterLabels) > 0:
+        return "FilterLabels comes after another transform"
+    if order[:1] == [FusedNWaysKShots]:
+        ways, images = core[0].n, core[0].k
+        allowed.append(core[0].filter_labels)
+        rest = order[1:]
+    elif order[:2] == [NWays, KShots]:
+        ways, images = core[0].n, core[1].k
+        rest = order[2:]
+    else:
+        return "it does not start with NWays and KShots, or with FusedNWaysKShots"
+    turned = RandomClassRotation in rest
+    if sorted(t.__name__ for t in rest if t is not RandomClassRotation) != [
+        "LoadData",
+        "RemapLabels",
+    ]:
+        return "it needs LoadData and RemapLabels, once each"
+    if rest.index(LoadData) > rest.index(RemapLabels) or (
+        turned and (rest.count(RandomClassRotation) > 1 or rest.index(RandomClassRotation) == 0)
+    ):
+        return "LoadData does not come first"
+    return ways, images, allowed, turned
+
+
+def _episodes(
+    dataset: MetaDataset, ways: int, images: int, allowed: list[list[Any]], rotations: bool
+) -> Episodes:
+    classes = [c for c in dataset.labels if all(c in labels for labels in allowed)]
+    return Episodes(dataset, ways, images, tuple(classes), rotations)
+
+
+def _fixed_pictures(dataset: MetaDataset) -> str | None:
+    """A reason where reading an example twice does not give the same floating-point tensor."""
+    first, again = dataset[0][0], dataset[0][0]
+    if not isinstance(first, Tensor) or not first.is_floating_point():
+        return "the examples are no floating-point tensors"
+    if not torch.equal(first, again):
+        return "the examples are transformed at random"
+    return None

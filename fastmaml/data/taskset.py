@@ -1,0 +1,189 @@
+"""Sets of tasks: learn2learn's ``Taskset``, and batches of its tasks for the engine."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, default_collate
+
+from fastmaml.data.meta_dataset import MetaDataset, as_meta_dataset
+from fastmaml.data.recognition import Episodes, recognise
+from fastmaml.data.task_batch import TaskBatch
+from fastmaml.data.transforms import DataDescription, TaskDescription, TaskTransform
+from fastmaml.data.utils import partition_task
+from fastmaml.utils.config import warn_once
+
+Transform = Callable[[TaskDescription | None], TaskDescription]
+Collate = Callable[[list[Any]], Any]
+
+
+class Taskset(Dataset):
+    """Tasks drawn from a data set as a list of transforms says.
+
+    ``taskset[i]`` and ``taskset.sample()`` give one task, collated: usually ``(x [M, ...],
+    y [M])``. :meth:`batches` gives them as :class:`TaskBatch`, many at once.
+
+    Args:
+        dataset: a torch data set of ``(x, label)``; made a :class:`MetaDataset` if it is none.
+        task_transforms: see :mod:`fastmaml.data.transforms`; a list, applied in order, or one
+            callable. None: every task is the whole data set.
+        num_tasks: how many different tasks there are, each drawn when it is first asked for and
+            then kept; -1: a new one every time, without end, and ``len()`` is 1.
+        task_collate: from a list of examples to a task; None: PyTorch's ``default_collate``.
+
+    Attributes:
+        sampled_descriptions: the tasks drawn so far, by index.
+
+    Raises:
+        ValueError: ``num_tasks`` is neither -1 nor positive.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        task_transforms: Sequence[Transform] | Transform | None = None,
+        num_tasks: int = -1,
+        task_collate: Collate | None = None,
+    ) -> None:
+        if num_tasks != -1 and num_tasks < 1:
+            raise ValueError(f"num_tasks must be -1 (without end) or 1 or more, got {num_tasks}")
+        self.dataset: MetaDataset = as_meta_dataset(dataset)
+        self.num_tasks = num_tasks
+        self.task_transforms = task_transforms or [_AllExamples(self.dataset)]
+        self.task_collate: Collate = default_collate if task_collate is None else task_collate
+        self.sampled_descriptions: dict[int, TaskDescription] = {}
+        self._task_id = 0
+        self._seed = hash(random.getstate())  # of this moment, without drawing from it
+
+    def sample_task_description(self) -> TaskDescription:
+        """A new task, described."""
+        transforms = self.task_transforms
+        if callable(transforms):
+            return transforms(None)
+        task: TaskDescription | None = None
+        for transform in transforms:
+            task = transform(task)
+        assert task is not None  # there is at least one transform
+        return task
+
+    def get_task(self, task_description: TaskDescription) -> Any:
+        """The data of a described task."""
+        return self.task_collate([description.load() for description in task_description])
+
+    def sample(self) -> Any:
+        """One of the tasks at random."""
+        return self[random.randint(0, len(self) - 1)]
+
+    def description(self, index: int) -> TaskDescription:
+        """What task ``index`` of a fixed number of tasks consists of."""
+        if not 0 <= index < self.num_tasks:
+            raise IndexError(f"index must be from 0 to {self.num_tasks - 1}, got {index}")
+        if index not in self.sampled_descriptions:
+            self.sampled_descriptions[index] = self._draw(index)
+        return self.sampled_descriptions[index]
+
+    def _draw(self, index: int) -> TaskDescription:
+        if torch.utils.data.get_worker_info() is None:
+            return self.sample_task_description()
+        # A worker cannot tell the others what it has drawn: each draws task i alike.
+        state = random.getstate()
+        random.seed(f"{self._seed} {index}")
+        try:
+            return self.sample_task_description()
+        finally:
+            random.setstate(state)
+
+    def __len__(self) -> int:
+        return 1 if self.num_tasks == -1 else self.num_tasks
+
+    def __getitem__(self, index: int) -> Any:
+        if self.num_tasks == -1:
+            return self.get_task(self.sample_task_description())
+        return self.get_task(self.description(index))
+
+    def __iter__(self) -> Iterator[Any]:
+        self._task_id = 0
+        return self
+
+    def __next__(self) -> Any:
+        if self.num_tasks != -1 and self._task_id >= self.num_tasks:
+            raise StopIteration
+        self._task_id += 1
+        return self[self._task_id - 1]
+
+    def __add__(self, other: object) -> Any:
+        raise NotImplementedError(
+            "Tasksets cannot be added; make one of a fastmaml.data.UnionMetaDataset"
+        )
+
+    # --- batches of tasks -------------------------------------------------------------------
+
+    def batches(
+        self,
+        tasks: int,
+        *,
+        shots: int | None = None,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+    ) -> Iterator[TaskBatch]:
+        """The tasks as :class:`TaskBatch` without end, split into support and query.
+
+        Where the transforms are known ones and the tasks new every time, the native sampler draws
+        them (the same distribution, other random numbers); otherwise they are drawn as written and
+        put side by side. :meth:`explain` says which.
+
+        Args:
+            tasks: T, the tasks of a batch.
+            shots: support examples of each class, the others are the query set; None: half.
+            device: None: where the data are.
+            seed: of the native sampler; None: drawn from ``random``.
+        """
+        episodes = recognise(self)
+        if isinstance(episodes, str):
+            return self._as_written(tasks, shots, device)
+        seed = random.getrandbits(63) if seed is None else seed
+        return iter(episodes.sampler(tasks, shots, device, seed))
+
+    def explain(self) -> str:
+        """What :meth:`batches` runs, and why."""
+        episodes = recognise(self)
+        if isinstance(episodes, Episodes):
+            return f"the native sampler: {episodes}"
+        return f"as written, task by task: {episodes}"
+
+    def _as_written(
+        self, tasks: int, shots: int | None, device: torch.device | str | None
+    ) -> Iterator[TaskBatch]:
+        while True:
+            drawn = [self.sample() for _ in range(tasks)]
+            parts = [_split(x, y, shots) for x, y in drawn]
+            yield TaskBatch(*(torch.stack(part).to(device) for part in zip(*parts, strict=True)))
+
+
+class TaskDataset(Taskset):
+    """The name that :class:`Taskset` had before learn2learn 0.2."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        warn_once("TaskDataset is now named Taskset; the old name does the same.")
+        super().__init__(*args, **kwargs)
+
+
+class _AllExamples(TaskTransform):
+    def __call__(self, task: TaskDescription | None) -> TaskDescription:
+        task = self.new_task()
+        for description in task:
+            description.transforms.append(self.dataset.__getitem__)
+        return task
+
+
+def _split(x: Any, y: Any, shots: int | None) -> tuple[Any, Any, Any, Any]:
+    if shots is None:
+        shots = len(y) // len(y.unique()) // 2
+    (support_x, support_y), (query_x, query_y) = partition_task(x, y, shots)
+    return support_x, support_y, query_x, query_y
+
+
+__all__ = ["DataDescription", "TaskDataset", "Taskset"]

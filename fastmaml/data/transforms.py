@@ -1,0 +1,285 @@
+"""Task transforms: learn2learn's way of saying how a task is drawn from a data set.
+
+Each is called with a task description, a list of :class:`DataDescription`, and returns another;
+called with None it describes a task from the whole data set. Random choices are made by Python's
+``random``, in the order in which learn2learn makes them, so that seeded scripts draw the same.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from fastmaml.data.meta_dataset import MetaDataset, as_meta_dataset
+
+TaskDescription = list["DataDescription"]
+
+__all__ = [
+    "ConsecutiveLabels",
+    "DataDescription",
+    "FilterLabels",
+    "FusedNWaysKShots",
+    "KShots",
+    "LoadData",
+    "NWays",
+    "RemapLabels",
+    "TaskTransform",
+]
+
+
+class DataDescription:
+    """One example of a task: its index in the data set, and what turns the index into data."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.transforms: list[Callable[[Any], Any]] = []
+
+    def load(self) -> Any:
+        """The index, passed through all ``transforms``."""
+        data: Any = self.index
+        for transform in self.transforms:
+            data = transform(data)
+        return data
+
+
+class TaskTransform:
+    """The base of all task transforms.
+
+    Args:
+        dataset: a torch data set; made a :class:`fastmaml.data.MetaDataset` if it is none.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset: MetaDataset = as_meta_dataset(dataset)
+
+    def new_task(self) -> TaskDescription:
+        """Every example of the data set."""
+        return [DataDescription(i) for i in range(len(self.dataset))]
+
+    def __call__(self, task: TaskDescription | None) -> TaskDescription:
+        raise NotImplementedError
+
+    def label(self, description: DataDescription) -> Any:
+        """The class of an example, as the data set has it."""
+        return self.dataset.indices_to_labels[description.index]
+
+
+class LoadData(TaskTransform):
+    """Read the examples from the data set."""
+
+    def __call__(self, task: TaskDescription | None) -> TaskDescription:
+        task = self.new_task() if task is None else task
+        for description in task:
+            description.transforms.append(self.dataset.__getitem__)
+        return task
+
+
+class FilterLabels(TaskTransform):
+    """Keep the examples of some classes.
+
+    Args:
+        labels: the classes to keep.
+
+    Raises:
+        ValueError: the data set has no such class.
+    """
+
+    def __init__(self, dataset: Dataset, labels: Iterable[Any]) -> None:
+        super().__init__(dataset)
+        self.labels = list(labels)
+        _check_known(self.dataset, self.labels)
+        self._kept = frozenset(self.labels)
+
+    def __call__(self, task: TaskDescription | None) -> TaskDescription:
+        task = self.new_task() if task is None else task
+        return [d for d in task if self.label(d) in self._kept]
+
+
+class ConsecutiveLabels(TaskTransform):
+    """Sort the examples by class; those of a class stay in their order."""
+
+    def __call__(self, task: TaskDescription | None) -> TaskDescription:
+        task = self.new_task() if task is None else task
+        return sorted(task, key=self.label)
+
+
+class RemapLabels(TaskTransform):
+    """Number the classes of the task from 0.
+
+    Args:
+        shuffle: number them in random order.
+    """
+
+    def __init__(self, dataset: Dataset, shuffle: bool = True) -> None:
+        super().__init__(dataset)
+        self.shuffle = shuffle
+
+    def __call__(self, task: TaskDescription | None) -> TaskDescription:
+        task = self.new_task() if task is None else task
+        labels = distinct_labels(self.label(d) for d in task)
+        if self.shuffle:
+            random.shuffle(labels)
+        remap = _Remap({label: i for i, label in enumerate(labels)})
+        for description in task:
+            description.transforms.append(remap)
+        return task
+
+
+class _Remap:
+    """Replaces the label of a loaded example; a class, so that workers can be sent it."""
+
+    def __init__(self, positions: dict[Any, int]) -> None:
+        self._positions = positions
+
+    def __call__(self, data: Sequence[Any]) -> list[Any]:
+        x, label, *rest = data
+        label = label.item() if hasattr(label, "item") else label
+        return [x, self._positions[label], *rest]
+
+
+class NWays(TaskTransform):
+    """Keep ``n`` classes, drawn without replacement.
+
+    Raises:
+        ValueError: there are fewer than ``n`` classes, here or in a task it is called with.
+    """
+
+    def __init__(self, dataset: Dataset, n: int = 2) -> None:
+        super().__init__(dataset)
+        self.n = n
+        _check_ways(n, len(self.dataset.labels))
+
+    def new_task(self) -> TaskDescription:
+        classes = random.sample(self.dataset.labels, k=self.n)
+        return [DataDescription(i) for c in classes for i in self.dataset.labels_to_indices[c]]
+
+    def __call__(self, task: TaskDescription | None) -> TaskDescription:
+        if task is None:
+            return self.new_task()
+        labels = distinct_labels(self.label(d) for d in task)
+        _check_ways(self.n, len(labels))
+        kept = frozenset(random.sample(labels, k=self.n))
+        return [d for d in task if self.label(d) in kept]
+
+
+class KShots(TaskTransform):
+    """Keep ``k`` examples of each class.
+
+    Args:
+        replacement: the same example may be drawn again.
+
+    Raises:
+        ValueError: a class has fewer than ``k`` examples, when called without replacement.
+    """
+
+    def __init__(self, dataset: Dataset, k: int = 1, replacement: bool = False) -> None:
+        super().__init__(dataset)
+        self.k = k
+        self.replacement = replacement
+
+    def __call__(self, task: TaskDescription | None) -> TaskDescription:
+        task = self.new_task() if task is None else task
+        by_class: dict[Any, TaskDescription] = defaultdict(list)
+        for description in task:
+            by_class[self.label(description)].append(description)
+        return list(chain(*(self._draw(c, members) for c, members in by_class.items())))
+
+    def _draw(self, label: Any, members: TaskDescription) -> TaskDescription:
+        if self.replacement:
+            drawn = random.choices(members, k=self.k)
+            return [_copied(d) for d in drawn]
+        _check_shots(self.k, label, len(members))
+        return random.sample(members, k=self.k)
+
+
+class FusedNWaysKShots(TaskTransform):
+    """``n`` classes and ``k`` examples of each, without a look at all the others.
+
+    Args:
+        filter_labels: the classes to draw from; None: all.
+
+    Raises:
+        ValueError: there are fewer than ``n`` classes, an unknown one, or, when called, one with
+            fewer than ``k`` examples.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        n: int = 2,
+        k: int = 1,
+        replacement: bool = False,
+        filter_labels: Iterable[Any] | None = None,
+    ) -> None:
+        super().__init__(dataset)
+        self.n = n
+        self.k = k
+        self.replacement = replacement
+        self.filter_labels = self.dataset.labels if filter_labels is None else list(filter_labels)
+        _check_known(self.dataset, self.filter_labels)
+        _check_ways(n, len(self.filter_labels))
+
+    def new_task(self) -> TaskDescription:
+        classes = random.sample(self.filter_labels, k=self.n)
+        return [DataDescription(i) for c in classes for i in self._draw(c)]
+
+    def _draw(self, label: Any) -> list[int]:
+        members = self.dataset.labels_to_indices[label]
+        if self.replacement:
+            return random.choices(members, k=self.k)
+        _check_shots(self.k, label, len(members))
+        return random.sample(members, k=self.k)
+
+    def __call__(self, task: TaskDescription | None) -> TaskDescription:
+        if task is None:
+            return self.new_task()
+        kept = frozenset(self.filter_labels)
+        task = [d for d in task if self.label(d) in kept]
+        task = NWays(self.dataset, self.n)(task)
+        return KShots(self.dataset, self.k, self.replacement)(task)
+
+
+def distinct_labels(labels: Iterable[Any]) -> list[Any]:
+    """Each label once.
+
+    Ints come in the order of a set, which is learn2learn's; other labels in order of appearance,
+    for a set's would be another one in every process.
+    """
+    seen = dict.fromkeys(labels)
+    return list(set(seen)) if all(type(label) is int for label in seen) else list(seen)
+
+
+def _copied(description: DataDescription) -> DataDescription:
+    """Transforms that come later are applied to each draw once."""
+    copy = DataDescription(description.index)
+    copy.transforms = list(description.transforms)
+    return copy
+
+
+def _check_known(dataset: MetaDataset, labels: Iterable[Any]) -> None:
+    for label in labels:
+        if label not in dataset.labels_to_indices:
+            raise ValueError(
+                f"labels must be among the dataset's {len(dataset.labels)} classes, got {label!r}"
+            )
+
+
+def _check_ways(n: int, classes: int) -> None:
+    if not 1 <= n <= classes:
+        raise ValueError(
+            f"n must be from 1 to the number of classes, {classes}, got {n}; "
+            "make smaller tasks or draw from more classes"
+        )
+
+
+def _check_shots(k: int, label: Any, members: int) -> None:
+    if not 0 <= k <= members:
+        raise ValueError(
+            f"k must be at most the number of examples, but class {label!r} has {members}, got "
+            f"{k}; ask for fewer, leave the class out, or draw with replacement=True"
+        )

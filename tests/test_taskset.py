@@ -1,0 +1,341 @@
+"""learn2learn's task sets: the same draws for the same seed, batches, workers, bad requests."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastmaml as l2l
+from fastmaml.data import (
+    FilteredMetaDataset,
+    InfiniteIterator,
+    MetaDataset,
+    OnDeviceDataset,
+    TaskDataset,
+    Taskset,
+    TasksetSampler,
+    partition_task,
+)
+from fastmaml.data.transforms import (
+    ConsecutiveLabels,
+    FilterLabels,
+    FusedNWaysKShots,
+    KShots,
+    LoadData,
+    NWays,
+    RemapLabels,
+)
+from fastmaml.vision.transforms import RandomClassRotation
+
+
+@pytest.fixture
+def numbers() -> MetaDataset:
+    """66 examples, each its own index, of six classes with gaps between their labels."""
+    labels = torch.tensor([(7 * i * i + 3 * i) % 11 * 17 for i in range(66)])
+    return MetaDataset(TensorDataset(torch.arange(66.0), labels))
+
+
+def recipe(name: str, data: MetaDataset) -> list:
+    most = [c for c in data.labels if c != data.labels[2]]
+    load, remap, sort = LoadData(data), RemapLabels(data), ConsecutiveLabels(data)
+    return {
+        "n ways, k shots": [NWays(data, 3), KShots(data, 2), load, remap, sort],
+        "fused": [FusedNWaysKShots(data, n=3, k=2), load, remap, sort],
+        "filtered": [
+            FusedNWaysKShots(data, n=3, k=2, filter_labels=most),
+            load,
+            RemapLabels(data, shuffle=False),
+        ],
+        "replacement": [NWays(data, 2), KShots(data, 4, replacement=True), load, remap],
+        "every class": [KShots(data, 1), load, sort],
+    }[name]
+
+
+LEARN2LEARN = {  # two samples of learn2learn 0.2.1 after random.seed(5)
+    "n ways, k shots": [([11, 9, 57, 2, 43, 21], [0, 0, 2, 2, 1, 1]),
+                        ([33, 22, 4, 16, 50, 17], [2, 2, 1, 1, 0, 0])],
+    "fused": [([11, 9, 57, 2, 43, 21], [0, 0, 2, 2, 1, 1]),
+              ([33, 22, 4, 16, 50, 17], [2, 2, 1, 1, 0, 0])],
+    "filtered": [([17, 58, 0, 11, 8, 30], [2, 2, 0, 0, 1, 1]),
+                 ([8, 52, 16, 4, 61, 17], [0, 0, 1, 1, 2, 2])],
+    "replacement": [([54, 65, 54, 65, 2, 29, 62, 40], [0, 0, 0, 0, 1, 1, 1, 1]),
+                    ([57, 24, 7, 13, 47, 25, 14, 58], [0, 0, 0, 0, 1, 1, 1, 1])],
+    "every class": [([64, 62, 59, 54, 61, 30], [0, 17, 51, 68, 102, 170]),
+                    ([42, 57, 15, 10, 3, 19], [0, 17, 51, 68, 102, 170])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEARN2LEARN)
+def test_a_seed_draws_the_tasks_of_learn2learn(name, numbers) -> None:
+    random.seed(5)
+    taskset = Taskset(numbers, recipe(name, numbers))
+    for expected in LEARN2LEARN[name]:
+        x, y = taskset.sample()
+        assert (x.int().tolist(), y.tolist()) == expected
+
+
+def test_fixed_tasks_are_drawn_once_as_by_learn2learn(numbers) -> None:
+    random.seed(5)
+    taskset = Taskset(numbers, recipe("n ways, k shots", numbers), num_tasks=3)
+    first, second = [11, 9, 40, 18, 65, 10], [33, 22, 4, 16, 50, 17]
+    assert [taskset.sample()[0].int().tolist() for _ in range(3)] == [first, second, second]
+    assert [x.int().tolist() for x, _ in taskset] == [second, [11, 64, 17, 61, 1, 63], first]
+    assert len(taskset) == 3
+
+
+def test_filtered_classes_may_be_drawn_from() -> None:
+    """learn2learn 0.2.1 cannot on Python 3.11: it samples from a set."""
+    data = MetaDataset(TensorDataset(torch.arange(20.0), torch.arange(20) // 4))
+    steps = [FilterLabels(data, [1, 3, 4]), NWays(data, 2), KShots(data, 3), LoadData(data)]
+    for _ in range(20):
+        x, y = Taskset(data, steps).sample()
+        assert set(y.tolist()) < {1, 3, 4}
+        assert torch.equal(x.long() // 4, y)
+
+
+def test_no_transforms_give_the_whole_data_set(numbers) -> None:
+    x, y = Taskset(numbers).sample()
+    assert torch.equal(x, torch.arange(66.0))
+    assert y.tolist() == [numbers.indices_to_labels[i] for i in range(66)]
+
+
+def test_the_users_own_callables_are_applied(numbers) -> None:
+    def doubled(task):
+        for description in task:
+            description.transforms.append(lambda data: (2 * data[0], data[1]))
+        return task
+
+    steps = [NWays(numbers, 2), KShots(numbers, 2), LoadData(numbers), doubled]
+    x, _ = Taskset(numbers, steps).sample()
+    assert not (x % 2).any()
+    alone = Taskset(numbers, lambda task: LoadData(numbers)(task)[:5], task_collate=list)
+    assert [int(x) for x, _ in alone.sample()] == [0, 1, 2, 3, 4]
+
+
+def test_labels_that_are_words_are_remapped_alike_in_every_process() -> None:
+    data = l2l.data.MetaDataset(Words(["owl", "yak", "owl", "ant", "yak", "ant"]))
+    random.seed(0)
+    steps = [RemapLabels(data, shuffle=False), ConsecutiveLabels(data)]
+    taskset = Taskset(data, [LoadData(data), *steps])
+    x, y = taskset.sample()
+    assert (x.int().tolist(), y.tolist()) == ([3, 5, 0, 2, 1, 4], [2, 2, 0, 0, 1, 1])
+
+
+class Words(torch.utils.data.Dataset):
+    def __init__(self, labels: list[str]) -> None:
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, str]:
+        return torch.tensor(float(i)), self.labels[i]
+
+
+def test_the_old_name_warns_once(numbers, monkeypatch) -> None:
+    monkeypatch.setattr("fastmaml.utils.config._warned", set())
+    with pytest.warns(UserWarning, match="now named Taskset"):
+        taskset = TaskDataset(numbers, recipe("fused", numbers))
+    assert len(taskset.sample()) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_fixed_tasks_are_the_same_in_all_workers_and_epochs(workers, numbers) -> None:
+    taskset = Taskset(numbers, recipe("fused", numbers), num_tasks=6)
+    loader = DataLoader(taskset, batch_size=None, num_workers=workers)
+    epochs = [[x.tolist() for x, _ in loader] for _ in range(2)]
+    assert epochs[0] == epochs[1]
+    assert len({tuple(x) for x in epochs[0]}) > 1
+
+
+def test_endless_tasks_of_workers_differ(numbers) -> None:
+    taskset = Taskset(numbers, recipe("fused", numbers))
+    loader = DataLoader(Repeated(taskset, 8), batch_size=None, num_workers=2)
+    assert len({tuple(x.tolist()) for x, _ in loader}) == 8
+
+
+class Repeated(torch.utils.data.Dataset):
+    def __init__(self, taskset: Taskset, times: int) -> None:
+        self.taskset, self.times = taskset, times
+
+    def __len__(self) -> int:
+        return self.times
+
+    def __getitem__(self, i: int):
+        return self.taskset.sample()
+
+
+def test_a_loader_reads_the_examples_of_each_task(numbers) -> None:
+    random.seed(1)
+    taskset = Taskset(numbers, recipe("fused", numbers), num_tasks=4)
+    sampler = TasksetSampler(taskset, shuffle=False)
+    loaded = [x.int().tolist() for x, _ in DataLoader(numbers, batch_sampler=sampler)]
+    assert loaded == [[d.index for d in taskset.sampled_descriptions[i]] for i in range(4)]
+    assert len(sampler) == 4
+    endless = iter(TasksetSampler(Taskset(numbers, recipe("fused", numbers))))
+    assert [len(next(endless)) for _ in range(6)] == [6] * 6
+
+
+# --- batches ----------------------------------------------------------------------------------
+
+
+def pictures(classes: int = 6, per_class: int = 5, side: int = 4) -> MetaDataset:
+    """Each picture tells its class; its corner is marked so that turns show."""
+    labels = torch.arange(classes * per_class) // per_class
+    images = labels.view(-1, 1, 1, 1).float().repeat(1, 1, side, side)
+    images[:, :, 0, 0] += 100
+    return MetaDataset(TensorDataset(images, labels))
+
+
+def test_known_tasksets_are_drawn_by_the_native_sampler() -> None:
+    data = pictures()
+    steps = [
+        FusedNWaysKShots(data, n=3, k=4, filter_labels=[0, 2, 3, 5]),
+        LoadData(data),
+        RemapLabels(data),
+        ConsecutiveLabels(data),
+        RandomClassRotation(data, [0, 90, 180, 270]),
+    ]
+    taskset = Taskset(data, steps)
+    assert taskset.explain() == (
+        "the native sampler: 3 of 4 classes, 4 examples of each, "
+        "each class turned by a multiple of 90 degrees"
+    )
+    batches = taskset.batches(tasks=50, shots=1, seed=3)
+    batch = next(batches)
+    assert batch.support_x.shape == (50, 3, 1, 4, 4)
+    assert batch.query_x.shape == (50, 9, 1, 4, 4)
+    assert set((batch.query_x.amin(dim=(2, 3, 4))).unique().tolist()) == {0, 2, 3, 5}
+    corners = batch.query_x.flatten(2).argmax(-1).view(50, 3, 3)
+    assert set(corners.flatten().tolist()) == {0, 3, 12, 15}
+    assert torch.equal(corners, corners[..., :1].expand_as(corners))  # a class turns as one
+    assert torch.equal(next(taskset.batches(tasks=50, shots=1, seed=3)).query_x, batch.query_x)
+    assert not torch.equal(next(batches).query_x, batch.query_x)
+
+
+def test_other_tasksets_are_drawn_as_written() -> None:
+    data = pictures()
+    steps = [NWays(data, 2), KShots(data, 4), LoadData(data), RemapLabels(data)]
+    halved = [*steps, lambda task: task]
+    taskset = Taskset(data, halved)
+    assert taskset.explain() == "as written, task by task: function is not a known transform"
+    batch = next(taskset.batches(tasks=7))
+    assert batch.support_x.shape == (7, 4, 1, 4, 4)
+    assert batch.support_y.tolist() == [[0, 0, 1, 1]] * 7
+    for x, y in ((batch.support_x, batch.support_y), (batch.query_x, batch.query_y)):
+        classes = x.amin(dim=(2, 3, 4))
+        for task, labels in zip(classes, y, strict=True):
+            assert len(task.unique()) == 2
+            assert torch.equal(task == task[0], labels == labels[0])
+
+
+REASONS = {
+    "there are 3 fixed tasks": {"num_tasks": 3},
+    "task_collate is not PyTorch's default": {"task_collate": list},
+    "NWays has another data set": {"steps": lambda d: [NWays(pictures(), 2), KShots(d, 2)]},
+    "KShots draws with replacement": {"steps": lambda d: [NWays(d), KShots(d, 2, True)]},
+    "RemapLabels does not shuffle": {"steps": lambda d: [RemapLabels(d, False)]},
+    "FilterLabels comes after another transform": {
+        "steps": lambda d: [NWays(d), KShots(d, 2), FilterLabels(d, [0])]
+    },
+    "it does not start with NWays and KShots, or with FusedNWaysKShots": {
+        "steps": lambda d: [KShots(d, 2), NWays(d)]
+    },
+    "it needs LoadData and RemapLabels, once each": {"steps": lambda d: [FusedNWaysKShots(d)]},
+    "LoadData does not come first": {
+        "steps": lambda d: [FusedNWaysKShots(d), RemapLabels(d), LoadData(d)]
+    },
+    "RandomClassRotation has other degrees than 0, 90, 180 and 270": {
+        "steps": lambda d: [RandomClassRotation(d, [0, 45])]
+    },
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_why_a_taskset_is_not_recognised(reason) -> None:
+    changes = dict(REASONS[reason])
+    data = pictures()
+    make = changes.pop("steps", lambda d: [FusedNWaysKShots(d), LoadData(d), RemapLabels(d)])
+    assert Taskset(data, make(data), **changes).explain().endswith(reason)
+
+
+def test_random_pictures_are_not_frozen() -> None:
+    class Noisy(TensorDataset):
+        def __getitem__(self, i):
+            x, y = super().__getitem__(i)
+            return x + torch.rand(()), y
+
+    data = MetaDataset(Noisy(*pictures().dataset.tensors))
+    taskset = Taskset(data, [FusedNWaysKShots(data, 2, 2), LoadData(data), RemapLabels(data)])
+    assert taskset.explain().endswith("the examples are transformed at random")
+
+
+# --- tools ------------------------------------------------------------------------------------
+
+
+def test_a_task_is_partitioned_by_class() -> None:
+    x, y = torch.arange(12.0), torch.tensor([2, 0, 2, 1, 0, 1] * 2)
+    (support_x, support_y), (query_x, query_y) = partition_task(x, y, shots=1)
+    assert support_x.tolist() == [1, 3, 0]
+    assert support_y.tolist() == [0, 1, 2]
+    assert query_x.tolist() == [4, 7, 10, 5, 9, 11, 2, 6, 8]
+    assert query_y.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "shots", "message"),
+    [
+        (torch.zeros(4), torch.tensor([0, 0, 1]), 1, "labels must be as many as data, 4, got 3"),
+        (torch.zeros(3), torch.tensor([0, 0, 1]), 1, r"equally often, got \[2, 1\] examples"),
+        (torch.zeros(4), torch.tensor([0, 0, 1, 1]), 3, "shots must be from 0 to 2"),
+    ],
+)
+def test_uneven_tasks_are_refused(x, y, shots, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        partition_task(x, y, shots)
+
+
+def test_an_iterator_without_end() -> None:
+    forever = InfiniteIterator(DataLoader(torch.arange(4), batch_size=2))
+    assert [next(forever).tolist() for _ in range(3)] == [[0, 1], [2, 3], [0, 1]]
+    with pytest.raises(ValueError, match="dataloader must have at least one item"):
+        next(InfiniteIterator([]))
+
+
+def test_a_data_set_as_one_tensor() -> None:
+    base = TensorDataset(torch.randn(5, 2), torch.arange(5))
+    base._bookkeeping_path = "somewhere"
+    held = OnDeviceDataset(base, transform=lambda x: -x)
+    assert held._bookkeeping_path == "somewhere"
+    x, y = held[3]
+    assert torch.equal(x, -base.tensors[0][3])
+    assert y == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: NWays(d, 7), "n must be from 1 to the number of classes, 6, got 7"),
+        (lambda d: FusedNWaysKShots(d, 3, filter_labels=[17, 51]), "classes, 2, got 3"),
+        (lambda d: FilterLabels(d, [17, 18]), "among the dataset's 6 classes, got 18"),
+        (lambda d: Taskset(d, num_tasks=0), "num_tasks must be -1 .* got 0"),
+        (lambda d: Taskset(d, [FusedNWaysKShots(d, 2, 40)]).sample(), "but class .* has"),
+        (lambda d: Taskset(d, [NWays(d, 2), KShots(d, 40)]).sample(), "but class .* has"),
+        (lambda d: Taskset(FilteredMetaDataset(d, [17]), [NWays(d, 7)]), "n must be from 1"),
+    ],
+)
+def test_impossible_tasks_are_refused(make, message, numbers) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(numbers)
+
+
+def test_out_of_range_and_added_tasksets_are_refused(numbers) -> None:
+    taskset = Taskset(numbers, recipe("fused", numbers), num_tasks=2)
+    with pytest.raises(IndexError, match="index must be from 0 to 1, got 2"):
+        taskset[2]
+    with pytest.raises(NotImplementedError, match="UnionMetaDataset"):
+        taskset + taskset
