@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastmaml.cli import demo, evaluate, info, train
+from fastmaml.cli import data, demo, evaluate, info, train
 from fastmaml.training import DivergedError
 
-VERBS = (demo, train, evaluate, info)
+VERBS = (demo, train, evaluate, data, info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

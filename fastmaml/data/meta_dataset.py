@@ -21,7 +21,8 @@ Label = Hashable
 class MetaDataset(Dataset):
     """A classification data set together with the examples of each class.
 
-    The labels come from the arguments, or from reading every example's ``dataset[i][1]`` once.
+    The labels come from the arguments, from the data set's own ``known_labels()``, or from reading
+    every example's ``dataset[i][1]`` once.
     Where the data set has an attribute ``_bookkeeping_path`` and no argument is given, what was
     read is kept in that file; one that cannot be read, or belongs to other data, is made anew.
 
@@ -73,9 +74,15 @@ class MetaDataset(Dataset):
             indices_to_labels = {i: c for c, indices in labels_to_indices.items() for i in indices}
         else:
             if indices_to_labels is None:
-                indices_to_labels = {i: read_label(self.dataset, i) for i in range(len(self))}
+                indices_to_labels = self._read_labels()
             labels_to_indices = group_by_label(indices_to_labels)
         self._set(labels_to_indices, indices_to_labels)
+
+    def _read_labels(self) -> dict[int, Any]:
+        known = getattr(self.dataset, "known_labels", None)
+        if known is not None:
+            return dict(enumerate(known()))
+        return {i: read_label(self.dataset, i) for i in range(len(self))}
 
     def load_bookkeeping(self, path: str | os.PathLike[str]) -> None:
         """Fill the attributes from a file, or create them and, where possible, the file."""

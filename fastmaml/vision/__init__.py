@@ -1,5 +1,5 @@
-"""Networks, data sets of images, and transforms of tasks made of them."""
+"""Networks, data sets of images, their benchmarks, and transforms of tasks made of them."""
 
-from fastmaml.vision import datasets, models, transforms
+from fastmaml.vision import benchmarks, datasets, models, transforms
 
-__all__ = ["datasets", "models", "transforms"]
+__all__ = ["benchmarks", "datasets", "models", "transforms"]

@@ -56,7 +56,7 @@ def load_omniglot(root: str | Path, download: bool = False) -> ImageClasses:
     folder = Path(root).expanduser() / FOLDER
     for part in PARTS:
         if not (_archive(folder, part).is_file() or (folder / part).is_dir()):
-            _fetch(folder, part, download)
+            fetch_part(folder, part, download)
     key = _fingerprint(folder)
     places = [folder / "fastmaml-28x28.npz", cache_directory() / f"omniglot-{key[:16]}.npz"]
     return load_or_make(places, key, lambda: _read_all(folder))
@@ -88,7 +88,8 @@ def _archive(folder: Path, part: str) -> Path:
     return folder / f"{part}.zip"
 
 
-def _fetch(folder: Path, part: str, download: bool) -> None:
+def fetch_part(folder: Path, part: str, download: bool) -> None:
+    """Download the archive of `images_background` or `images_evaluation`; see `load_omniglot`."""
     archive = _archive(folder, part)
     if not download:
         raise FileNotFoundError(

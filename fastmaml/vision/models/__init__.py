@@ -6,9 +6,12 @@ Every network has ``.features`` and ``.classifier``.
 from fastmaml.vision.models.blocks import ConvBase, ConvBlock, LinearBlock, fc_init_, maml_init_
 from fastmaml.vision.models.cnn4 import CNN4, CNN4Backbone, MiniImagenetCNN
 from fastmaml.vision.models.omniglot import OmniglotCNN, OmniglotFC
+from fastmaml.vision.models.resnet12 import ResNet12, ResNet12Backbone
+from fastmaml.vision.models.wrn28 import WRN28, WRN28Backbone
 
 __all__ = [
     "CNN4",
+    "WRN28",
     "CNN4Backbone",
     "ConvBase",
     "ConvBlock",
@@ -16,6 +19,9 @@ __all__ = [
     "MiniImagenetCNN",
     "OmniglotCNN",
     "OmniglotFC",
+    "ResNet12",
+    "ResNet12Backbone",
+    "WRN28Backbone",
     "fc_init_",
     "maml_init_",
 ]

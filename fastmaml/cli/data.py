@@ -1,0 +1,79 @@
+"""`fastmaml data`: fetch a data set, or check the one that is there."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from fastmaml.cli.options import Verbs
+from fastmaml.data.meta_dataset import group_by_label
+from fastmaml.vision import datasets
+from fastmaml.vision.datasets import FewShotImages
+
+
+class Expected(NamedTuple):
+    """A data set's class, and the published numbers of classes and images of each mode."""
+
+    open: Callable[..., FewShotImages]
+    sizes: dict[str, tuple[int, int]]
+
+
+DATA_SETS = {
+    "omniglot": Expected(datasets.FullOmniglot, {"all": (1623, 32460)}),
+    "mini-imagenet": Expected(
+        datasets.MiniImagenet,
+        {"train": (64, 38400), "validation": (16, 9600), "test": (20, 12000)},
+    ),
+    "tiered-imagenet": Expected(
+        datasets.TieredImagenet,
+        {"train": (351, 448695), "validation": (97, 124261), "test": (160, 206209)},
+    ),
+    "cifarfs": Expected(
+        datasets.CIFARFS, {"train": (64, 38400), "validation": (16, 9600), "test": (20, 12000)}
+    ),
+    "fc100": Expected(
+        datasets.FC100, {"train": (60, 36000), "validation": (20, 12000), "test": (20, 12000)}
+    ),
+    "cubirds200": Expected(datasets.CUBirds200, {"all": (200, 11745)}),
+    "fgvc-aircraft": Expected(datasets.FGVCAircraft, {"all": (100, 10000)}),
+    "describable-textures": Expected(datasets.DescribableTextures, {"all": (47, 5640)}),
+    "vgg-flower102": Expected(datasets.VGGFlower102, {"all": (102, 8189)}),
+}
+_OPENED = 20  # images of each mode that are opened
+
+
+def add_parser(verbs: Verbs) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser(
+        "data",
+        help="fetch a data set, or check the one that is there",
+        description="Fetch a data set with --download, then count its classes and images, compare "
+        "with the published numbers, and open some of the images.",
+    )
+    parser.add_argument("name", choices=sorted(DATA_SETS))
+    parser.add_argument("--root", required=True, help="the folder of all data")
+    parser.add_argument("--download", action="store_true", help="fetch what is missing")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns 1 where the numbers are not the published ones."""
+    expected = DATA_SETS[arguments.name]
+    complete = True
+    for mode, size in expected.sizes.items():
+        named = {} if expected.open is datasets.FullOmniglot else {"mode": mode}
+        data = expected.open(arguments.root, download=arguments.download, **named)
+        complete &= verify(data, mode, size)
+    return 0 if complete else 1
+
+
+def verify(data: FewShotImages, mode: str, size: tuple[int, int]) -> bool:
+    """Print what is there; False where it is not what was published."""
+    labels: dict[int, Any] = {i: label for i, (_, label) in enumerate(data.samples)}
+    found = (len(group_by_label(labels)), len(data))
+    for i in range(0, len(data), max(1, len(data) // _OPENED)):
+        data[i]
+    verdict = "complete" if found == size else f"expected {size[0]} classes, {size[1]:,} images"
+    print(f"{data.name} {mode}: {found[0]} classes, {found[1]:,} images: {verdict}")
+    return found == size

@@ -1,0 +1,150 @@
+"""What the few-shot data sets share: modes, transforms, and files that may be missing."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+MODES = ("train", "validation", "test")
+Transform = Callable[[Any], Any]
+
+
+class FewShotImages(Dataset):
+    """Images with the number of their class, under learn2learn's conventions.
+
+    Subclasses fill ``samples``, pairs of a source and a class, and say how a source is opened.
+
+    Args:
+        root: the folder of all data.
+        mode: ``"train"``, ``"validation"`` or ``"test"``, each with classes of its own; some data
+            sets also have ``"all"``.
+        transform: applied to an image when it is asked for.
+        target_transform: applied to its class.
+        download: fetch what is missing.
+
+    Raises:
+        ValueError: there is no such mode; a file is damaged.
+        FileNotFoundError: a file is missing and ``download`` is off; the message says which, where
+            it comes from, and the command that fetches it.
+    """
+
+    name: str  # for messages and the bookkeeping file, as `fastmaml data` knows it
+    modes: Sequence[str] = MODES
+
+    def __init__(
+        self,
+        root: str | Path,
+        mode: str = "train",
+        transform: Transform | None = None,
+        target_transform: Transform | None = None,
+        download: bool = False,
+    ) -> None:
+        if mode not in self.modes:
+            raise ValueError(f"mode must be one of {', '.join(self.modes)}, got {mode!r}")
+        self.root = str(Path(root).expanduser())
+        self.mode = mode
+        self.transform = transform
+        self.target_transform = target_transform
+        self._bookkeeping_path = str(Path(self.root) / f"{self.name}-bookkeeping-{mode}.pkl")
+        self.samples: list[tuple[Any, int]] = self._load(Path(self.root), download)
+
+    def _load(self, root: Path, download: bool) -> list[tuple[Any, int]]:
+        raise NotImplementedError
+
+    def _open(self, source: Any) -> Any:
+        return Image.open(source).convert("RGB")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        source, label = self.samples[index]
+        try:
+            image = self._open(source)
+        except OSError as error:
+            raise ValueError(
+                f"{self.name}: {source if isinstance(source, str) else f'image {index}'} cannot be "
+                f"read ({error}); fetch the data again"
+            ) from error
+        if self.transform is not None:
+            image = self.transform(image)
+        return image, label if self.target_transform is None else self.target_transform(label)
+
+    def known_labels(self) -> list[Any]:
+        """The class of every image, without opening any."""
+        change = self.target_transform
+        return [label if change is None else change(label) for _, label in self.samples]
+
+    def require(self, path: Path, source: str) -> None:
+        """Raise where ``path`` is missing, naming what to do."""
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{self.name}: {path} is missing; it comes from {source}, and "
+                f"`fastmaml data {self.name} --root {self.root} --download` fetches it"
+            )
+
+
+@lru_cache
+def meta_dataset_splits() -> dict[str, Any]:
+    """Which classes are for training, validation and testing, by data set.
+
+    Triantafillou et al., "Meta-Dataset", ICLR 2020.
+    """
+    path = Path(__file__).with_name("meta_dataset_splits.json")
+    contents: dict[str, Any] = json.loads(path.read_text())
+    return contents
+
+
+def chosen_classes(data_set: str, mode: str) -> list[Any]:
+    """The classes of a mode in order, which is their numbering."""
+    splits = meta_dataset_splits()[data_set]
+    return [c for m in (MODES if mode == "all" else (mode,)) for c in splits[m]]
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads containers, numbers, strings and numpy arrays, and runs no other code."""
+
+    _ALLOWED = frozenset(
+        {
+            ("_codecs", "encode"),
+            ("collections", "OrderedDict"),
+            ("collections", "defaultdict"),
+            ("builtins", "list"),
+            ("__builtin__", "list"),
+            ("numpy", "dtype"),
+            ("numpy", "ndarray"),
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy.core.multiarray", "scalar"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "scalar"),
+            ("numpy._core.numeric", "_frombuffer"),
+            ("numpy.core.numeric", "_frombuffer"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a data set")
+
+
+def read_pickle(path: Path, encoding: str = "ASCII") -> Any:
+    """The contents of a published pickle; only arrays and plain values are accepted.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else.
+    """
+    try:
+        with path.open("rb") as file:
+            return _ArrayUnpickler(file, encoding=encoding).load()
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # damaged pickles raise nearly anything
+        raise ValueError(f"{path} is damaged ({error}); delete it and fetch it again") from error

@@ -1,0 +1,379 @@
+"""The few-shot data sets, from small files in the formats in which they are published."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastmaml.cli import main
+from fastmaml.cli.data import verify
+from fastmaml.data import MetaDataset
+from fastmaml.vision import benchmarks, datasets
+from fastmaml.vision.datasets import few_shot
+from fastmaml.vision.datasets.few_shot import chosen_classes, meta_dataset_splits
+
+SHORT = {"train": "train", "validation": "val", "test": "test"}
+RANDOM = np.random.default_rng(0)
+
+
+def picture(side: int = 8, value: int | None = None) -> Image.Image:
+    pixels = RANDOM.integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return Image.fromarray(pixels if value is None else np.full_like(pixels, value))
+
+
+def save(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, quality=95)
+
+
+def dump(contents: object, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(contents, protocol=2))
+
+
+# --- files as they are published --------------------------------------------------------------
+
+
+def write_mini_imagenet(root: Path, classes: int = 6, per_class: int = 4) -> None:
+    for start, mode in enumerate(SHORT):
+        count = classes * per_class
+        images = RANDOM.integers(0, 256, (count, 84, 84, 3), dtype=np.uint8)
+        images[:, 5, 5], images[:, 0, 0, 1] = 10 * start, np.arange(count)
+        members = {f"n0{c}": list(range(c, count, classes)) for c in range(classes)}
+        contents = {"image_data": images, "class_dict": members}
+        dump(contents, root / f"mini-imagenet-cache-{mode}.pkl")
+
+
+def write_tiered_imagenet(root: Path) -> None:
+    for short in SHORT.values():
+        png = []
+        for i in range(8):
+            buffer = io.BytesIO()
+            image = picture(84)
+            image.putpixel((3, 3), (i, i, i))
+            image.save(buffer, "png")
+            png.append(np.frombuffer(buffer.getvalue(), np.uint8)[:, None])
+        dump(png, root / "tiered-imagenet" / f"{short}_images_png.pkl")
+        labels = {"label_specific": np.arange(8) // 2, "label_general": np.arange(8) // 4}
+        dump(labels, root / "tiered-imagenet" / f"{short}_labels.pkl")
+
+
+def write_cifarfs(root: Path) -> None:
+    folder = root / "cifarfs" / "cifar100"
+    (folder / "splits" / "bertinetto").mkdir(parents=True)
+    for start, short in enumerate(SHORT.values()):
+        names = [f"{short}{c}" for c in (2, 0, 1)]
+        (folder / "splits" / "bertinetto" / f"{short}.txt").write_text("\n".join(names) + "\n")
+        for c, name in enumerate(names):
+            for i in range(4):
+                save(
+                    picture(32, value=40 * start + 10 * c + i), folder / "data" / name / f"{i}.png"
+                )
+
+
+def write_fc100(root: Path) -> None:
+    for short in SHORT.values():
+        images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((32, 32, 3), np.uint8)
+        contents = {"data": images.astype(np.uint8), "labels": [7, 7, 9, 9, 30, 30]}
+        dump(contents, root / f"FC100_{short}.pickle")
+
+
+def write_birds(root: Path) -> None:
+    folder = root / "cubirds200" / "CUB_200_2011"
+    twin = meta_dataset_splits()["CUBirds200 images in ImageNet"][0]
+    listing, boxes = [], []
+    for name in chosen_classes("CUBirds200", "all"):
+        for file in ("a.jpg", twin):
+            save(picture(), folder / "images" / name / file)
+            listing.append(f"{len(listing) + 1} {name}/{file}")
+            boxes.append(f"{len(listing)} 1.0 2.0 4.0 3.0")
+    (folder / "images.txt").write_text("\n".join(listing))
+    (folder / "bounding_boxes.txt").write_text("\n".join(boxes))
+
+
+def write_aircraft(root: Path) -> None:
+    folder = root / "fgvc_aircraft" / "fgvc-aircraft-2013b" / "data"
+    lines: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    boxes = []
+    for i, name in enumerate(chosen_classes("FGVCAircraft", "all")):
+        save(picture(), folder / "images" / f"{i:07d}.jpg")
+        lines[list(lines)[i % 3]].append(f"{i:07d} {name}")
+        boxes.append(f"{i:07d} 1 2 5 7")
+    for part, content in lines.items():
+        (folder / f"images_variant_{part}.txt").write_text("\n".join(content) + "\n")
+    (folder / "images_box.txt").write_text("\n".join(boxes))
+
+
+def write_textures(root: Path) -> None:
+    for name in chosen_classes("DescribableTextures", "all"):
+        save(picture(), root / "describable_textures/dtd/images" / name / f"{name}_0001.jpg")
+
+
+def write_flowers(root: Path) -> None:
+    savemat = pytest.importorskip("scipy.io").savemat
+    folder = root / "vgg_flower102"
+    for number in range(1, 205):
+        save(picture(), folder / "jpg" / f"image_{number:05d}.jpg")
+    savemat(folder / "imagelabels.mat", {"labels": np.arange(204)[None] % 102 + 1})
+
+
+def write_omniglot(root: Path, zipped: bool = False) -> None:
+    for part, alphabets in (("images_background", "BA"), ("images_evaluation", "C")):
+        for alphabet in alphabets:
+            for character in (1, 2):
+                for i in range(4):
+                    path = f"{alphabet}/character{character:02d}/{i:04d}_{i:02d}.png"
+                    save(picture(105).convert("1"), root / "omniglot-py" / part / path)
+        if zipped:
+            folder = root / "omniglot-py" / part
+            with zipfile.ZipFile(folder.with_suffix(".zip"), "w") as archive:
+                for file in sorted(folder.rglob("*.png")):
+                    archive.write(file, file.relative_to(folder.parent))
+                    file.unlink()
+            for empty in sorted(folder.rglob("*"), reverse=True):
+                empty.rmdir()
+            folder.rmdir()
+
+
+WRITERS = {
+    datasets.MiniImagenet: write_mini_imagenet,
+    datasets.TieredImagenet: write_tiered_imagenet,
+    datasets.CIFARFS: write_cifarfs,
+    datasets.FC100: write_fc100,
+    datasets.CUBirds200: write_birds,
+    datasets.FGVCAircraft: write_aircraft,
+    datasets.DescribableTextures: write_textures,
+    datasets.VGGFlower102: write_flowers,
+    datasets.FullOmniglot: write_omniglot,
+}
+
+
+# --- reading them -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_labels_are_known_without_opening_images(kind, tmp_path, monkeypatch) -> None:
+    WRITERS[kind](tmp_path)
+    data = kind(tmp_path, target_transform=lambda label: label + 100)
+    read = [data[i][1] for i in range(0, len(data), 7)]
+    monkeypatch.setattr(kind, "_open", None)
+    meta = MetaDataset(kind(tmp_path, target_transform=lambda label: label + 100))
+    assert [meta.indices_to_labels[i] for i in range(0, len(data), 7)] == read
+    assert Path(data._bookkeeping_path).exists()
+
+
+def test_mini_imagenet_gives_floats_from_0_to_255(tmp_path) -> None:
+    write_mini_imagenet(tmp_path)
+    for start, mode in enumerate(SHORT):
+        data = datasets.MiniImagenet(tmp_path, mode)
+        assert len(data) == 24
+        x, y = data[10]
+        assert x.dtype == torch.float32
+        assert x.shape == (3, 84, 84)
+        assert x[:, 5, 5].tolist() == [10.0 * start] * 3
+        assert x[1, 0, 0] == 10
+        assert y == 10 % 6
+    halved = datasets.MiniImagenet(tmp_path, transform=lambda x: x / 2)
+    assert halved[10][0][1, 0, 0] == 5
+
+
+def test_tiered_imagenet_and_fc100_give_pictures(tmp_path) -> None:
+    write_tiered_imagenet(tmp_path)
+    write_fc100(tmp_path)
+    image, label = datasets.TieredImagenet(tmp_path, "validation")[5]
+    assert image.size == (84, 84)
+    assert image.getpixel((3, 3)) == (5, 5, 5)
+    assert label == 2
+    image, label = datasets.FC100(tmp_path, "test")[3]
+    assert image.getpixel((3, 3)) == (3, 3, 3)
+    assert label == 9
+
+
+def test_cifarfs_numbers_the_classes_of_its_split(tmp_path) -> None:
+    write_cifarfs(tmp_path)
+    data = datasets.CIFARFS(tmp_path, "validation")
+    assert [label for _, label in data.samples] == [0] * 4 + [1] * 4 + [2] * 4
+    assert data[1][0].getpixel((0, 0)) == (51, 51, 51)  # val0 is the second name in the file
+
+
+def test_birds_leave_out_what_imagenet_has(tmp_path) -> None:
+    write_birds(tmp_path)
+    assert len(datasets.CUBirds200(tmp_path)) == 200
+    assert len(datasets.CUBirds200(tmp_path, "test")) == 30
+    everything = datasets.CUBirds200(
+        tmp_path, "train", include_imagenet_duplicates=True, bounding_box_crop=True
+    )
+    assert len(everything) == 280
+    assert everything[0][0].size == (4, 3)
+
+
+def test_aircraft_textures_and_flowers_follow_their_splits(tmp_path) -> None:
+    write_aircraft(tmp_path)
+    write_textures(tmp_path)
+    write_flowers(tmp_path)
+    aircraft = datasets.FGVCAircraft(tmp_path, "test", bounding_box_crop=True)
+    assert sorted(label for _, label in aircraft.samples) == list(range(15))
+    assert aircraft[0][0].size == (4, 5)
+    textures = datasets.DescribableTextures(tmp_path, "validation")
+    assert [Path(file).parent.name for file, _ in textures.samples] == chosen_classes(
+        "DescribableTextures", "validation"
+    )
+    flowers = datasets.VGGFlower102(tmp_path, "train")
+    assert len(flowers) == 2 * 71
+    file, label = flowers.samples[0]
+    assert int(Path(file).stem[-5:]) == chosen_classes("VGGFlower102", "train")[label]
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_omniglot_is_one_data_set_of_pictures(tmp_path, zipped) -> None:
+    write_omniglot(tmp_path, zipped)
+    data = datasets.FullOmniglot(tmp_path)
+    assert len(data) == 24
+    assert [label for _, label in data.samples][::4] == [0, 1, 2, 3, 4, 5]
+    assert "images_background/A/character01" in data.samples[0][0]
+    assert data[0][0].size == (105, 105)
+
+
+@pytest.mark.parametrize("name", meta_dataset_splits())
+def test_no_class_is_in_two_splits(name) -> None:
+    parts = meta_dataset_splits()[name]
+    if isinstance(parts, dict):
+        everything = chosen_classes(name, "all")
+        assert len(set(everything)) == len(everything)
+        assert [len(parts[m]) for m in few_shot.MODES] in (
+            [140, 30, 30], [70, 15, 15], [33, 7, 7], [71, 15, 16]
+        )  # fmt: skip
+
+
+# --- files that are missing or damaged --------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_missing_file_is_named_with_the_command_that_fetches_it(kind, tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"comes from https://.* --download` fetches it"):
+        kind(tmp_path)
+
+
+def test_unknown_modes_are_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="mode must be one of train, validation, test, got 'val'"):
+        datasets.FC100(tmp_path, "val")
+
+
+class Intruder:
+    def __reduce__(self):
+        return (print, ("code from a data file",))
+
+
+@pytest.mark.parametrize("contents", [Intruder(), {"image_data": 3}, {"class_dict": {}}])
+def test_foreign_pickles_are_refused(contents, tmp_path, capsys) -> None:
+    dump(contents, tmp_path / "mini-imagenet-cache-train.pkl")
+    with pytest.raises(ValueError, match=r"mini-imagenet-cache-train\.pkl (is damaged|must hold)"):
+        datasets.MiniImagenet(tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def test_truncated_files_are_named(tmp_path) -> None:
+    write_fc100(tmp_path)
+    path = tmp_path / "FC100_train.pickle"
+    path.write_bytes(path.read_bytes()[:90])
+    with pytest.raises(ValueError, match=re.escape(f"{path} is damaged")):
+        datasets.FC100(tmp_path)
+    write_textures(tmp_path)
+    data = datasets.DescribableTextures(tmp_path)
+    Path(data.samples[0][0]).write_bytes(b"\xff\xd8")
+    with pytest.raises(ValueError, match=re.escape(f"{data.samples[0][0]} cannot be read")):
+        data[0]
+
+
+def test_labels_that_do_not_fit_are_refused(tmp_path) -> None:
+    write_tiered_imagenet(tmp_path)
+    labels = tmp_path / "tiered-imagenet" / "train_labels.pkl"
+    dump({"label_specific": np.arange(7)}, labels)
+    with pytest.raises(ValueError, match="must label the 8 images"):
+        datasets.TieredImagenet(tmp_path)
+
+
+# --- benchmarks and the command ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("name", ["mini-imagenet", "tiered-imagenet", "cifarfs", "fc100"])
+def test_benchmarks_give_tasks_of_each_part(name, device, tmp_path) -> None:
+    for writer in (write_mini_imagenet, write_tiered_imagenet, write_cifarfs, write_fc100):
+        writer(tmp_path)
+    parts = benchmarks.get_tasksets(
+        name, train_ways=3, train_samples=2, test_ways=2, test_samples=2, root=tmp_path,
+        device=device,
+    )  # fmt: skip
+    assert parts._fields == ("train", "validation", "test")
+    x, y = parts.train.sample()
+    assert sorted(y.tolist()) == [0, 0, 1, 1, 2, 2]
+    assert x.ndim == 4
+    assert x.dtype == torch.float32
+    batch = next(parts.test.batches(tasks=3))
+    assert batch.support_x.shape[:2] == batch.query_x.shape[:2] == (3, 2)
+    assert parts.test.explain().startswith("the native sampler")
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("name", ["mini-imagenet", "tiered-imagenet"])
+@pytest.mark.parametrize("augmentation", ["normalize", "lee2019"])
+def test_augmentations(name, augmentation, device, tmp_path) -> None:
+    write_mini_imagenet(tmp_path)
+    write_tiered_imagenet(tmp_path)
+    parts = benchmarks.get_tasksets(
+        name, 2, 2, 2, 2, root=tmp_path, device=device, data_augmentation=augmentation
+    )
+    for part in parts:
+        x, _ = part.sample()
+        assert x.shape == (4, 3, 84, 84)
+        assert x.abs().max() < 3
+    random_train = "transformed at random" in parts.train.explain()
+    assert random_train == (augmentation == "lee2019")
+
+
+def test_omniglot_test_classes_are_held_out(tmp_path, monkeypatch) -> None:
+    write_omniglot(tmp_path)
+    monkeypatch.setattr(benchmarks, "SPLIT", (3, 1, 2))
+    parts = benchmarks.get_tasksets("omniglot", 2, 4, 1, 2, root=tmp_path)
+    seen = [set() for _ in parts]
+    for part, classes in zip(parts, seen, strict=True):
+        for _ in range(40):
+            task = part.sample_task_description()
+            classes.update(part.dataset.indices_to_labels[d.index] for d in task)
+    assert [len(classes) for classes in seen] == [3, 1, 2]
+    assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
+    x, _ = parts.train.sample()
+    assert x.shape == (8, 1, 28, 28)
+    assert x.min() >= 0
+    assert x.max() <= 1
+
+
+def test_unknown_benchmarks_are_refused(tmp_path) -> None:
+    assert list(benchmarks.list_tasksets()) == [
+        "omniglot", "mini-imagenet", "tiered-imagenet", "fc100", "cifarfs"
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"name must be one of omniglot, .* got 'mnist'"):
+        benchmarks.get_tasksets("mnist", root=tmp_path)
+    with pytest.raises(ValueError, match=r"data_augmentation must be None, .* got 'flip'"):
+        benchmarks.get_tasksets("omniglot", root=tmp_path, data_augmentation="flip")
+
+
+def test_the_command_counts_and_compares(tmp_path, capsys) -> None:
+    write_fc100(tmp_path)
+    assert main(["data", "fc100", "--root", str(tmp_path)]) == 1
+    assert "fc100 train: 3 classes, 6 images: expected 60 classes, 36,000 images" in (
+        capsys.readouterr().out
+    )
+    assert verify(datasets.FC100(tmp_path), "train", (3, 6))
+    assert "fc100 train: 3 classes, 6 images: complete" in capsys.readouterr().out
+    assert main(["data", "cifarfs", "--root", str(tmp_path)]) == 1
+    assert "cifarfs: " in capsys.readouterr().err
