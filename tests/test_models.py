@@ -9,17 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmaml import explain
 from fastmaml.vision.models import (
     CNN4,
+    WRN28,
     CNN4Backbone,
     ConvBase,
     ConvBlock,
     MiniImagenetCNN,
     OmniglotCNN,
     OmniglotFC,
+    ResNet12,
     fc_init_,
     maml_init_,
 )
+from fastmaml.vision.models.resnet12 import DropBlock
 
 State = Mapping[str, Tensor]
 
@@ -169,3 +173,67 @@ def test_networks_use_these_initial_values() -> None:
     assert fully_connected.classifier.weight.abs().max() <= 0.02
     assert fully_connected.features[1][0].linear.weight.abs().max() <= 0.02
     assert torch.equal(fully_connected.features[1][0].normalize.weight, torch.ones(256))
+
+
+# --- residual networks ------------------------------------------------------------------------
+
+RESIDUAL = {  # outputs of learn2learn 0.2.1 for `spread` parameters and inputs
+    "wider": (lambda: ResNet12(5, dropblock_dropout=0.0),
+              [-32.0700, -267.2288, -65.1760, -65.6704, -116.5114]),
+    "narrower": (lambda: ResNet12(5, hidden_size=512, wider=False, dropblock_dropout=0.0),
+                 [-22.9883, -45.7369, -11.8456, -31.9472, -80.9724]),
+    "all positions": (lambda: ResNet12(5, hidden_size=16000, avg_pool=False),
+                      [-167.7866, 353.3308, -156.1737, -321.6960, -427.6126]),
+}  # fmt: skip
+
+
+def spread(net: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for i, (name, p) in enumerate(net.named_parameters()):
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+            p *= 0.05 if p.ndim > 1 else 0.3
+            p += "bn" in name and name.endswith("weight")
+    return net
+
+
+@pytest.mark.parametrize("kind", RESIDUAL)
+def test_resnet12_is_learn2learns(kind) -> None:
+    make, expected = RESIDUAL[kind]
+    x = torch.randn(2, 3, 84, 84, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        y = spread(make()).eval()(x)
+    torch.testing.assert_close(y[0], torch.tensor(expected), rtol=1e-4, atol=1e-2)
+
+
+def test_residual_networks_start_and_are_named_as_in_learn2learn() -> None:
+    for make, parameters, absolute in (
+        (ResNet12, 12_427_525, 223467.324),
+        (WRN28, 36_486_085, 292832.268),
+    ):
+        torch.manual_seed(3)
+        net = make(5)
+        assert size(net) == parameters
+        total = sum(p.detach().double().abs().sum() for p in net.parameters())
+        assert abs(float(total) - absolute) < 0.01
+    names = {name for name, _ in net.named_parameters()}
+    assert {"features.layer2.0.shortcut.0.weight", "features.layer1.3.conv2.bias"} <= names
+    assert "features.layer4.0.downsample.1.bias" in dict(ResNet12(5).named_parameters())
+
+
+def test_dropped_squares_keep_the_mean() -> None:
+    block = DropBlock(3).train()
+    x = torch.ones(4, 8, 12, 12)
+    y = block(x, gamma=0.02)
+    assert y.mean() == pytest.approx(1, abs=1e-5)
+    dropped = y == 0
+    assert 0.02 < dropped.float().mean() < 0.4
+    squares = F.avg_pool2d(dropped.float(), 3, stride=1).eq(1).float()
+    covered = F.max_pool2d(F.pad(squares, [2] * 4), 3, stride=1).bool()
+    assert torch.equal(covered, dropped)
+    assert torch.equal(block.eval()(x, gamma=0.02), x)
+
+
+def test_resnet12_runs_natively_without_dropout() -> None:
+    net = ResNet12(3, hidden_size=2048, wider=False, avg_pool=False, dropblock_dropout=0.0)
+    plan = str(explain(net, torch.randn(2, 3, 32, 32)))
+    assert "cpu backend" in plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -81,7 +82,9 @@ def _cache_folder(dataset: Dataset, cache: str | Path | bool | None) -> Path | N
     inner = _inner(dataset)
     root = getattr(inner, "root", None)
     if root is not None and Path(root).is_dir():
-        folder = Path(root) / "fastmaml-packed" / type(inner).__name__
+        mode = getattr(inner, "mode", None)
+        name = type(inner).__name__ + (f"-{mode}" if mode else "")
+        folder = Path(root) / "fastmaml-packed" / name
         if cache or _writable(Path(root)):
             return folder
     if cache:
@@ -108,7 +111,7 @@ def _fingerprint(dataset: Dataset) -> str:
     length = len(dataset)  # type: ignore[arg-type]
     digest = hashlib.sha256()
     parts = [type(inner).__qualname__, length, getattr(inner, "transform", None)]
-    digest.update(repr(parts).encode())
+    digest.update(re.sub(" at 0x[0-9a-f]+", "", repr(parts)).encode())  # functions have addresses
     for path in _files(inner):
         status = Path(path).stat()
         digest.update(repr((str(path), status.st_size, status.st_mtime_ns)).encode())

@@ -1,0 +1,147 @@
+"""Small files in the formats in which the few-shot data sets are published."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastmaml.vision import datasets
+from fastmaml.vision.datasets.few_shot import chosen_classes, meta_dataset_splits
+
+SHORT = {"train": "train", "validation": "val", "test": "test"}
+RANDOM = np.random.default_rng(0)
+
+
+def picture(side: int = 8, value: int | None = None) -> Image.Image:
+    pixels = RANDOM.integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return Image.fromarray(pixels if value is None else np.full_like(pixels, value))
+
+
+def save(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, quality=95)
+
+
+def dump(contents: object, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(contents, protocol=2))
+
+
+def write_mini_imagenet(root: Path, classes: int = 6, per_class: int = 4) -> None:
+    for start, mode in enumerate(SHORT):
+        count = classes * per_class
+        images = RANDOM.integers(0, 256, (count, 84, 84, 3), dtype=np.uint8)
+        images[:, 5, 5], images[:, 0, 0, 1] = 10 * start, np.arange(count)
+        members = {f"n0{c}": list(range(c, count, classes)) for c in range(classes)}
+        contents = {"image_data": images, "class_dict": members}
+        dump(contents, root / f"mini-imagenet-cache-{mode}.pkl")
+
+
+def write_tiered_imagenet(root: Path) -> None:
+    for short in SHORT.values():
+        png = []
+        for i in range(8):
+            buffer = io.BytesIO()
+            image = picture(84)
+            image.putpixel((3, 3), (i, i, i))
+            image.save(buffer, "png")
+            png.append(np.frombuffer(buffer.getvalue(), np.uint8)[:, None])
+        dump(png, root / "tiered-imagenet" / f"{short}_images_png.pkl")
+        labels = {"label_specific": np.arange(8) // 2, "label_general": np.arange(8) // 4}
+        dump(labels, root / "tiered-imagenet" / f"{short}_labels.pkl")
+
+
+def write_cifarfs(root: Path) -> None:
+    folder = root / "cifarfs" / "cifar100"
+    (folder / "splits" / "bertinetto").mkdir(parents=True)
+    for start, short in enumerate(SHORT.values()):
+        names = [f"{short}{c}" for c in (2, 0, 1)]
+        (folder / "splits" / "bertinetto" / f"{short}.txt").write_text("\n".join(names) + "\n")
+        for c, name in enumerate(names):
+            for i in range(4):
+                save(
+                    picture(32, value=40 * start + 10 * c + i), folder / "data" / name / f"{i}.png"
+                )
+
+
+def write_fc100(root: Path) -> None:
+    for short in SHORT.values():
+        images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((32, 32, 3), np.uint8)
+        contents = {"data": images.astype(np.uint8), "labels": [7, 7, 9, 9, 30, 30]}
+        dump(contents, root / f"FC100_{short}.pickle")
+
+
+def write_birds(root: Path) -> None:
+    folder = root / "cubirds200" / "CUB_200_2011"
+    twin = meta_dataset_splits()["CUBirds200 images in ImageNet"][0]
+    listing, boxes = [], []
+    for name in chosen_classes("CUBirds200", "all"):
+        for file in ("a.jpg", twin):
+            save(picture(), folder / "images" / name / file)
+            listing.append(f"{len(listing) + 1} {name}/{file}")
+            boxes.append(f"{len(listing)} 1.0 2.0 4.0 3.0")
+    (folder / "images.txt").write_text("\n".join(listing))
+    (folder / "bounding_boxes.txt").write_text("\n".join(boxes))
+
+
+def write_aircraft(root: Path) -> None:
+    folder = root / "fgvc_aircraft" / "fgvc-aircraft-2013b" / "data"
+    lines: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    boxes = []
+    for i, name in enumerate(chosen_classes("FGVCAircraft", "all")):
+        save(picture(), folder / "images" / f"{i:07d}.jpg")
+        lines[list(lines)[i % 3]].append(f"{i:07d} {name}")
+        boxes.append(f"{i:07d} 1 2 5 7")
+    for part, content in lines.items():
+        (folder / f"images_variant_{part}.txt").write_text("\n".join(content) + "\n")
+    (folder / "images_box.txt").write_text("\n".join(boxes))
+
+
+def write_textures(root: Path) -> None:
+    for name in chosen_classes("DescribableTextures", "all"):
+        save(picture(), root / "describable_textures/dtd/images" / name / f"{name}_0001.jpg")
+
+
+def write_flowers(root: Path) -> None:
+    savemat = pytest.importorskip("scipy.io").savemat
+    folder = root / "vgg_flower102"
+    for number in range(1, 205):
+        save(picture(), folder / "jpg" / f"image_{number:05d}.jpg")
+    savemat(folder / "imagelabels.mat", {"labels": np.arange(204)[None] % 102 + 1})
+
+
+def write_omniglot(root: Path, zipped: bool = False) -> None:
+    for part, alphabets in (("images_background", "BA"), ("images_evaluation", "C")):
+        for alphabet in alphabets:
+            for character in (1, 2):
+                for i in range(4):
+                    path = f"{alphabet}/character{character:02d}/{i:04d}_{i:02d}.png"
+                    save(picture(105).convert("1"), root / "omniglot-py" / part / path)
+        if zipped:
+            folder = root / "omniglot-py" / part
+            with zipfile.ZipFile(folder.with_suffix(".zip"), "w") as archive:
+                for file in sorted(folder.rglob("*.png")):
+                    archive.write(file, file.relative_to(folder.parent))
+                    file.unlink()
+            for empty in sorted(folder.rglob("*"), reverse=True):
+                empty.rmdir()
+            folder.rmdir()
+
+
+WRITERS = {
+    datasets.MiniImagenet: write_mini_imagenet,
+    datasets.TieredImagenet: write_tiered_imagenet,
+    datasets.CIFARFS: write_cifarfs,
+    datasets.FC100: write_fc100,
+    datasets.CUBirds200: write_birds,
+    datasets.FGVCAircraft: write_aircraft,
+    datasets.DescribableTextures: write_textures,
+    datasets.VGGFlower102: write_flowers,
+    datasets.FullOmniglot: write_omniglot,
+}
