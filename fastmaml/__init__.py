@@ -3,7 +3,7 @@
 ``import fastmaml as l2l`` keeps learn2learn code as it is.
 """
 
-from fastmaml import algorithms, data, utils, vision
+from fastmaml import algorithms, data, nn, optim, utils, vision
 from fastmaml.algorithms import MAML
 from fastmaml.backends.select import FallbackWarning
 from fastmaml.data.task_batch import TaskBatch
@@ -21,6 +21,8 @@ __all__ = [
     "algorithms",
     "data",
     "explain",
+    "nn",
+    "optim",
     "utils",
     "vision",
 ]

@@ -30,9 +30,10 @@ def meta_loss(
     with torch.no_grad():
         layout, theta, phi = maml.packed()
     batch, program, kind = _recognised(maml, layout, theta, batch, loss)
-    if program is None:
+    rates = maml.fused_rates(layout, theta)
+    if program is None or rates is None:
         return _by_autograd(maml, batch, steps, loss, order)
-    call = _call(maml, program, batch, steps, kind, theta, phi, order)
+    call = _call(program, batch, steps, kind, theta, phi, rates, order)
     if torch.is_grad_enabled():
         call.rates_gradient = call.rates is not None and call.rates.requires_grad
         call.gradient = layout.requires_grad or call.rates_gradient
@@ -42,6 +43,9 @@ def meta_loss(
     if result.statistics is not None:
         program.running.fold(result.statistics)
     return value
+
+
+FusedRates = tuple[float, Tensor | None]  # of the inner step: a factor, and factors [P] on it
 
 
 class Recognised(NamedTuple):
@@ -88,18 +92,16 @@ def _by_autograd(
 
 
 def _call(
-    maml: MAML,
     program: NativeProgram,
     batch: TaskBatch,
     steps: int,
     kind: str,
     theta: Tensor,
     phi: Tensor,
+    rates: FusedRates,
     first_order: bool = False,
 ) -> MetaStep:
     """The meta-step as it stands, without a gradient."""
-    lr = maml.lr
-    rates = lr.reshape(1).to(theta).expand_as(theta) if isinstance(lr, Tensor) else None
     return MetaStep(
         theta=theta,
         phi=phi,
@@ -110,8 +112,8 @@ def _call(
         query_y=batch.query_y,
         steps=steps,
         loss=kind,
-        rate=float(lr) if rates is None else 1.0,
-        rates=rates,
+        rate=rates[0],
+        rates=rates[1],
         first_order=first_order,
         gradient=False,
     )
@@ -159,9 +161,10 @@ def adapted(maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss) -> Adapted
     learner.updates_statistics = False
     program = maml.current_program(layout, batch.support_x)
     kind = built_in(loss)
-    if isinstance(program, NativeProgram) and kind is not None:
+    rates = maml.fused_rates(layout, theta)
+    if isinstance(program, NativeProgram) and kind is not None and rates is not None:
         _check(program, batch, kind)
-        call = _call(maml, program, batch, steps, kind, theta, phi)
+        call = _call(program, batch, steps, kind, theta, phi, rates)
         call.query_y = None
         result = program.executor.meta_step(call)
         assert result.adapted is not None  # it comes with every call without a gradient

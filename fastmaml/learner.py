@@ -155,7 +155,7 @@ class Learner(BaseLearner):
         second_order = not (self.first_order if first_order is None else first_order)
         lenient = self.allow_unused if allow_unused is None else allow_unused
         gradient = self._gradient(loss, second_order, lenient)
-        self._move(self._theta.moved(self._base.update(self._theta.root, gradient)))
+        self._move(self._theta.moved(self._base.update(self, self._theta, gradient)))
 
     def _gradient(self, loss: Tensor, second_order: bool, lenient: bool) -> Tensor:
         clone = self._clone.built
@@ -188,6 +188,11 @@ class Learner(BaseLearner):
             )
 
     @property
+    def layout(self) -> ParameterLayout:
+        """Where each parameter lies in :attr:`theta`."""
+        return self._layout
+
+    @property
     def theta(self) -> Tensor:
         """The adapted parameters, flat: ``[T, P]`` (T = 1 for one task)."""
         return self._theta.rows
@@ -209,7 +214,7 @@ class Learner(BaseLearner):
         allow_nograd: bool | None = None,
     ) -> Learner:
         """A learner that starts from this one's parameters; gradients flow back through both."""
-        learner = Learner(
+        learner = type(self)(
             self._base,
             self._layout,
             self._theta.moved(self._theta.root.view_as(self._theta.root)),

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from fastmaml import checks, fused
 from fastmaml.data.task_batch import TaskBatch
-from fastmaml.fused import Adapted
+from fastmaml.fused import Adapted, FusedRates
 from fastmaml.learner import BaseLearner, Learner
 from fastmaml.losses import TaskLoss
 from fastmaml.program.layout import AdaptFilter, ParameterLayout
 from fastmaml.program.program import Program, ProgramCache, Signature, module_signature
+from fastmaml.program.theta import Theta
 
 
 class MAML(BaseLearner):
@@ -40,6 +41,8 @@ class MAML(BaseLearner):
     Raises:
         TypeError: ``module`` is no module, or ``lr`` no number.
     """
+
+    learner_class: type[Learner] = Learner
 
     def __init__(
         self,
@@ -88,7 +91,7 @@ class MAML(BaseLearner):
         if tasks is not None:
             checks.positive_tasks(tasks)
         layout = self.layout()
-        return Learner(
+        return self.learner_class(
             self,
             layout,
             self.programs.start(layout).expand(tasks or 1),
@@ -110,11 +113,25 @@ class MAML(BaseLearner):
             "are the initialisation; use learner = maml.clone(); learner.adapt(loss)"
         )
 
-    def update(self, theta: Tensor, gradient: Tensor) -> Tensor:
-        """One inner step: ``theta [T, P]`` moved against ``gradient [T, P]``."""
+    def update(self, learner: Learner, theta: Theta, gradient: Tensor) -> Tensor:
+        """One inner step: ``theta.root [T, K]`` moved against ``gradient [T, K]``.
+
+        An algorithm with another inner step overrides this, and :meth:`fused_rates`.
+        """
         if isinstance(self.lr, Tensor):
-            return theta - self.lr * gradient
-        return torch.add(theta, gradient, alpha=-self.lr)  # whose backward is one product
+            return theta.root - self.lr * gradient
+        return torch.add(theta.root, gradient, alpha=-self.lr)  # whose backward is one product
+
+    def fused_rates(self, layout: ParameterLayout, theta: Tensor) -> FusedRates | None:
+        """The inner step for the fused meta-step: theta <- theta - rate * rates * gradient.
+
+        Returns:
+            ``(rate, rates [P] or None)``, or None where the inner step is of another kind; the
+            meta-step is then door 2 written out.
+        """
+        if isinstance(self.lr, Tensor):
+            return 1.0, self.lr.reshape(1).to(theta).expand_as(theta)
+        return float(self.lr), None
 
     # --- door 3 -------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,9 +63,12 @@ class ParameterLayout:
 
     def pack(self, *, adapted: bool) -> Tensor:
         """The group's parameters as one vector ``[P]`` or ``[Q]``; differentiable."""
-        parameters = self.adapted_parameters if adapted else self.shared_parameters
-        if parameters:
-            return _flatten_dense_tensors(parameters)
+        return self.flat(self.adapted_parameters if adapted else self.shared_parameters)
+
+    def flat(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors one after the other in one vector; differentiable."""
+        if tensors:
+            return _flatten_dense_tensors(tensors)
         return self.parameters[0].new_empty(0) if self.parameters else torch.empty(0)
 
     def unpack(self, theta: Tensor | None, phi: Tensor | None) -> list[Tensor | None]:

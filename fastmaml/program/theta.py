@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Unpack(Function):
 
 
 class PackParameters(Function):
-    """A module's adapted parameters as one packed row ``[1, K]``: one node for all of them."""
+    """Tensors like a module's adapted parameters as one packed row ``[1, K]``, by one node."""
 
     @staticmethod
     def forward(
@@ -68,10 +69,16 @@ class Theta:
     @classmethod
     def of_parameters(cls, layout: ParameterLayout, packing: PackedExecutor | None) -> Theta:
         """The module's own parameters as one row, packed where ``packing`` can."""
-        parameters = layout.adapted_parameters
-        if packing is None or not packing.takes(parameters):
-            return cls(layout.pack(adapted=True)[None])
-        return cls(PackParameters.apply(packing, layout, *parameters), packing)
+        return cls.of_tensors(layout, layout.adapted_parameters, packing)
+
+    @classmethod
+    def of_tensors(
+        cls, layout: ParameterLayout, tensors: Sequence[Tensor], packing: PackedExecutor | None
+    ) -> Theta:
+        """Tensors like the adapted parameters as one row, packed where ``packing`` can."""
+        if packing is None or not packing.takes(tensors) or not tensors:
+            return cls(layout.flat(tensors)[None])
+        return cls(PackParameters.apply(packing, layout, *tensors), packing)
 
     def expand(self, tasks: int) -> Theta:
         """One row for each of ``tasks`` tasks."""
@@ -90,6 +97,13 @@ class Theta:
         if torch.is_grad_enabled() or not self.root.requires_grad:
             self._rows = rows
         return rows
+
+    def ordered(self, rows: Tensor) -> Tensor:
+        """Rows in torch's order ``[T, P]`` in the order of ``root``."""
+        if self.packing is None:
+            return rows
+        packed: Tensor = Pack.apply(self.packing, rows)
+        return packed
 
     def on(self, executor: Executor) -> tuple[Executor, Tensor]:
         """``executor``, or its packed twin, with the rows that it takes."""

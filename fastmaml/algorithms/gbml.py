@@ -1,0 +1,165 @@
+"""Gradient-based meta-learning with a learned transform of the inner gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmaml import checks
+from fastmaml.fused import FusedRates
+from fastmaml.learner import Learner
+from fastmaml.maml import MAML
+from fastmaml.optim import DifferentiableSGD, ParameterUpdate
+from fastmaml.program.layout import ParameterLayout
+from fastmaml.program.theta import Theta
+from fastmaml.utils import clone_module
+
+
+class GBMLearner(Learner):
+    """A learner of :class:`GBML`, with a transform of its own."""
+
+    compute_update: ParameterUpdate
+    adapt_transform: bool
+    _moved: bool
+
+    def adapt(
+        self,
+        loss: Tensor,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> None:
+        """One step; with ``adapt_transform`` first of the transform, from the second step on.
+
+        See :meth:`fastmaml.learner.Learner.adapt`.
+        """
+        order = self.first_order if first_order is None else first_order
+        if not self.adapt_transform:
+            super().adapt(loss, order, allow_unused, allow_nograd)
+            return
+        loss = checks.adapt_loss(loss, self.tasks)
+        new = self._adapted_transform(loss, not order) if self._moved else self.compute_update
+        before = self.compute_update
+        self.__dict__["compute_update"] = new
+        try:
+            # the graph is kept: the next step differentiates through this one to the transform
+            super().adapt(loss, False, allow_unused, allow_nograd)
+        except BaseException:
+            self.__dict__["compute_update"] = before
+            raise
+        self.__dict__["_moved"] = True
+
+    def clone(
+        self,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> Learner:
+        """A learner that starts from this one's parameters and transform."""
+        learner = super().clone(first_order, allow_unused, allow_nograd)
+        learner.__dict__.update(_state(self.compute_update, self.adapt_transform, self._moved))
+        return learner
+
+    def _adapted_transform(self, loss: Tensor, second_order: bool) -> ParameterUpdate:
+        gradients = torch.autograd.grad(
+            loss,
+            list(self.compute_update.parameters()),
+            create_graph=second_order,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        update: ParameterUpdate = clone_module(self.compute_update)
+        DifferentiableSGD(self.lr)(update, gradients)
+        return update
+
+
+def _state(update: ParameterUpdate, adapt_transform: bool, moved: bool) -> dict[str, Any]:
+    """Of a learner beside its parameters; past nn.Module's bookkeeping, as those are."""
+    return {
+        "compute_update": clone_module(update),
+        "adapt_transform": adapt_transform,
+        "_moved": moved,
+    }
+
+
+class GBML(MAML):
+    """MAML whose inner gradients pass through a module for each parameter before they are applied.
+
+    With ``Scale`` as the transform it is Meta-SGD (Li et al. 2017), with
+    :class:`fastmaml.optim.MetaCurvatureTransform` Meta-Curvature (Park & Oliva 2019), with a
+    Kronecker-factored network KFO (Arnold et al. 2021); with ``adapt_transform`` Alpha MAML (Behl
+    et al. 2019).
+
+    Doors 1 and 2 work as with :class:`fastmaml.MAML`; door 3 is door 2 written out.
+
+    Args:
+        module: any ``nn.Module``.
+        transform: from a parameter to the module for its gradients, or None to leave them.
+        lr: factor on the updates.
+        adapt_transform: adapt the transform too, in the inner loop.
+        first_order: ignore second derivatives.
+        allow_unused, allow_nograd: see :class:`fastmaml.MAML`.
+
+    Attributes:
+        compute_update: the transforms; their parameters are among ``parameters()``.
+    """
+
+    learner_class = GBMLearner
+
+    def __init__(
+        self,
+        module: nn.Module,
+        transform: Callable[[Tensor], nn.Module | None],
+        lr: float = 1.0,
+        adapt_transform: bool = False,
+        first_order: bool = False,
+        allow_unused: bool = False,
+        allow_nograd: bool = False,
+    ) -> None:
+        super().__init__(module, lr, first_order, allow_unused, allow_nograd)
+        self.transform = transform
+        self.adapt_transform = adapt_transform
+        self.compute_update = ParameterUpdate(module.parameters(), transform)
+
+    def clone(
+        self,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+        adapt_transform: bool | None = None,
+        *,
+        tasks: int | None = None,
+    ) -> Learner:
+        """See :meth:`fastmaml.MAML.clone`.
+
+        Raises:
+            ValueError: ``tasks`` with ``adapt_transform``: each task would need its own transform.
+        """
+        adapt = self.adapt_transform if adapt_transform is None else adapt_transform
+        if adapt and tasks is not None:
+            raise ValueError(
+                "tasks must be None where the transform is adapted, which makes one for each task; "
+                "clone one task at a time"
+            )
+        learner = super().clone(first_order, allow_unused, allow_nograd, tasks=tasks)
+        learner.__dict__.update(_state(self.compute_update, adapt, moved=False))
+        return learner
+
+    def update(self, learner: Learner, theta: Theta, gradient: Tensor) -> Tensor:
+        """Theta <- theta - lr * transform(gradient), parameter by parameter and task by task."""
+        layout, update = learner.layout, learner.compute_update
+        parts = dict(
+            zip(layout.adapted_names, layout.parts(theta.moved(gradient).rows), strict=True)
+        )
+        moved: list[Tensor] = []
+        for task in range(len(gradient)):
+            gradients = [parts[s][task] if s in parts else None for s in layout.slots]
+            moved.append(layout.flat([u for u in update.transformed(gradients) if u is not None]))
+        return theta.root - self.lr * theta.ordered(torch.stack(moved))
+
+    def fused_rates(self, layout: ParameterLayout, theta: Tensor) -> FusedRates | None:
+        """None: the inner step is not a scaled gradient."""
+        return None
