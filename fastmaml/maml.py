@@ -10,6 +10,7 @@ Three doors to one engine, all with the same exact second-order gradients::
 from __future__ import annotations
 
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -35,8 +36,9 @@ class MAML(BaseLearner):
         first_order: ignore second derivatives (FOMAML).
         allow_unused: adapt although a loss leaves some parameters unused; None: ``allow_nograd``.
         allow_nograd: accepted as in learn2learn; frozen parameters need no flag here.
-        adapt: which parameters the inner loop adapts: names or name prefixes, or a predicate of
-            ``(name, parameter)``; the others are shared by all tasks and still meta-trained.
+        adapt: which parameters the inner loop adapts: names, name prefixes (``"classifier"``) or
+            patterns (``"*.bias"``), or a predicate of ``(name, parameter)``; the others are shared
+            by all tasks and still meta-trained.
 
     Raises:
         TypeError: ``module`` is no module, or ``lr`` no number.
@@ -202,9 +204,9 @@ class MAML(BaseLearner):
 def _as_filter(adapt: AdaptFilter | Iterable[str] | None) -> AdaptFilter | None:
     if adapt is None or callable(adapt):
         return adapt
-    prefixes = (adapt,) if isinstance(adapt, str) else tuple(adapt)
+    patterns = (adapt,) if isinstance(adapt, str) else tuple(adapt)
 
-    def by_prefix(name: str, parameter: nn.Parameter) -> bool:
-        return any(name == p or name.startswith(f"{p}.") for p in prefixes)
+    def by_name(name: str, parameter: nn.Parameter) -> bool:
+        return any(name == p or name.startswith(f"{p}.") or fnmatchcase(name, p) for p in patterns)
 
-    return by_prefix
+    return by_name

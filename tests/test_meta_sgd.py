@@ -46,8 +46,7 @@ def reference(maml: l2l.algorithms.MetaSGD, tasks: TaskBatch, first_order: bool)
             if first_order:
                 grads = [g.detach() for g in grads]
             weights = {
-                n: w - r * g
-                for (n, w), r, g in zip(weights.items(), maml.lrs, grads, strict=True)
+                n: w - r * g for (n, w), r, g in zip(weights.items(), maml.lrs, grads, strict=True)
             }
         total = total + F.cross_entropy(functional_call(maml.module, weights, (qx,)), qy) / T
     return list(torch.autograd.grad(total, [*maml.module.parameters(), *maml.lrs]))

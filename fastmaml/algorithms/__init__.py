@@ -1,8 +1,20 @@
-"""The algorithms, under learn2learn's names."""
+"""The algorithms: each a small file over the same engine."""
 
+from fastmaml.algorithms.anil import ANIL
 from fastmaml.algorithms.gbml import GBML
+from fastmaml.algorithms.imaml import IMAML
 from fastmaml.algorithms.meta_sgd import MetaSGD, meta_sgd_update
+from fastmaml.algorithms.reptile import Reptile
 from fastmaml.algorithms.updates import maml_update
 from fastmaml.maml import MAML
 
-__all__ = ["GBML", "MAML", "MetaSGD", "maml_update", "meta_sgd_update"]
+__all__ = [
+    "ANIL",
+    "GBML",
+    "IMAML",
+    "MAML",
+    "MetaSGD",
+    "Reptile",
+    "maml_update",
+    "meta_sgd_update",
+]

@@ -60,7 +60,7 @@ class GBMLearner(Learner):
     ) -> Learner:
         """A learner that starts from this one's parameters and transform."""
         learner = super().clone(first_order, allow_unused, allow_nograd)
-        learner.__dict__.update(_state(self.compute_update, self.adapt_transform, self._moved))
+        learner.__dict__.update(_state(self.compute_update, self.adapt_transform))
         return learner
 
     def _adapted_transform(self, loss: Tensor, second_order: bool) -> ParameterUpdate:
@@ -76,12 +76,12 @@ class GBMLearner(Learner):
         return update
 
 
-def _state(update: ParameterUpdate, adapt_transform: bool, moved: bool) -> dict[str, Any]:
+def _state(update: ParameterUpdate, adapt_transform: bool) -> dict[str, Any]:
     """Of a learner beside its parameters; past nn.Module's bookkeeping, as those are."""
     return {
         "compute_update": clone_module(update),
         "adapt_transform": adapt_transform,
-        "_moved": moved,
+        "_moved": False,
     }
 
 
@@ -145,7 +145,7 @@ class GBML(MAML):
                 "clone one task at a time"
             )
         learner = super().clone(first_order, allow_unused, allow_nograd, tasks=tasks)
-        learner.__dict__.update(_state(self.compute_update, adapt, moved=False))
+        learner.__dict__.update(_state(self.compute_update, adapt))
         return learner
 
     def update(self, learner: Learner, theta: Theta, gradient: Tensor) -> Tensor:

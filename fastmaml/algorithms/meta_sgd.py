@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ def meta_sgd_update(
         ``model``.
     """
     parameters = list(model.parameters())
-    rates = [getattr(p, "_lr") for p in parameters] if lrs is None else list(lrs)
+    rates = [cast("Any", p)._lr for p in parameters] if lrs is None else list(lrs)
     gradients = [p.grad for p in parameters] if grads is None else list(grads)
     updates = [None if g is None else -r * g for r, g in zip(rates, gradients, strict=True)]
     return update_module(model, updates)
