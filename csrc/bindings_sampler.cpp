@@ -1,8 +1,11 @@
-// fastmaml._core.draw_episodes, and the memory of its batches.
+// fastmaml._core.EpisodeDrawer, and the memory of its batches.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cpu/program_memory.h"
 #include "fastmaml/core.h"
@@ -13,18 +16,27 @@ namespace fastmaml {
 
 namespace {
 
-Rotations rotations_named(const std::string& name) {
-  if (name == "none") return Rotations::kNone;
-  if (name == "per_class") return Rotations::kPerClass;
-  if (name == "as_classes") return Rotations::kAsClasses;
-  throw py::value_error("rotations must be 'none', 'per_class' or 'as_classes', got '" + name +
+template <typename Value>
+using Names = std::vector<std::pair<const char*, Value>>;
+
+template <typename Value>
+Value named(const char* argument, const std::string& name, const Names<Value>& names) {
+  std::string known;
+  for (const auto& [key, value] : names) {
+    if (name == key) return value;
+    known += (known.empty() ? "" : ", ") + std::string(key);
+  }
+  throw py::value_error(std::string(argument) + " must be one of " + known + ", got '" + name +
                         "'");
 }
 
-template <typename T>
-const T* array(std::uintptr_t address) {
-  return reinterpret_cast<const T*>(address);
-}
+const Names<Rotations> kRotations = {{"none", Rotations::kNone},
+                                     {"per_class", Rotations::kPerClass},
+                                     {"as_classes", Rotations::kAsClasses}};
+const Names<Pixel> kPixels = {{"uint8", Pixel::kByte},
+                              {"float32", Pixel::kFloat},
+                              {"float64", Pixel::kDouble},
+                              {"two_bytes", Pixel::kTwoBytes}};
 
 // Bytes for a batch. They come from the batches that nobody holds any more: fresh memory of that
 // size would cost more page faults than the drawing.
@@ -47,37 +59,40 @@ class BatchMemory {
   std::shared_ptr<char> memory_;
 };
 
-void draw(std::uintptr_t images, Index element_bytes, std::uintptr_t values,
-          bool values_per_channel, Index channels, Index plane, std::uintptr_t turned,
-          std::uintptr_t members, std::uintptr_t starts, std::uintptr_t counts, Index classes,
-          Index ways, Index shots, Index queries, Index tasks, const std::string& rotations,
-          std::uint64_t seed, std::uint64_t batch, Index first_task, std::uintptr_t support_x,
-          std::uintptr_t query_x, int threads) {
-  EpisodeArgs args;
-  args.store = {array<void>(images),
-                array<float>(values),
-                values_per_channel,
-                element_bytes,
-                channels,
-                plane,
-                array<std::int32_t>(turned)};
-  args.members = array<Index>(members);
-  args.starts = array<Index>(starts);
-  args.counts = array<Index>(counts);
-  args.classes = classes;
-  args.ways = ways;
-  args.shots = shots;
-  args.queries = queries;
-  args.tasks = tasks;
-  args.rotations = rotations_named(rotations);
-  args.seed = seed;
-  args.batch = batch;
-  args.first_task = first_task;
-  args.support_x = reinterpret_cast<void*>(support_x);
-  args.query_x = reinterpret_cast<void*>(query_x);
-  args.threads = threads;
-  py::gil_scoped_release unlocked;
-  draw_episodes(args);
+std::unique_ptr<EpisodeDrawer> make_drawer(std::uintptr_t images, const std::string& pixel,
+                                           Index channels, Index plane,
+                                           const std::vector<double>& factors,
+                                           const std::vector<double>& shifts,
+                                           std::uintptr_t members, const std::vector<Index>& counts,
+                                           Index ways, Index shots, Index queries, Index tasks,
+                                           const std::string& rotations, Index first_task) {
+  if (!factors.empty() && (static_cast<Index>(factors.size()) != channels ||
+                           static_cast<Index>(shifts.size()) != channels)) {
+    throw py::value_error("factors and shifts must have one number for each channel");
+  }
+  EpisodeSpec spec;
+  spec.store.images = reinterpret_cast<const void*>(images);
+  spec.store.pixel = named("pixel", pixel, kPixels);
+  spec.store.channels = channels;
+  spec.store.plane = plane;
+  spec.store.factors = factors.empty() ? nullptr : factors.data();
+  spec.store.shifts = factors.empty() ? nullptr : shifts.data();
+  spec.members = reinterpret_cast<const Index*>(members);
+  spec.counts = counts.data();
+  spec.classes = static_cast<Index>(counts.size());
+  spec.ways = ways;
+  spec.shots = shots;
+  spec.queries = queries;
+  spec.tasks = tasks;
+  spec.rotations = named("rotations", rotations, kRotations);
+  spec.first_task = first_task;
+  return std::make_unique<EpisodeDrawer>(spec);
+}
+
+void draw(const EpisodeDrawer& drawer, std::uint64_t seed, std::uint64_t batch,
+          std::uintptr_t support_x, std::uintptr_t query_x, int threads) {
+  drawer.draw(seed, batch, reinterpret_cast<void*>(support_x), reinterpret_cast<void*>(query_x),
+              threads);
 }
 
 }  // namespace
@@ -86,13 +101,13 @@ void bind_sampler(py::module_& module) {
   py::class_<BatchMemory>(module, "BatchMemory", py::buffer_protocol())
       .def(py::init<Index>(), py::arg("bytes"))
       .def_buffer(&BatchMemory::info);
-  module.def("draw_episodes", &draw, py::kw_only(), py::arg("images"), py::arg("element_bytes"),
-             py::arg("values") = 0, py::arg("values_per_channel") = false, py::arg("channels"),
-             py::arg("plane"), py::arg("turned") = 0, py::arg("members"), py::arg("starts"),
-             py::arg("counts"), py::arg("classes"), py::arg("ways"), py::arg("shots"),
-             py::arg("queries"), py::arg("tasks"), py::arg("rotations"), py::arg("seed"),
-             py::arg("batch"), py::arg("first_task"), py::arg("support_x"), py::arg("query_x"),
-             py::arg("threads") = 1);
+  py::class_<EpisodeDrawer>(module, "EpisodeDrawer")
+      .def(py::init(&make_drawer), py::kw_only(), py::arg("images"), py::arg("pixel"),
+           py::arg("channels"), py::arg("plane"), py::arg("factors"), py::arg("shifts"),
+           py::arg("members"), py::arg("counts"), py::arg("ways"), py::arg("shots"),
+           py::arg("queries"), py::arg("tasks"), py::arg("rotations"), py::arg("first_task"))
+      .def("draw", &draw, py::arg("seed"), py::arg("batch"), py::arg("support_x"),
+           py::arg("query_x"), py::arg("threads") = 1, py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace fastmaml

@@ -120,30 +120,28 @@ class BatchMemory:
     def __init__(self, bytes: int) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
-def draw_episodes(
-    *,
-    images: int,
-    element_bytes: int,
-    values: int = 0,
-    values_per_channel: bool = False,
-    channels: int,
-    plane: int,
-    turned: int = 0,
-    members: int,
-    starts: int,
-    counts: int,
-    classes: int,
-    ways: int,
-    shots: int,
-    queries: int,
-    tasks: int,
-    rotations: str,
-    seed: int,
-    batch: int,
-    first_task: int,
-    support_x: int,
-    query_x: int,
-    threads: int = 1,
-) -> None: ...
+class EpisodeDrawer:
+    def __init__(
+        self,
+        *,
+        images: int,
+        pixel: str,
+        channels: int,
+        plane: int,
+        factors: Sequence[float],
+        shifts: Sequence[float],
+        members: int,
+        counts: Sequence[int],
+        ways: int,
+        shots: int,
+        queries: int,
+        tasks: int,
+        rotations: str,
+        first_task: int,
+    ) -> None: ...
+    def draw(
+        self, seed: int, batch: int, support_x: int, query_x: int, threads: int = 1
+    ) -> None: ...
+
 def info() -> dict[str, Any]: ...
 def fma_peak(threads: int = 1) -> float: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ IMAGES = {
     "float32": torch.randn(70, 2, 3, 3),
     "float64": torch.randn(70, 4, 4, dtype=torch.float64),
     "bfloat16": torch.randn(70, 1, 5, 5).bfloat16(),
+    "float16": torch.randn(70, 3, 3).half(),
+    "films": torch.randn(70, 2, 3, 4, 4),
     "vectors": torch.randn(70, 11),
 }
 
@@ -43,8 +46,7 @@ def alike(a: TaskBatch, b: TaskBatch) -> bool:
 def test_native_batches_are_the_reference_bit_for_bit(kind, rotations, threads, monkeypatch):
     images = IMAGES[kind]
     monkeypatch.setattr("fastmaml.data.drawing._WORTH_A_THREAD", 0)
-    channels = images.shape[1] if images.ndim == 4 else 1
-    mean = [0.1 * c for c in range(channels)] if channels > 1 else 0.25
+    mean = [0.1 * c for c in range(images.shape[1])] if images.ndim == 4 else 0.25
     for changes in ({}, {"scale": 0.3, "mean": mean, "std": 1.7}):
         draw = make(images, rotations=rotations, seed=2**63 + 11, **changes)
         draw.load_state_dict({"seed": 2**63 + 11, "batch": 2**33 + 5})
@@ -143,6 +145,20 @@ def test_what_drawing_raises_comes_out_with_its_batch() -> None:
     with pytest.raises(RuntimeError, match="no batch 2"):
         ahead.take(0, 2)
     assert ahead.take(0, 3) == 3
+
+
+@pytest.mark.parametrize("drawing", [True, False])
+def test_a_dropped_sampler_leaves_no_thread_and_no_images(drawing) -> None:
+    others = threading.enumerate()
+    images = torch.zeros(1800, 1, 64, 64, dtype=torch.uint8)
+    draw = make(images, ways=9, shots=20, queries=20, tasks=20 if drawing else 1, prefetch=True)
+    draw.sample()
+    released = weakref.ref(draw.images)
+    (thread,) = (thread for thread in threading.enumerate() if thread not in others)
+    del images, draw
+    thread.join(30)
+    assert not thread.is_alive()
+    assert released() is None
 
 
 def _in_child(draw: EpisodeSampler, queue) -> None:

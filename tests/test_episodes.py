@@ -261,6 +261,16 @@ def test_the_stream_resumes_where_it_was() -> None:
     assert resumed.state_dict() == {"seed": 5, "batch": 6}
 
 
+def test_a_number_of_batches_can_be_taken() -> None:
+    draw, same = sampler(seed=5), sampler(seed=5)
+    for batch in draw.take(3):
+        assert torch.equal(batch.support_x, same.sample().support_x)
+    assert draw.state_dict() == {"seed": 5, "batch": 3}
+    assert list(draw.take(0)) == []
+    with pytest.raises(ValueError, match="count must be 0 or more, got -1"):
+        draw.take(-1)
+
+
 def test_batches_and_seeds_differ() -> None:
     draw = sampler()
     batches = [draw.sample().support_x, draw.sample().support_x, sampler(seed=1).sample().support_x]
@@ -339,8 +349,22 @@ def test_unfit_images_and_labels_are_refused() -> None:
         EpisodeSampler((torch.zeros(4, 2, 2), {"a": [0, 1], "b": [2, 4]}), **sizes)
     with pytest.raises(ValueError, match=r"rotations must have square images .* \[4, 1, 2, 3\]"):
         EpisodeSampler((torch.zeros(4, 2, 3), [0, 0, 1, 1]), **sizes, rotations=True)
+    with pytest.raises(ValueError, match="each image once, got position 1 twice in class 'a'"):
+        EpisodeSampler((torch.zeros(4, 2, 2), {"a": [1, 0, 1], "b": [2, 3]}), **sizes)
+    with pytest.raises(ValueError, match="class 'b' has 0 images, fewer than the 2"):
+        EpisodeSampler((torch.zeros(4, 2, 2), {"a": [0, 1], "b": []}), **sizes)
     with pytest.raises(TypeError, match=r"shots must be an int, got 1\.5"):
         sampler(shots=1.5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_values_that_are_not_finite_are_refused_with_their_class(value: float) -> None:
+    images, labels = coded()
+    images[15, 1, 2] = value
+    with pytest.raises(ValueError, match="image 15 of class 1 has NaN or infinity"):
+        EpisodeSampler((images, labels), 2, 1, 1, 1)
+    without = EpisodeSampler((images, labels), 2, 1, 1, 1, classes=[0, 2, 3])
+    assert without.sample().query_x.isfinite().all()
 
 
 def test_a_foreign_state_is_refused() -> None:

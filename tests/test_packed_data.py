@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 from fastmaml.data import EpisodeSampler, MetaDataset, pack
@@ -32,7 +32,7 @@ def pixels_of(path: str) -> torch.Tensor:
 
 
 def test_pictures_become_bytes_with_channels_first(tmp_path) -> None:
-    folder = ImageFolder(str(write_folder(tmp_path)))
+    folder = ImageFolder(str(write_folder(tmp_path / "data")))
     packed = pack(folder, progress=False, cache=False)
     assert packed.images.dtype == torch.uint8
     assert packed.images.shape == (12, 3, 6, 6)
@@ -42,15 +42,16 @@ def test_pictures_become_bytes_with_channels_first(tmp_path) -> None:
 
 
 def test_the_packed_file_lies_beside_the_data_and_is_used_again(tmp_path, monkeypatch) -> None:
-    folder = ImageFolder(str(write_folder(tmp_path)))
+    folder = ImageFolder(str(write_folder(tmp_path / "data")))
     first = pack(folder, progress=False)
-    file = tmp_path / "fastmaml-packed" / "ImageFolder" / "images.npy"
-    assert file.exists()
+    (stored,) = kept(tmp_path / "data")
+    assert np.array_equal(np.load(stored / "images.npy"), first.images)
+    folder = ImageFolder(str(tmp_path / "data"))  # still three classes
 
-    def read_all(*args):
+    def examples(*args):
         raise AssertionError("the packed file was not used")
 
-    monkeypatch.setattr("fastmaml.data.packed._read_all", read_all)
+    monkeypatch.setattr("fastmaml.data.packed._examples", examples)
     again = pack(folder, progress=False)
     assert torch.equal(again.images, first.images)
     assert {k: list(v) for k, v in again.labels_to_indices.items()} == {
@@ -58,14 +59,23 @@ def test_the_packed_file_lies_beside_the_data_and_is_used_again(tmp_path, monkey
     }
 
 
-@pytest.mark.parametrize("damage", ["picture", "transform", "labels", "truncated"])
+def kept(root: Path) -> list[Path]:
+    return sorted(root.with_name(root.name + ".fastmaml").glob("*-*"))
+
+
+@pytest.mark.parametrize("damage", ["picture", "more", "transform", "labels", "truncated"])
 def test_a_packed_file_of_other_data_is_made_anew(tmp_path, damage) -> None:
-    folder = ImageFolder(str(write_folder(tmp_path)))
+    folder = ImageFolder(str(write_folder(tmp_path / "data")))
     pack(folder, progress=False)
-    stored = tmp_path / "fastmaml-packed" / "ImageFolder"
+    (stored,) = kept(tmp_path / "data")
     if damage == "picture":
         Image.fromarray(np.full((6, 6, 3), 9, np.uint8)).save(folder.samples[5][0])
         os.utime(folder.samples[5][0], ns=(1, 1))
+    elif damage == "more":
+        Image.fromarray(np.full((6, 6, 3), 9, np.uint8)).save(
+            tmp_path / "data" / "class1" / "more.png"
+        )
+        folder = ImageFolder(str(tmp_path / "data"))
     elif damage == "transform":
         folder.transform = lambda image: image.rotate(90)
     elif damage == "labels":
@@ -73,7 +83,102 @@ def test_a_packed_file_of_other_data_is_made_anew(tmp_path, damage) -> None:
     else:
         (stored / "images.npy").write_bytes((stored / "images.npy").read_bytes()[:200])
     again = pack(folder, progress=False)
-    assert torch.equal(again.images, pack(folder, progress=False, cache=False).images)
+    expected = pack(folder, progress=False, cache=False)
+    assert torch.equal(again.images, expected.images)
+    assert again.labels_to_indices == expected.labels_to_indices
+    # what belongs to other options stays, what is out of date goes
+    assert (stored in kept(tmp_path / "data")) == (damage in ("transform", "labels", "truncated"))
+    assert len(kept(tmp_path / "data")) == (2 if damage == "transform" else 1)
+
+
+class Arrays(Dataset):
+    """Many examples in memory, as torchvision's CIFAR10 has them."""
+
+    def __init__(self, root: Path, train: bool = True) -> None:
+        root.mkdir(exist_ok=True)
+        self.root, self.train = str(root), train
+        self.data = np.arange(500 * 4, dtype=np.float32).reshape(500, 4) * (1 if train else -1)
+        self.targets = [i % 7 for i in range(500)]
+
+    def __len__(self) -> int:
+        return 500
+
+    def __getitem__(self, i: int):
+        return self.data[i], self.targets[i]
+
+
+@pytest.mark.parametrize("part", ["data", "targets"])
+def test_any_change_of_what_is_in_memory_is_noticed(tmp_path, part) -> None:
+    """Not only in the examples that are looked at."""
+    for i in range(1, 4):
+        changed = Arrays(tmp_path / "data")
+        pack(changed, progress=False)
+        getattr(changed, part)[i] += 1
+        again, expected = pack(changed, progress=False), pack(changed, cache=False, progress=False)
+        assert torch.equal(again.images, expected.images)
+        assert again.labels_to_indices == expected.labels_to_indices
+
+
+def test_parts_of_a_data_set_are_kept_side_by_side(tmp_path) -> None:
+    for _ in range(2):
+        for train in (True, False):
+            packed = pack(Arrays(tmp_path / "data", train), progress=False)
+            assert packed.images[1].tolist() == [v if train else -v for v in (4.0, 5.0, 6.0, 7.0)]
+    assert len(kept(tmp_path / "data")) == 2
+
+
+def test_transforms_are_told_apart_by_what_they_do(tmp_path) -> None:
+    """And a function is the same one in the next process, wherever it lies in memory."""
+    folder = ImageFolder(str(write_folder(tmp_path / "data")))
+    names = []
+    for angle in (90, 90, 180):
+        functions = {90: lambda image: image.rotate(90), 180: lambda image: image.rotate(180)}
+        folder.transform = functions[angle]
+        pack(folder, progress=False)
+        names.append(kept(tmp_path / "data"))
+    assert names[0] == names[1]
+    assert len(names[2]) == 2
+
+
+def test_the_index_of_a_meta_dataset_is_its_own(tmp_path) -> None:
+    folder = ImageFolder(str(write_folder(tmp_path / "data")))
+    index = {"some": [0, 5], "others": [7, 3]}
+    for _ in range(2):
+        packed = pack(MetaDataset(folder, labels_to_indices=index), progress=False)
+        assert packed.labels_to_indices == index
+        assert pack(folder, progress=False).labels_to_indices == {
+            c: list(range(4 * c, 4 * c + 4)) for c in range(3)
+        }
+
+
+def test_labels_survive_the_file(tmp_path) -> None:
+    labels = ["owl", ("a", 1), 7, None]
+    dataset = Listed(*((torch.full((2,), float(i)), label) for i, label in enumerate(labels)))
+    for _ in range(2):
+        packed = pack(dataset, cache=tmp_path, progress=False)
+        assert packed.labels_to_indices == {label: [i] for i, label in enumerate(labels)}
+    with pytest.raises(ValueError, match="labels must be numbers, texts or tuples"):
+        pack(Listed((torch.zeros(2), frozenset())), cache=tmp_path, progress=False)
+
+
+def test_a_failure_leaves_the_packed_file_as_it_was(tmp_path, monkeypatch) -> None:
+    folder = ImageFolder(str(write_folder(tmp_path / "data")))
+    pack(folder, progress=False)
+    before = kept(tmp_path / "data")
+    Image.fromarray(np.zeros((6, 7, 3), np.uint8)).save(folder.samples[5][0])
+    with pytest.raises(ValueError, match=r"image 5 .* must be like the first"):
+        pack(folder, progress=False)
+    assert kept(tmp_path / "data") == before
+
+
+def test_a_folder_that_cannot_be_written_to_is_left_alone(tmp_path) -> None:
+    folder = ImageFolder(str(write_folder(tmp_path / "data")))
+    tmp_path.chmod(0o555)
+    try:
+        assert len(pack(folder, progress=False).images) == 12
+        assert [p.name for p in tmp_path.iterdir()] == ["data"]
+    finally:
+        tmp_path.chmod(0o755)
 
 
 def test_mapped_and_loaded_images_give_the_same_episodes(tmp_path) -> None:
@@ -133,6 +238,9 @@ BAD = {
     "image 0: images must be uint8 or floating point, got int64": ((torch.zeros(2).long(), 0),),
     "image 0: images must be tensors or PIL images, got str": (("a.png", 0),),
     "image 0 must have a single label, got [1, 2]": ((torch.zeros(2), [1, 2]),),
+    "image 0: images must hold colours, got numbers of a palette": ((Image.new("P", (4, 4)), 0),),
+    "image 1 cannot be read: ValueError('not enough values to unpack": (
+        (torch.zeros(2), 0), (torch.zeros(2),)),
     "dataset must have at least one example, got an empty one": (),
 }  # fmt: skip
 
@@ -145,12 +253,29 @@ def test_bad_examples_are_named(message) -> None:
 
 @pytest.mark.parametrize("contents", [b"", b"truncated"])
 def test_a_damaged_picture_is_named_with_its_file(tmp_path, contents) -> None:
-    folder = ImageFolder(str(write_folder(tmp_path)))
+    folder = ImageFolder(str(write_folder(tmp_path / "data")))
     file = Path(folder.samples[7][0])
     file.write_bytes(contents and file.read_bytes()[:60])
     with pytest.raises(ValueError, match=re.escape(f"image 7 ({file}) cannot be read")):
         pack(folder, progress=False)
-    assert not (tmp_path / "fastmaml-packed" / "ImageFolder" / "images.npy").exists()
+    assert kept(tmp_path / "data") == []
+
+
+def test_black_and_white_pictures_become_bytes() -> None:
+    picture = Image.new("1", (2, 1))
+    picture.putpixel((1, 0), 1)
+    packed = pack(Listed((picture, 0)), progress=False)
+    assert packed.images.tolist() == [[[[0, 255]]]]
+    assert packed.images.dtype == torch.uint8
+
+
+def test_a_stream_of_examples_is_refused() -> None:
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([])
+
+    with pytest.raises(TypeError, match="must have a length and examples by number, Stream has"):
+        pack(Stream())
 
 
 def test_a_folder_beside_the_data_needs_a_root() -> None:
@@ -159,30 +284,28 @@ def test_a_folder_beside_the_data_needs_a_root() -> None:
 
 
 @pytest.mark.skipif(
-    "FASTMAML_LARGE_TESTS" not in os.environ, reason="writes 2 GB: set FASTMAML_LARGE_TESTS=1"
+    "FASTMAML_LARGE_TESTS" not in os.environ, reason="writes 4 GB: set FASTMAML_LARGE_TESTS=1"
 )
-def test_two_gigabytes_are_mapped_not_loaded(tmp_path) -> None:
-    """84 x 84 colour images, 2.1 GB packed: resident memory stays far below that."""
-
-    class Generated(Dataset):
-        root = str(tmp_path)
-
-        def __len__(self) -> int:
-            return 100_000
-
-        def __getitem__(self, i: int):
-            if not 0 <= i < len(self):
-                raise IndexError(i)
-            return torch.full((3, 84, 84), i % 251, dtype=torch.uint8), i // 1000
-
-    packed = pack(Generated(), progress=False)
-    assert packed.images.nbytes > 2_100_000_000
-    draw = EpisodeSampler(packed, 5, 1, 15, tasks=4)
+def test_two_gigabytes_of_pictures_are_mapped_not_loaded(tmp_path) -> None:
+    """A folder of 100,000 pictures of 84 x 84: neither packing nor drawing holds them in memory."""
+    root = tmp_path / "data"
+    root.mkdir()
+    for c in range(100):
+        (root / f"{c:03}").mkdir()
+        for i in range(1000):
+            pixels = bytes([c, i // 256, i % 256]) * (84 * 84)
+            (root / f"{c:03}" / f"{i:03}.ppm").write_bytes(b"P6 84 84 255\n" + pixels)
     before = resident_bytes()
+    packed = pack(ImageFolder(str(root)), progress=False)
+    assert packed.images.nbytes > 2_100_000_000
+    draw = EpisodeSampler(packed, 5, 1, 15, tasks=4, scale=1.0)
     for _ in range(20):
-        batch = draw.sample()
-        assert batch.support_x.shape == (4, 5, 3, 84, 84)
-        assert (batch.support_x.flatten(2).amax(2) == batch.support_x.flatten(2).amin(2)).all()
+        x = draw.sample().query_x.flatten(3)
+        assert torch.equal(x.amax(3), x.amin(3))
+        code = x[..., 0].long().view(4, 5, 15, 3)
+        assert (code[..., 0] == code[:, :, :1, 0]).all()  # of one class
+        which = code[..., 1] * 256 + code[..., 2]
+        assert (which.sort().values.diff() > 0).all()  # each another picture
     assert resident_bytes() - before < 400_000_000
 
 

@@ -203,6 +203,10 @@ struct Kernels {
   void (*gather)(Index examples, Index in_size, Index out_size, const std::int32_t* map,
                  const T* in, T* out, bool accumulate, Share share);
 
+  // --- pixels: out = factor * x + shift, rounded after either step; x is never out --------------
+  void (*scale_bytes)(Index count, const std::uint8_t* x, T factor, T shift, T* out);
+  void (*scale)(Index count, const T* x, T factor, T shift, T* out);
+
   // --- losses, mean over the task; y [rows][padded(columns)]
   // --------------------------------------- Cross-entropy: labels; mean squared error: values
   // [rows][columns]. Returns the loss, writes its gradient (padding zero). Throws

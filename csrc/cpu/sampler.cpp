@@ -1,179 +1,192 @@
-// Episodes: who is drawn, and the images in one pass from where they are kept to the batch.
+// Batches of episodes: the images in one pass from where they are kept to where they are wanted.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "cpu/kernels.h"
 #include "cpu/thread_pool.h"
 #include "fastmaml/core.h"
-#include "fastmaml/philox.h"
 
 namespace fastmaml {
 
 namespace {
 
-constexpr int kTurns = 4;
+Index side_of(Index plane) {
+  return static_cast<Index>(std::lround(std::sqrt(static_cast<double>(plane))));
+}
 
-void check(const EpisodeArgs& args) {
-  const auto require = [](bool condition, const char* message) {
-    if (!condition) throw std::invalid_argument(message);
-  };
-  require(args.ways > 0 && args.shots >= 0 && args.queries >= 0 && args.tasks > 0,
-          "ways and tasks must be at least 1, shots and queries not negative");
-  const bool as_classes = args.rotations == Rotations::kAsClasses;
-  require(args.ways <= args.classes * (as_classes ? kTurns : 1),
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+void check(const EpisodeSpec& spec) {
+  require(spec.ways > 0 && spec.tasks > 0 && spec.shots >= 0 && spec.queries >= 0 &&
+              spec.first_task >= 0,
+          "ways and tasks must be at least 1, shots, queries and first_task not negative");
+  const bool as_classes = spec.rotations == Rotations::kAsClasses;
+  require(spec.ways <= spec.classes * (as_classes ? kQuarterTurns : 1),
           "ways must be at most the number of classes");
-  require(args.rotations == Rotations::kNone || args.store.turned != nullptr,
-          "turned must be given where classes are rotated");
-  const Index bytes = args.store.element_bytes;
-  require(args.store.values != nullptr ? bytes == 1 : bytes == 2 || bytes == 4 || bytes == 8,
-          "images must be bytes with values to look up, or elements of 2, 4 or 8 bytes");
-  for (Index i = 0; i < args.classes; ++i) {
-    if (args.counts[i] >= args.shots + args.queries) continue;
+  require(spec.first_task + spec.tasks <= Index{1} << 32, "a batch has at most 2**32 tasks");
+  const ImageStore& store = spec.store;
+  const Index side = side_of(store.plane);
+  require(spec.rotations == Rotations::kNone || side * side == store.plane,
+          "images must be square where classes are rotated");
+  require(store.pixel != Pixel::kByte || store.factors != nullptr, "bytes must have factors");
+  require(store.pixel != Pixel::kTwoBytes || store.factors == nullptr,
+          "elements of two bytes must have no factors");
+  for (Index i = 0; i < spec.classes; ++i) {
+    if (spec.counts[i] >= spec.shots + spec.queries) continue;
     throw std::invalid_argument("class " + std::to_string(i) + " has " +
-                                std::to_string(args.counts[i]) +
+                                std::to_string(spec.counts[i]) +
                                 " images, fewer than shots + queries");
   }
 }
 
-// out[i] = convert(x[where i shows]) over one channel.
-template <typename In, typename Out, typename Convert>
-void put_plane(Index n, const In* x, const std::int32_t* from, Out* __restrict out,
-               Convert convert) {
-  if (from == nullptr) {
-    for (Index i = 0; i < n; ++i) out[i] = convert(x[i]);
-  } else {
-    for (Index i = 0; i < n; ++i) out[i] = convert(x[from[i]]);
-  }
-}
-
-const std::int32_t* turned(const ImageStore& store, Index turns) {
-  return turns == 0 ? nullptr : store.turned + turns * store.plane;
+// The images lie all over the memory: asked for together, they arrive together.
+void prefetch(const char* image, Index bytes) {
+  constexpr Index kLine = 64, kAtOnce = 1024;  // the processor itself fetches what follows
+  for (Index at = 0; at < std::min(bytes, kAtOnce); at += kLine) __builtin_prefetch(image + at);
 }
 
 template <typename T>
-void put_elements(const ImageStore& store, Index image, Index turns, void* batch, Index place) {
-  const Index size = store.channels * store.plane;
-  const T* x = static_cast<const T*>(store.images) + image * size;
-  T* out = static_cast<T*>(batch) + place * size;
-  for (Index at = 0; at < size; at += store.plane) {
-    put_plane(store.plane, x + at, turned(store, turns), out + at, [](T value) { return value; });
+void turn_plane(Index turns, Index side, const T* x, T* __restrict out) {
+  const Turn turn = quarter_turns(turns, side);
+  for (Index row = 0; row < side; ++row, out += side) {
+    const T* from = x + turn.origin + row * turn.down;
+    for (Index column = 0; column < side; ++column) out[column] = from[column * turn.right];
   }
 }
 
-// Whether the table is a multiplication, which vectors do faster than look-ups.
-bool is_linear(const float* values) {
-  for (int i = 0; i < 256; ++i) {
-    if (values[i] != static_cast<float>(i) * values[1]) return false;
-  }
-  return true;
+void convert_plane(const ImageStore& store, Index channel, const std::uint8_t* x, float* out) {
+  kernels<float>().scale_bytes(store.plane, x, static_cast<float>(store.factors[channel]),
+                               static_cast<float>(store.shifts[channel]), out);
 }
 
-void put_bytes(const ImageStore& store, Index image, Index turns, void* batch, Index place) {
-  const Index size = store.channels * store.plane;
-  const auto* x = static_cast<const std::uint8_t*>(store.images) + image * size;
-  float* out = static_cast<float*>(batch) + place * size;
-  for (Index c = 0; c < store.channels; ++c, x += store.plane, out += store.plane) {
-    const float* values = store.values + (store.values_per_channel ? c * 256 : 0);
-    if (is_linear(values)) {
-      put_plane(
-          store.plane, x, turned(store, turns), out,
-          [factor = values[1]](std::uint8_t value) { return static_cast<float>(value) * factor; });
-    } else {
-      put_plane(store.plane, x, turned(store, turns), out,
-                [values](std::uint8_t value) { return values[value]; });
+template <typename T>
+void convert_plane(const ImageStore& store, Index channel, const T* x, T* out) {
+  if constexpr (sizeof(T) >= 4) {
+    if (store.factors != nullptr) {
+      kernels<T>().scale(store.plane, x, static_cast<T>(store.factors[channel]),
+                         static_cast<T>(store.shifts[channel]), out);
+      return;
     }
   }
+  std::memcpy(out, x, static_cast<std::size_t>(store.plane) * sizeof(T));
 }
 
-void put_image(const ImageStore& store, Index image, Index turns, void* batch, Index place) {
-  if (store.values != nullptr) {
-    put_bytes(store, image, turns, batch, place);
-  } else if (store.element_bytes == 2) {
-    put_elements<std::uint16_t>(store, image, turns, batch, place);
-  } else if (store.element_bytes == 4) {
-    put_elements<std::uint32_t>(store, image, turns, batch, place);
-  } else {
-    put_elements<std::uint64_t>(store, image, turns, batch, place);
-  }
-}
-
-// One task after the other, in memory of their own.
-class TaskDrawer {
+// The images of one task after the other, with memory of its own for what is in between.
+template <typename In, typename Out>
+class TaskWriter {
  public:
-  explicit TaskDrawer(const EpisodeArgs& args)
-      : args_(args),
-        classes_(args.ways),
-        turns_(args.ways),
-        images_(args.ways * (args.shots + args.queries)),
-        sorted_(static_cast<std::size_t>(std::max(args.ways, args.shots + args.queries))) {}
+  TaskWriter(const EpisodeSpec& spec, const EpisodeSizes& sizes, Out* support_x, Out* query_x)
+      : spec_(spec),
+        sizes_(sizes),
+        support_x_(support_x),
+        query_x_(query_x),
+        side_(side_of(spec.store.plane)),
+        turned_(static_cast<std::size_t>(spec.store.plane)),
+        sorted_(static_cast<std::size_t>(std::max(sizes.ways, sizes.examples))),
+        classes_(static_cast<std::size_t>(sizes.ways)),
+        turns_(static_cast<std::size_t>(sizes.ways)),
+        images_(static_cast<std::size_t>(sizes.ways * sizes.examples)) {}
 
-  void draw(Index task) {
-    TaskWords words(args_.seed, args_.batch, static_cast<std::uint32_t>(args_.first_task + task));
-    const bool as_classes = args_.rotations == Rotations::kAsClasses;
-    const Index population = args_.classes * (as_classes ? kTurns : 1);
-    for (Index i = 0; i < args_.ways; ++i) {
-      classes_[i] = draw_another(words.next(), population, sorted_.data(), static_cast<int>(i));
+  void write(const TaskWords& words, Index task) {
+    draw_task(sizes_, words, sorted_.data(), classes_.data(), turns_.data(), images_.data());
+    for (const Index image : images_) {
+      prefetch(reinterpret_cast<const char*>(pixels(image)), size() * sizeof(In));
     }
-    for (Index i = 0; i < args_.ways; ++i) {
-      const Index turns = below(words.next(), kTurns);
-      turns_[i] = args_.rotations == Rotations::kPerClass ? turns : 0;
-      if (!as_classes) continue;
-      turns_[i] = classes_[i] % kTurns;
-      classes_[i] /= kTurns;
-    }
-    const Index examples = args_.shots + args_.queries;
-    for (Index way = 0; way < args_.ways; ++way) {
-      const Index* members = args_.members + args_.starts[classes_[way]];
-      const Index count = args_.counts[classes_[way]];
-      for (Index i = 0; i < examples; ++i) {
-        Index& image = images_[way * examples + i];
-        image = members[draw_another(words.next(), count, sorted_.data(), static_cast<int>(i))];
-        prefetch(image);
+    const Index first_way = task * sizes_.ways;
+    for (Index way = 0; way < sizes_.ways; ++way) {
+      for (Index k = 0; k < sizes_.examples; ++k) {
+        const Index image = images_[static_cast<std::size_t>(way * sizes_.examples + k)];
+        Out* out = k < spec_.shots
+                       ? support_x_ + ((first_way + way) * spec_.shots + k) * size()
+                       : query_x_ + ((first_way + way) * spec_.queries + k - spec_.shots) * size();
+        write_image(pixels(image), turns_[static_cast<std::size_t>(way)], out);
       }
     }
-    put(task);
   }
 
  private:
-  // The images lie all over the memory: asked for together, they arrive together.
-  void prefetch(Index image) const {
-    constexpr Index kLine = 64, kAtOnce = 1024;  // the processor itself fetches what follows
-    const Index bytes = args_.store.channels * args_.store.plane * args_.store.element_bytes;
-    const char* start = static_cast<const char*>(args_.store.images) + image * bytes;
-    for (Index at = 0; at < std::min(bytes, kAtOnce); at += kLine) __builtin_prefetch(start + at);
+  Index size() const { return spec_.store.channels * spec_.store.plane; }
+  const In* pixels(Index image) const {
+    return static_cast<const In*>(spec_.store.images) + image * size();
   }
 
-  void put(Index task) const {
-    const Index examples = args_.shots + args_.queries;
-    for (Index way = 0; way < args_.ways; ++way) {
-      for (Index i = 0; i < examples; ++i) {
-        const bool support = i < args_.shots;
-        const Index per_class = support ? args_.shots : args_.queries;
-        const Index place = (task * args_.ways + way) * per_class + (support ? i : i - args_.shots);
-        put_image(args_.store, images_[way * examples + i], turns_[way],
-                  support ? args_.support_x : args_.query_x, place);
-      }
+  void write_image(const In* x, Index turns, Out* out) {
+    const Index plane = spec_.store.plane;
+    for (Index channel = 0; channel < spec_.store.channels; ++channel, x += plane, out += plane) {
+      if (turns != 0) turn_plane(turns, side_, x, turned_.data());
+      convert_plane(spec_.store, channel, turns != 0 ? turned_.data() : x, out);
     }
   }
 
-  const EpisodeArgs& args_;
-  std::vector<Index> classes_, turns_, images_, sorted_;
+  const EpisodeSpec& spec_;
+  const EpisodeSizes& sizes_;
+  Out *support_x_, *query_x_;
+  const Index side_;
+  std::vector<In> turned_;
+  std::vector<Index> sorted_, classes_, turns_, images_;
 };
 
 }  // namespace
 
-void draw_episodes(const EpisodeArgs& args) {
-  check(args);
-  std::atomic<Index> next{0};
-  const auto work = [&](int) {
-    TaskDrawer drawer(args);
-    for (Index task = next++; task < args.tasks; task = next++) drawer.draw(task);
+EpisodeDrawer::EpisodeDrawer(const EpisodeSpec& spec) : spec_(spec) {
+  check(spec);
+  counts_.assign(spec.counts, spec.counts + spec.classes);
+  Index total = 0;
+  for (const Index count : counts_) {
+    starts_.push_back(total);
+    total += count;
+  }
+  members_.assign(spec.members, spec.members + total);
+  spec_.members = nullptr;
+  spec_.counts = nullptr;
+  if (spec.store.factors == nullptr) return;
+  factors_.assign(spec.store.factors, spec.store.factors + spec.store.channels);
+  shifts_.assign(spec.store.shifts, spec.store.shifts + spec.store.channels);
+  spec_.store.factors = factors_.data();
+  spec_.store.shifts = shifts_.data();
+}
+
+void EpisodeDrawer::draw(std::uint64_t seed, std::uint64_t batch, void* support_x, void* query_x,
+                         int threads) const {
+  const auto draw_pixels = [&](auto in, auto out) {
+    using Out = decltype(out);
+    draw_as<decltype(in), Out>(seed, batch, static_cast<Out*>(support_x),
+                               static_cast<Out*>(query_x), threads);
   };
-  if (args.threads <= 1) return work(0);  // beside a meta-step that has the pool
-  ThreadPool::instance().run(args.threads, work);
+  switch (spec_.store.pixel) {
+    case Pixel::kByte:
+      return draw_pixels(std::uint8_t{}, float{});
+    case Pixel::kFloat:
+      return draw_pixels(float{}, float{});
+    case Pixel::kDouble:
+      return draw_pixels(double{}, double{});
+    case Pixel::kTwoBytes:
+      return draw_pixels(std::uint16_t{}, std::uint16_t{});
+  }
+}
+
+template <typename In, typename Out>
+void EpisodeDrawer::draw_as(std::uint64_t seed, std::uint64_t batch, Out* support_x, Out* query_x,
+                            int threads) const {
+  const EpisodeSizes sizes{members_.data(), starts_.data(), counts_.data(),
+                           spec_.classes,   spec_.ways,     spec_.shots + spec_.queries,
+                           spec_.rotations};
+  std::atomic<Index> next{0};
+  // one thread does not wait for the pool: it may be drawing beside a meta-step
+  ThreadPool::instance().run(static_cast<int>(std::min<Index>(threads, spec_.tasks)), [&](int) {
+    TaskWriter<In, Out> writer(spec_, sizes, support_x, query_x);
+    for (Index task = next++; task < spec_.tasks; task = next++) {
+      const auto place = static_cast<std::uint32_t>(spec_.first_task + task);
+      writer.write(TaskWords(seed, batch, place), task);
+    }
+  });
 }
 
 }  // namespace fastmaml

@@ -6,6 +6,7 @@
 #include "norm.h"
 #include "norm_relu.h"
 #include "peak.h"
+#include "pixels.h"
 #include "pool.h"
 #include "shape.h"
 
@@ -53,6 +54,8 @@ const Kernels<T>& table() {
       &avg_pool_forward<T>,
       &avg_pool_backward<T>,
       &gather<T>,
+      &scale_bytes<T>,
+      &scale<T>,
       &loss_gradient<T>,
       &loss_tangent<T>,
       &fma_rounds<T>,

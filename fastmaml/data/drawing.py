@@ -7,6 +7,7 @@ rotations do not change which images are in a batch), and then the examples clas
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Literal
 
@@ -42,14 +43,24 @@ class EpisodePlan:
     factor_and_shift: tuple[Tensor, Tensor]
     turned: Tensor | None
 
-    @property
-    def changes_values(self) -> bool:
+    def normalised(self, x: Tensor) -> Tensor:
+        """In two roundings, so that no backend may fuse them into one and differ."""
+        factor, shift = self.factor_and_shift
+        if x.dtype == factor.dtype and not self._changes_values:
+            return x
+        return x.to(factor.dtype) * factor + shift
+
+    @cached_property
+    def _changes_values(self) -> bool:
         factor, shift = self.factor_and_shift
         return bool((factor != 1).any() or (shift != 0).any())
 
-    def normalised(self, x: Tensor) -> Tensor:
-        factor, shift = self.factor_and_shift
-        return torch.addcmul(shift, x.to(factor.dtype), factor)
+    def per_channel(self, channels: int) -> tuple[list[float], list[float]]:
+        """Factors and shifts, one for each channel; none where values stay as they are."""
+        if self.images.is_floating_point() and not self._changes_values:
+            return [], []
+        factors, shifts = (t.double().flatten().tolist() for t in self.factor_and_shift)
+        return factors * (channels // len(factors)), shifts * (channels // len(shifts))
 
 
 class ReferenceDrawing:
@@ -101,61 +112,56 @@ class NativeDrawing:
 
     def __init__(self, plan: EpisodePlan) -> None:
         self._plan = plan
-        self._counts = torch.tensor([len(m) for m in plan.members])
-        self._starts = self._counts.cumsum(0) - self._counts
-        self._members = torch.from_numpy(np.concatenate(plan.members))
-        self._turned = None if plan.turned is None else plan.turned.int().contiguous()
-        shape = plan.images.shape[1:]
-        self._channels = shape[0] if len(shape) == 3 else 1
-        self._plane = prod(shape) // self._channels
-        self._values = self._table() if plan.images.dtype == torch.uint8 else None
-
-    def _table(self) -> Tensor:
-        """What each byte becomes, ``[C, 256]``, or ``[1, 256]`` for all channels alike."""
-        factor, shift = self._plan.factor_and_shift
-        channels = max(factor.numel(), shift.numel())
-        values = torch.arange(256, dtype=torch.uint8).expand(channels, 1, 256)
-        return self._plan.normalised(values).reshape(channels, 256).contiguous()
-
-    def draw(self, seed: int, batch: int, threads: int) -> tuple[Tensor, Tensor]:
-        """See :meth:`ReferenceDrawing.draw`."""
-        plan = self._plan
-        dtype = torch.float32 if self._values is not None else plan.images.dtype
-        x = [
-            _room((plan.tasks, plan.ways * n, *plan.images.shape[1:]), dtype)
-            for n in (plan.shots, plan.queries)
-        ]
-        elements = x[0].numel() + x[1].numel()
-        _core.draw_episodes(
-            images=plan.images.data_ptr(),
-            element_bytes=plan.images.element_size(),
-            values=0 if self._values is None else self._values.data_ptr(),
-            values_per_channel=self._values is not None and len(self._values) > 1,
-            channels=self._channels,
-            plane=self._plane,
-            turned=0 if self._turned is None else self._turned.data_ptr(),
-            members=self._members.data_ptr(),
-            starts=self._starts.data_ptr(),
-            counts=self._counts.data_ptr(),
-            classes=len(plan.members),
+        images = plan.images
+        shape = images.shape[1:]
+        channels, plane = prod(shape[:-2]), prod(shape[-2:])
+        self._in_two_bytes = images.element_size() == 2
+        factors, shifts = ([], []) if self._in_two_bytes else plan.per_channel(channels)
+        members = np.concatenate(plan.members)
+        self._drawer = _core.EpisodeDrawer(
+            images=images.data_ptr(),
+            pixel="two_bytes" if self._in_two_bytes else str(images.dtype).removeprefix("torch."),
+            channels=channels,
+            plane=plane,
+            factors=factors,
+            shifts=shifts,
+            members=members.ctypes.data,
+            counts=[len(m) for m in plan.members],
             ways=plan.ways,
             shots=plan.shots,
             queries=plan.queries,
             tasks=plan.tasks,
             rotations=plan.rotations,
-            seed=seed,
-            batch=batch,
             first_task=plan.first_task,
-            support_x=x[0].data_ptr(),
-            query_x=x[1].data_ptr(),
-            threads=threads if elements > _WORTH_A_THREAD else 1,
         )
-        if self._values is None and plan.changes_values:
-            return plan.normalised(x[0]), plan.normalised(x[1])
-        return x[0], x[1]
+        dtype = plan.factor_and_shift[0].dtype
+        self._support, self._query = (
+            _Room((plan.tasks, plan.ways * n, *shape), dtype) for n in (plan.shots, plan.queries)
+        )
+        elements = prod(self._support.shape) + prod(self._query.shape)
+        self._worth_threads = elements > _WORTH_A_THREAD
+
+    def draw(self, seed: int, batch: int, threads: int) -> tuple[Tensor, Tensor]:
+        """See :meth:`ReferenceDrawing.draw`."""
+        support, query = self._support.take(), self._query.take()
+        self._drawer.draw(
+            seed, batch, support.data_ptr(), query.data_ptr(), threads if self._worth_threads else 1
+        )
+        if self._in_two_bytes:
+            return self._plan.normalised(support), self._plan.normalised(query)
+        return support, query
+
+    def __reduce__(self) -> tuple[type[NativeDrawing], tuple[EpisodePlan]]:
+        return NativeDrawing, (self._plan,)
 
 
-def _room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor, in the memory of one that is no longer used."""
-    memory = _core.BatchMemory(prod(shape) * dtype.itemsize)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+class _Room:
+    """Uninitialised tensors of one shape, in the memory of those that are no longer used."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape, self._dtype = shape, dtype
+        self._bytes = prod(shape) * dtype.itemsize
+
+    def take(self) -> Tensor:
+        memory = _core.BatchMemory(self._bytes)
+        return torch.frombuffer(memory, dtype=self._dtype).view(self.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -90,6 +91,8 @@ class EpisodeSampler:
         index = _class_index(labels, len(images))
         self.classes = _chosen(index, classes, ways, 4 if rotations == "classes" else 1)
         members = [_members(index, c, shots + queries, len(images)) for c in self.classes]
+        if not isinstance(dataset, (Dataset, PackedImages)):  # packing has looked at every image
+            _check_finite(self.images, self.classes, members)
         plan = EpisodePlan(
             images=self.images,
             members=members,
@@ -103,12 +106,13 @@ class EpisodeSampler:
             turned=_quarter_turns(self.images) if rotations else None,
         )
         self._drawing = (NativeDrawing if self.images.is_cpu else ReferenceDrawing)(plan)
-        self._targets = [
+        targets = [
             torch.arange(ways, device=self.images.device).repeat_interleave(n).repeat(tasks, 1)
             for n in (shots, queries)
         ]
+        self._draw = partial(_draw_batch, self._drawing, targets)
         # beside a meta-step, on one thread: the step has the others
-        self._ahead = Ahead(partial(self._make, threads=1)) if prefetch else None
+        self._ahead = Ahead(partial(self._draw, 1)) if prefetch else None
         self.load_state_dict({"seed": seed, "batch": 0})
 
     def __iter__(self) -> Iterator[TaskBatch]:
@@ -128,12 +132,12 @@ class EpisodeSampler:
 
     def batch(self, index: int) -> TaskBatch:
         """Batch ``index`` of this seed, wherever the stream is."""
-        return self._make(self._seed, index, torch.get_num_threads())
+        return self._draw(torch.get_num_threads(), self._seed, index)
 
-    def _make(self, seed: int, index: int, threads: int) -> TaskBatch:
-        support_x, query_x = self._drawing.draw(seed, index, threads)
-        support_y, query_y = (y.clone() for y in self._targets)
-        return TaskBatch(support_x, support_y, query_x, query_y)
+    def take(self, count: int) -> Iterator[TaskBatch]:
+        """The next ``count`` batches."""
+        _check_int("count", count, 0)
+        return itertools.islice(self, count)
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream is: ``seed``, and ``batch``, the index of the next batch."""
@@ -152,6 +156,17 @@ class EpisodeSampler:
         for name, value in state.items():
             _check_int(name, value, 0, 2**64 - 1)
         self._seed, self._batch = state["seed"], state["batch"]
+
+
+def _draw_batch(
+    drawing: NativeDrawing | ReferenceDrawing,
+    targets: list[Tensor],
+    threads: int,
+    seed: int,
+    batch: int,
+) -> TaskBatch:
+    support_x, query_x = drawing.draw(seed, batch, threads)
+    return TaskBatch(support_x, targets[0].clone(), query_x, targets[1].clone())
 
 
 def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
@@ -237,7 +252,25 @@ def _members(index: ClassIndex, name: Any, needed: int, images: int) -> NDArray[
             f"labels must index the {images} images, got positions from {members.min()} to "
             f"{members.max()} for class {name!r}"
         )
+    ascending = np.sort(members)
+    if len(again := ascending[1:][ascending[1:] == ascending[:-1]]):
+        raise ValueError(
+            f"labels must name each image once, got position {again[0]} twice in class {name!r}; "
+            "support and query images would not be different ones"
+        )
     return members
+
+
+def _check_finite(images: Tensor, classes: list[Any], members: list[NDArray[np.int64]]) -> None:
+    if not images.is_floating_point():
+        return
+    for name, positions in zip(classes, members, strict=True):
+        finite = images[torch.from_numpy(positions).to(images.device)].flatten(1).isfinite().all(1)
+        if not bool(finite.all()):
+            raise ValueError(
+                f"images must hold finite values, image {positions[int(finite.int().argmin())]} "
+                f"of class {name!r} has NaN or infinity"
+            )
 
 
 def _affine(

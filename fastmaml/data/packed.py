@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
 import json
-import re
-import tempfile
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import os
+import shutil
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +19,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from fastmaml.data.fingerprint import Fingerprint
 from fastmaml.data.meta_dataset import MetaDataset, group_by_label
 from fastmaml.files import write_atomically
 
 ClassIndex = Mapping[Any, Sequence[int]]
+Packed = tuple[Tensor, list[Hashable]]  # images, and the label of each
 
 _SAMPLED = 64  # examples whose contents go into a fingerprint
-_FORMAT = 1
+_FORMAT = 2
 
 
 class PackedImages(NamedTuple):
@@ -49,29 +52,27 @@ def pack(
     Args:
         dataset: a map-style data set of ``(image, label, ...)``.
         cache: a folder for the packed file, which is then mapped and may be larger than memory;
-            True: a folder beside the data (``dataset.root``); None: the same where the data set
-            has a ``root`` that can be written to, and memory otherwise; False: memory.
+            True: ``ROOT.fastmaml`` beside the data set's ``root``; None: the same where the data
+            set has a ``root`` and a folder beside it can be made, and memory otherwise; False:
+            memory.
         progress: show a progress bar.
 
     Raises:
         ValueError: an example cannot be read, or differs from the first in shape or type, or is
             not finite; the message names it. ``cache=True`` with a data set that has no root.
     """
+    if not isinstance(dataset, Sized):
+        raise TypeError(
+            f"dataset must have a length and examples by number, {type(dataset).__name__} has none"
+        )
     folder = _cache_folder(dataset, cache)
     if folder is None:
-        return _read_all(dataset, progress, None)
-    key = _fingerprint(dataset)
-    stored = _load(folder, key)
-    if stored is not None:
-        return stored
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".packing-", dir=folder) as temporary:
-        packed = _read_all(dataset, progress, Path(temporary) / "images.npy")
-        (Path(temporary) / "images.npy").replace(folder / "images.npy")
-    labels = _labels_in_order(packed)
-    contents = {"format": _FORMAT, "key": key, "labels": labels}
-    write_atomically(folder / "labels.json", lambda f: f.write(json.dumps(contents).encode()))
-    return packed
+        images, labels = _read(dataset, progress)
+    else:
+        images, labels = _kept(dataset, folder, progress)
+    if isinstance(dataset, MetaDataset):
+        return PackedImages(images, dataset.labels_to_indices)
+    return PackedImages(images, group_by_label(dict(enumerate(labels))))
 
 
 def _cache_folder(dataset: Dataset, cache: str | Path | bool | None) -> Path | None:
@@ -81,12 +82,11 @@ def _cache_folder(dataset: Dataset, cache: str | Path | bool | None) -> Path | N
         return Path(cache)
     inner = _inner(dataset)
     root = getattr(inner, "root", None)
-    if root is not None and Path(root).is_dir():
-        mode = getattr(inner, "mode", None)
-        name = type(inner).__name__ + (f"-{mode}" if mode else "")
-        folder = Path(root) / "fastmaml-packed" / name
-        if cache or _writable(Path(root)):
-            return folder
+    if isinstance(root, (str, Path)) and Path(root).is_dir():
+        # beside it, not inside: folders in an ImageFolder's root are classes
+        folder = Path(root).resolve()
+        if cache or _writable(folder.parent):
+            return folder.with_name(folder.name + ".fastmaml")
     if cache:
         raise ValueError(
             f"cache=True needs a data set with a root folder, {type(inner).__name__} has none; "
@@ -102,90 +102,137 @@ def _inner(dataset: Dataset) -> Dataset:
 
 def _writable(folder: Path) -> bool:
     """False also where the folder is marked read-only, which the system does not hold root to."""
-    return bool(folder.stat().st_mode & 0o222)
+    return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
 
 
-def _fingerprint(dataset: Dataset) -> str:
-    """Changes with the number of examples, the transforms, the files, and what is in them."""
+def _kept(dataset: Dataset, folder: Path, progress: bool) -> Packed:
+    """From the packed file of just this data, which is written where there is none."""
+    settings = _settings(dataset)
+    place = folder / f"{settings}-{_contents(dataset)}"
+    if (stored := _load(place)) is not None:
+        return stored
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / ".lock"):
+        if (stored := _load(place)) is not None:  # another process was faster
+            return stored
+        unfinished = folder / ".unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        try:
+            _write(dataset, unfinished, progress)
+            for outdated in folder.glob(f"{settings}-*"):
+                shutil.rmtree(outdated)
+            unfinished.rename(place)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    stored = _load(place)
+    if stored is None:
+        raise OSError(f"the packed file {place} cannot be read back; pass cache=False")
+    return stored
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; the lock goes when its process does."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _settings(dataset: Dataset) -> str:
+    """The name of a kind of packed file, of which only the newest is kept: type and options."""
     inner = _inner(dataset)
+    options = {
+        name: value
+        for name, value in vars(inner).items()
+        if isinstance(value, (str, int, float, type(None))) or "transform" in name
+    }
+    fingerprint = Fingerprint()
+    fingerprint.add([type(inner).__module__, options])
+    return f"{type(inner).__name__}-{fingerprint}"
+
+
+def _contents(dataset: Dataset) -> Fingerprint:
+    fingerprint = Fingerprint()
+    fingerprint.add([_FORMAT, _inner(dataset)])
     length = len(dataset)  # type: ignore[arg-type]
-    digest = hashlib.sha256()
-    parts = [type(inner).__qualname__, length, getattr(inner, "transform", None)]
-    digest.update(re.sub(" at 0x[0-9a-f]+", "", repr(parts)).encode())  # functions have addresses
-    for path in _files(inner):
-        status = Path(path).stat()
-        digest.update(repr((str(path), status.st_size, status.st_mtime_ns)).encode())
     for i in sorted({int(k) for k in np.linspace(0, length - 1, min(length, _SAMPLED))}):
-        image, label = _example(dataset, i)
-        digest.update(repr((i, label, image.shape)).encode())
-        digest.update(image.tobytes())
-    return digest.hexdigest()
+        fingerprint.add(_example(dataset, i))
+    return fingerprint
 
 
-def _files(dataset: Dataset) -> list[str]:
-    """The files of a data set in the manner of torchvision's ``ImageFolder``."""
-    return [sample[0] for sample in getattr(dataset, "samples", ()) if isinstance(sample[0], str)]
-
-
-def _load(folder: Path, key: str) -> PackedImages | None:
+def _load(place: Path) -> Packed | None:
     try:
-        contents = json.loads((folder / "labels.json").read_text())
-        if contents["format"] != _FORMAT or contents["key"] != key:
-            return None
+        labels = json.loads((place / "labels.json").read_text())
         # copy on write: torch asks for memory that could be written
-        array = np.load(folder / "images.npy", mmap_mode="c", allow_pickle=False)
-        labels = contents["labels"]
-    except (OSError, ValueError, KeyError, TypeError):
+        array = np.load(place / "images.npy", mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError):
         return None
     if len(labels) != len(array):
         return None
-    return PackedImages(torch.from_numpy(array), group_by_label(dict(enumerate(labels))))
+    return torch.from_numpy(array), [_as_label(label) for label in labels]
 
 
-def _labels_in_order(packed: PackedImages) -> list[Hashable]:
-    labels: list[Hashable] = [None] * len(packed.images)
-    for label, positions in packed.labels_to_indices.items():
-        for position in positions:
-            labels[position] = label
-    return labels
+def _as_label(value: Any) -> Hashable:
+    """JSON knows no tuples."""
+    return tuple(map(_as_label, value)) if isinstance(value, list) else value
 
 
-def _read_all(dataset: Dataset, progress: bool, file: Path | None) -> PackedImages:
+def _write(dataset: Dataset, folder: Path, progress: bool) -> None:
+    """One image after the other: none of it stays in memory, and a full disk is an error."""
+    labels: list[Hashable] = []
+    with (folder / "images.npy").open("wb") as file:
+        for image, label in _examples(dataset, progress):
+            if not labels:
+                header = np.lib.format.header_data_from_array_1_0(image)
+                header["shape"] = (len(dataset), *image.shape)  # type: ignore[arg-type]
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(image.data)
+            labels.append(label)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        contents = json.dumps(labels)
+    except TypeError as error:
+        raise ValueError(
+            f"labels must be numbers, texts or tuples of them to be kept in a file: {error}; "
+            "pass cache=False"
+        ) from error
+    write_atomically(folder / "labels.json", lambda file: file.write(contents.encode()))
+
+
+def _read(dataset: Dataset, progress: bool) -> Packed:
     images: NDArray[Any] | None = None
-    labels: dict[int, Hashable] = {}
-    for i, (image, label) in enumerate(_examples(dataset, progress)):
+    labels: list[Hashable] = []
+    for image, label in _examples(dataset, progress):
         if images is None:
-            images = _room(file, (len(dataset), *image.shape), image.dtype)  # type: ignore[arg-type]
-        _check_alike(dataset, i, image, images)
-        images[i] = image
-        labels[i] = label
-    if images is None:
-        raise ValueError("dataset must have at least one example, got an empty one")
-    index = (
-        dataset.labels_to_indices if isinstance(dataset, MetaDataset) else group_by_label(labels)
-    )
-    return PackedImages(torch.from_numpy(images), index)
-
-
-def _room(file: Path | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    if file is None:
-        return np.empty(shape, dtype)
-    return np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+            images = np.empty((len(dataset), *image.shape), image.dtype)  # type: ignore[arg-type]
+        images[len(labels)] = image
+        labels.append(label)
+    assert images is not None
+    return torch.from_numpy(images), labels
 
 
 def _examples(dataset: Dataset, progress: bool) -> Iterator[tuple[NDArray[Any], Hashable]]:
+    """All of them, each like the first."""
     count = len(dataset)  # type: ignore[arg-type]
+    if count == 0:
+        raise ValueError("dataset must have at least one example, got an empty one")
+    first, _ = _example(dataset, 0)
     bar = tqdm(range(count), desc="packing", unit="image", disable=not progress, leave=False)
     for i in bar:
-        yield _example(dataset, i)
+        image, label = _example(dataset, i)
+        _check_alike(dataset, i, image, first)
+        yield image, label
 
 
 def _example(dataset: Dataset, i: int) -> tuple[NDArray[Any], Hashable]:
     try:
         image, label, *_ = dataset[i]
+    except Exception as error:  # damaged files raise nearly anything
+        raise ValueError(f"{_name(dataset, i)} cannot be read: {error!r}") from error
+    try:
         array = _as_array(image)
-    except (OSError, SyntaxError, EOFError) as error:  # what PIL raises for damaged images
-        raise ValueError(f"{_name(dataset, i)} cannot be read: {error}") from error
     except TypeError as error:
         raise ValueError(f"{_name(dataset, i)}: {error}") from error
     label = label.item() if hasattr(label, "item") else label
@@ -196,22 +243,31 @@ def _example(dataset: Dataset, i: int) -> tuple[NDArray[Any], Hashable]:
 
 def _as_array(image: object) -> NDArray[Any]:
     if isinstance(image, Image.Image):
-        array = np.asarray(image)
-        return np.ascontiguousarray(array.transpose(2, 0, 1)) if array.ndim == 3 else array[None]
+        image = _picture(image)
     if isinstance(image, Tensor):
         image = image.detach().cpu().numpy()
     if not isinstance(image, np.ndarray):
         raise TypeError(f"images must be tensors or PIL images, got {type(image).__name__}")
     if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
         raise TypeError(f"images must be uint8 or floating point, got {image.dtype}")
-    return image
+    return np.ascontiguousarray(image)
 
 
-def _check_alike(dataset: Dataset, i: int, image: NDArray[Any], images: NDArray[Any]) -> None:
-    if image.shape != images.shape[1:] or image.dtype != images.dtype:
+def _picture(image: Image.Image) -> NDArray[Any]:
+    if image.mode == "P":
+        raise TypeError(
+            'images must hold colours, got numbers of a palette; use image.convert("RGB") in the '
+            "dataset's transform"
+        )
+    array = np.asarray(image.convert("L") if image.mode == "1" else image)
+    return array.transpose(2, 0, 1) if array.ndim == 3 else array[None]
+
+
+def _check_alike(dataset: Dataset, i: int, image: NDArray[Any], first: NDArray[Any]) -> None:
+    if image.shape != first.shape or image.dtype != first.dtype:
         raise ValueError(
-            f"{_name(dataset, i)} must be like the first, {list(images.shape[1:])} of "
-            f"{images.dtype}, got {list(image.shape)} of {image.dtype}; convert and resize all "
+            f"{_name(dataset, i)} must be like the first, {list(first.shape)} of "
+            f"{first.dtype}, got {list(image.shape)} of {image.dtype}; convert and resize all "
             "images alike in the dataset's transform"
         )
     if image.dtype.kind == "f" and not np.isfinite(image).all():
@@ -219,5 +275,12 @@ def _check_alike(dataset: Dataset, i: int, image: NDArray[Any], images: NDArray[
 
 
 def _name(dataset: Dataset, i: int) -> str:
-    files = _files(_inner(dataset))
-    return f"image {i}" + (f" ({files[i]})" if len(files) > i else "")
+    """With the file, where the data set has a list of files as torchvision's have."""
+    inner = _inner(dataset)
+    for attribute in ("samples", "_samples", "_image_files", "_images"):
+        files = getattr(inner, attribute, None)
+        if isinstance(files, list) and len(files) > i:
+            file = files[i][0] if isinstance(files[i], tuple) else files[i]
+            if isinstance(file, (str, Path)):
+                return f"image {i} ({file})"
+    return f"image {i}"

@@ -12,6 +12,8 @@
 #include <variant>
 #include <vector>
 
+#include "fastmaml/episode.h"
+
 namespace fastmaml {
 
 using Index = std::int64_t;
@@ -180,38 +182,52 @@ class Program {
 // Throws std::invalid_argument, naming the op and the argument, where the spec is inconsistent.
 std::shared_ptr<Program> make_program(const ProgramSpec& spec);
 
-enum class Rotations { kNone, kPerClass, kAsClasses };
+enum class Pixel { kByte, kFloat, kDouble, kTwoBytes };
 
-// Images that episodes are drawn from, [count, channels, plane]: bytes, each looked up in `values`
-// ([channels or 1][256]), or elements of `element_bytes` copied as they are (values is null).
+// Images that episodes are drawn from, [count, channels, plane]. A batch holds
+// `factors * x + shifts`, rounded after either step: bytes as floats, floats and doubles as what
+// they are. Without factors values stay as they are, bytes excepted; elements of two bytes must.
 struct ImageStore {
   const void* images = nullptr;
-  const float* values = nullptr;
-  bool values_per_channel = false;
-  Index element_bytes = 1;
+  Pixel pixel = Pixel::kByte;
   Index channels = 1;
   Index plane = 0;
-  const std::int32_t* turned = nullptr;  // [4, plane]: what each pixel shows after so many turns
+  const double* factors = nullptr;  // [channels], and so for shifts
+  const double* shifts = nullptr;
 };
 
-// One batch of episodes, the tasks `first_task`, first_task + 1 ... of batch `batch` of a seed. Per
-// task: `ways` classes without replacement; then of each its turns (kPerClass), and `shots` support
-// and `queries` query images without replacement, in this order of random words.
-struct EpisodeArgs {
+// Batches of episodes. Per task: `ways` classes, and of each `shots` support and `queries` query
+// images, all without replacement (see episode.h). Task 0 of a batch is `first_task` of the stream.
+struct EpisodeSpec {
   ImageStore store;
   const Index* members = nullptr;  // positions of images, class by class
-  const Index* starts = nullptr;   // [classes] into members
   const Index* counts = nullptr;   // [classes]
   Index classes = 0;
   Index ways = 0, shots = 0, queries = 0, tasks = 0;
   Rotations rotations = Rotations::kNone;
-  std::uint64_t seed = 0, batch = 0;
   Index first_task = 0;
-  void* support_x = nullptr;  // [tasks, ways * shots, channels, plane]
-  void* query_x = nullptr;
-  int threads = 1;
 };
-void draw_episodes(const EpisodeArgs& args);
+
+// Draws the batches of a spec, of which it keeps all but the images themselves.
+class EpisodeDrawer {
+ public:
+  // Throws std::invalid_argument where the sizes do not fit together.
+  explicit EpisodeDrawer(const EpisodeSpec& spec);
+
+  // support_x [tasks, ways * shots, channels, plane], query_x likewise. Calls may come from several
+  // threads at once. The result does not depend on `threads`.
+  void draw(std::uint64_t seed, std::uint64_t batch, void* support_x, void* query_x,
+            int threads) const;
+
+ private:
+  template <typename In, typename Out>
+  void draw_as(std::uint64_t seed, std::uint64_t batch, Out* support_x, Out* query_x,
+               int threads) const;
+
+  EpisodeSpec spec_;
+  std::vector<Index> members_, starts_, counts_;
+  std::vector<double> factors_, shifts_;
+};
 
 // GFLOP/s of float32 fused multiply-adds in the registers of so many threads: the measure that
 // timings are held against. Takes some tenths of a second.

@@ -13,44 +13,48 @@
 
 namespace fastmaml {
 
-// One task's words, in order: words 4i to 4i + 3 are those of the counter (i, task, batch).
+FASTMAML_EVERYWHERE inline void philox4x32(const std::uint32_t (&counter)[4], std::uint64_t key,
+                                           std::uint32_t (&words)[4]) {
+  std::uint32_t key0 = static_cast<std::uint32_t>(key);
+  std::uint32_t key1 = static_cast<std::uint32_t>(key >> 32);
+  std::uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
+  for (int round = 0; round < 10; ++round) {
+    const std::uint64_t left = std::uint64_t{0xD2511F53u} * c0;
+    const std::uint64_t right = std::uint64_t{0xCD9E8D57u} * c2;
+    c0 = static_cast<std::uint32_t>(right >> 32) ^ c1 ^ key0;
+    c1 = static_cast<std::uint32_t>(right);
+    c2 = static_cast<std::uint32_t>(left >> 32) ^ c3 ^ key1;
+    c3 = static_cast<std::uint32_t>(left);
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  words[0] = c0;
+  words[1] = c1;
+  words[2] = c2;
+  words[3] = c3;
+}
+
+// One task's words, in order: words 4i to 4i + 3 are those of the counter (i, task, batch), the
+// key is the seed.
 class TaskWords {
  public:
   FASTMAML_EVERYWHERE TaskWords(std::uint64_t seed, std::uint64_t batch, std::uint32_t task)
-      : seed_(seed), batch_(batch), task_(task) {}
+      : seed_(seed),
+        counter_{0, task, static_cast<std::uint32_t>(batch),
+                 static_cast<std::uint32_t>(batch >> 32)} {}
 
   FASTMAML_EVERYWHERE std::uint32_t next() {
     if (used_ == 4) {
-      refill();
+      philox4x32(counter_, seed_, words_);
+      ++counter_[0];
       used_ = 0;
     }
     return words_[used_++];
   }
 
  private:
-  FASTMAML_EVERYWHERE void refill() {
-    std::uint32_t key0 = static_cast<std::uint32_t>(seed_);
-    std::uint32_t key1 = static_cast<std::uint32_t>(seed_ >> 32);
-    std::uint32_t c0 = block_++, c1 = task_, c2 = static_cast<std::uint32_t>(batch_),
-                  c3 = static_cast<std::uint32_t>(batch_ >> 32);
-    for (int round = 0; round < 10; ++round) {
-      const std::uint64_t left = std::uint64_t{0xD2511F53u} * c0;
-      const std::uint64_t right = std::uint64_t{0xCD9E8D57u} * c2;
-      c0 = static_cast<std::uint32_t>(right >> 32) ^ c1 ^ key0;
-      c1 = static_cast<std::uint32_t>(right);
-      c2 = static_cast<std::uint32_t>(left >> 32) ^ c3 ^ key1;
-      c3 = static_cast<std::uint32_t>(left);
-      key0 += 0x9E3779B9u;
-      key1 += 0xBB67AE85u;
-    }
-    words_[0] = c0;
-    words_[1] = c1;
-    words_[2] = c2;
-    words_[3] = c3;
-  }
-
-  std::uint64_t seed_, batch_;
-  std::uint32_t task_, block_ = 0, words_[4] = {};
+  std::uint64_t seed_;
+  std::uint32_t counter_[4], words_[4] = {};
   int used_ = 4;
 };
 
@@ -63,11 +67,11 @@ FASTMAML_EVERYWHERE inline std::int64_t below(std::uint32_t word, std::int64_t b
 // Draw number `count` without replacement: the word picks one of the integers below `population`
 // that are not among the `count` ones in `sorted`, which it joins.
 FASTMAML_EVERYWHERE inline std::int64_t draw_another(std::uint32_t word, std::int64_t population,
-                                                     std::int64_t* sorted, int count) {
+                                                     std::int64_t* sorted, std::int64_t count) {
   std::int64_t drawn = below(word, population - count);
-  int place = 0;
+  std::int64_t place = 0;
   for (; place < count && sorted[place] <= drawn; ++place) ++drawn;
-  for (int i = count; i > place; --i) sorted[i] = sorted[i - 1];
+  for (std::int64_t i = count; i > place; --i) sorted[i] = sorted[i - 1];
   sorted[place] = drawn;
   return drawn;
 }

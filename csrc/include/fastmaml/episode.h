@@ -1,0 +1,70 @@
+// Who is drawn into a task: plain functions for host and device, see philox.h.
+#pragma once
+
+#include <cstdint>
+
+#include "fastmaml/philox.h"
+
+namespace fastmaml {
+
+enum class Rotations { kNone, kPerClass, kAsClasses };
+
+constexpr std::int64_t kQuarterTurns = 4;
+
+// What is drawn from, and how much.
+struct EpisodeSizes {
+  const std::int64_t* members;  // positions of images, class by class
+  const std::int64_t* starts;   // [classes] into members
+  const std::int64_t* counts;   // [classes]
+  std::int64_t classes, ways, examples;
+  Rotations rotations;
+
+  FASTMAML_EVERYWHERE std::int64_t population() const {
+    return rotations == Rotations::kAsClasses ? classes * kQuarterTurns : classes;
+  }
+};
+
+// The words are used in this order: the classes; a turn for each class (in any case, so that
+// rotations do not change which images are in a batch); the examples, class by class. `sorted` is
+// scratch for the larger of ways and examples.
+FASTMAML_EVERYWHERE inline void draw_task(const EpisodeSizes& sizes, TaskWords words,
+                                          std::int64_t* sorted, std::int64_t* classes,
+                                          std::int64_t* turns, std::int64_t* images) {
+  for (std::int64_t i = 0; i < sizes.ways; ++i) {
+    classes[i] = draw_another(words.next(), sizes.population(), sorted, i);
+  }
+  for (std::int64_t i = 0; i < sizes.ways; ++i) {
+    const std::int64_t turn = below(words.next(), kQuarterTurns);
+    turns[i] = sizes.rotations == Rotations::kPerClass ? turn : 0;
+    if (sizes.rotations != Rotations::kAsClasses) continue;
+    turns[i] = classes[i] % kQuarterTurns;
+    classes[i] /= kQuarterTurns;
+  }
+  for (std::int64_t i = 0; i < sizes.ways; ++i) {
+    const std::int64_t* members = sizes.members + sizes.starts[classes[i]];
+    for (std::int64_t k = 0; k < sizes.examples; ++k) {
+      *images++ = members[draw_another(words.next(), sizes.counts[classes[i]], sorted, k)];
+    }
+  }
+}
+
+// Which pixel of an image of side x side another one shows after so many quarter turns
+// counter-clockwise: pixel (row, column) shows pixel `origin + row * down + column * right`.
+struct Turn {
+  std::int64_t origin, down, right;
+};
+
+FASTMAML_EVERYWHERE inline Turn quarter_turns(std::int64_t turns, std::int64_t side) {
+  switch (turns) {
+    case 1:
+      return {side - 1, -1, side};
+    case 2:
+      return {side * side - 1, -side, -1};
+    case 3:
+      return {(side - 1) * side, 1, -side};
+    default:
+      return {0, side, 1};
+  }
+}
+
+}  // namespace fastmaml
