@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("bench", reason="the benchmarks lie outside the package")
 
-from bench import report
+from bench import episodes, report
 from bench.cases import CASES, oracle, useful_gflop
 from bench.run import percentiles
 from bench.worker import Job, _prepare
@@ -70,3 +71,28 @@ def test_the_report_shows_wrong_contenders_without_a_time(tmp_path):
     readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
     report.insert(readme, text)
     assert readme.read_text() == f"before\n{report.START}\n{text}\n{report.END}\nafter\n"
+
+
+@pytest.mark.parametrize(
+    ("write", "engine", "expected"),
+    [(9000.0, 10.0, 4000.0), (3000.0, 10.0, 2000.0), (3e3, 900.0, 9e3)],
+)
+def test_the_goal_of_the_sampler(write, engine, expected):
+    measured = {"fastmaml": 3999.0, "write": write, "learn2learn": 100.0}
+    assert episodes.goal(measured, engine) == expected
+    assert "MISSED" in episodes.summary("5-way", measured | {"fastmaml": expected - 1}, engine)
+    assert "MISSED" not in episodes.summary("5-way", measured | {"fastmaml": expected}, engine)
+
+
+def test_every_sampler_of_the_benchmark_draws_the_same_amount():
+    pixels = torch.randint(256, (120, 1, 4, 4), dtype=torch.uint8)
+    contenders = episodes.sampler_contenders(pixels, torch.arange(120) // 20, 5, 2)
+    for name, run in contenders.items():
+        drawn = run()
+        if name.startswith("fastmaml"):
+            elements = drawn.support_x.numel() + drawn.query_x.numel()
+        else:
+            elements = (
+                sum(x.numel() for x, _ in drawn) if isinstance(drawn, list) else drawn.numel()
+            )
+        assert elements == 32 * 5 * 2 * 16, name
