@@ -30,7 +30,7 @@ def meta_loss(
     with torch.no_grad():
         layout, theta, phi = maml.packed()
     batch, program, kind = _recognised(maml, layout, theta, batch, loss)
-    rates = maml.fused_rates(layout, theta)
+    rates = maml.fused_rates(layout, theta, steps)
     if program is None or rates is None:
         return _by_autograd(maml, batch, steps, loss, order)
     call = _call(program, batch, steps, kind, theta, phi, rates, order)
@@ -45,7 +45,7 @@ def meta_loss(
     return value
 
 
-FusedRates = tuple[float, Tensor | None]  # of the inner step: a factor, and factors [P] on it
+FusedRates = tuple[float, Tensor | None]  # a factor, and factors [P] or [steps, P] on it
 
 
 class Recognised(NamedTuple):
@@ -161,7 +161,7 @@ def adapted(maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss) -> Adapted
     learner.updates_statistics = False
     program = maml.current_program(layout, batch.support_x)
     kind = built_in(loss)
-    rates = maml.fused_rates(layout, theta)
+    rates = maml.fused_rates(layout, theta, steps)
     if isinstance(program, NativeProgram) and kind is not None and rates is not None:
         _check(program, batch, kind)
         call = _call(program, batch, steps, kind, theta, phi, rates)

@@ -76,6 +76,7 @@ class Learner(BaseLearner):
         self.first_order = first_order
         self.allow_unused = allow_unused
         self.allow_nograd = allow_nograd
+        self.steps_taken = 0  # by adapt()
         self.updates_statistics = True  # running statistics of batch norms, by calls
 
     # --- running ------------------------------------------------------------------------------
@@ -156,6 +157,7 @@ class Learner(BaseLearner):
         lenient = self.allow_unused if allow_unused is None else allow_unused
         gradient = self._gradient(loss, second_order, lenient)
         self._move(self._theta.moved(self._base.update(self, self._theta, gradient)))
+        self.steps_taken += 1
 
     def _gradient(self, loss: Tensor, second_order: bool, lenient: bool) -> Tensor:
         clone = self._clone.built
@@ -224,6 +226,7 @@ class Learner(BaseLearner):
             allow_unused=self.allow_unused if allow_unused is None else allow_unused,
             allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,
         )
+        learner.steps_taken = self.steps_taken
         if self._clone.built is not None:
             learner._clone.build().set_modes(self._clone.built.modes())
         return learner

@@ -124,11 +124,12 @@ class MAML(BaseLearner):
             return theta.root - self.lr * gradient
         return torch.add(theta.root, gradient, alpha=-self.lr)  # whose backward is one product
 
-    def fused_rates(self, layout: ParameterLayout, theta: Tensor) -> FusedRates | None:
-        """The inner step for the fused meta-step: theta <- theta - rate * rates * gradient.
+    def fused_rates(self, layout: ParameterLayout, theta: Tensor, steps: int) -> FusedRates | None:
+        """The inner steps for the fused meta-step: theta <- theta - rate * rates * gradient.
 
         Returns:
-            ``(rate, rates [P] or None)``, or None where the inner step is of another kind; the
+            ``(rate, rates)`` with rates ``[P]`` for every step, ``[steps, P]``, or None for ones;
+            or None where the inner step is of another kind; the
             meta-step is then door 2 written out.
         """
         if isinstance(self.lr, Tensor):

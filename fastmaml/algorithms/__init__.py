@@ -3,6 +3,7 @@
 from fastmaml.algorithms.anil import ANIL
 from fastmaml.algorithms.gbml import GBML
 from fastmaml.algorithms.imaml import IMAML
+from fastmaml.algorithms.maml_plus_plus import MAMLPlusPlus, multi_step_weights
 from fastmaml.algorithms.meta_sgd import MetaSGD, meta_sgd_update
 from fastmaml.algorithms.reptile import Reptile
 from fastmaml.algorithms.updates import maml_update
@@ -13,8 +14,10 @@ __all__ = [
     "GBML",
     "IMAML",
     "MAML",
+    "MAMLPlusPlus",
     "MetaSGD",
     "Reptile",
     "maml_update",
     "meta_sgd_update",
+    "multi_step_weights",
 ]

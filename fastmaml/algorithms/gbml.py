@@ -160,6 +160,6 @@ class GBML(MAML):
             moved.append(layout.flat([u for u in update.transformed(gradients) if u is not None]))
         return theta.root - self.lr * theta.ordered(torch.stack(moved))
 
-    def fused_rates(self, layout: ParameterLayout, theta: Tensor) -> FusedRates | None:
+    def fused_rates(self, layout: ParameterLayout, theta: Tensor, steps: int) -> FusedRates | None:
         """None: the inner step is not a scaled gradient."""
         return None

@@ -51,7 +51,7 @@ class IMAML(MAML):
         away = theta.root - (start if theta.packing is None else theta.packing.pack(start))
         return theta.root - self.lr * (gradient + self.strength * away)
 
-    def fused_rates(self, layout: ParameterLayout, theta: Tensor) -> FusedRates | None:
+    def fused_rates(self, layout: ParameterLayout, theta: Tensor, steps: int) -> FusedRates | None:
         """None: the inner step has the proximal term."""
         return None
 

@@ -61,7 +61,7 @@ class MetaSGD(MAML):
         rates = Theta.of_tensors(learner.layout, self._rates(learner.layout), theta.packing)
         return theta.root - rates.root * gradient
 
-    def fused_rates(self, layout: ParameterLayout, theta: Tensor) -> FusedRates | None:
+    def fused_rates(self, layout: ParameterLayout, theta: Tensor, steps: int) -> FusedRates | None:
         """See :meth:`fastmaml.MAML.fused_rates`."""
         return 1.0, layout.flat(self._rates(layout))
 

@@ -14,7 +14,7 @@ class MetaStep:
     """One call of the fused meta-step: K inner steps, the query loss and the exact adjoint.
 
     ``theta [P]``, ``phi [Q]``; support and query ``[T, N, ...]``. ``rates``: per-parameter factors
-    ``[P]`` on ``rate``, or None.
+    on ``rate``, ``[P]`` or ``[K, P]``, or None.
     """
 
     theta: Tensor
@@ -36,7 +36,8 @@ class MetaStep:
 
 @dataclass
 class MetaStepResult:
-    """``losses [T]``; means over tasks ``theta_grad [P]``, ``phi_grad [Q]``, ``rates_grad [P]``;
+    """``losses [T]``; means over tasks ``theta_grad [P]``, ``phi_grad [Q]``, ``rates_grad`` like
+    ``rates``;
     ``statistics [T, steps + 1, S]``; without a gradient also ``adapted [T, P]`` and
     ``predictions [T, N_query, ...]``.
     """

@@ -187,7 +187,8 @@ class CpuExecutor:
         if call.gradient:
             result.theta_grad = torch.empty_like(theta)
             result.phi_grad = torch.empty_like(phi) if call.shared_gradient else None
-            result.rates_grad = torch.empty_like(theta) if call.rates_gradient else None
+            if call.rates_gradient and call.rates is not None:
+                result.rates_grad = theta.new_empty(call.rates.shape)
         else:
             result.adapted = x.new_empty(tasks, self._program.theta_size)
             if qx is not None:
@@ -209,6 +210,7 @@ class CpuExecutor:
             first_order=call.first_order,
             rate=call.rate,
             rates=_pointer(rates),
+            rate_steps=1 if rates is None or rates.ndim == 1 else len(rates),
             losses=result.losses.data_ptr() if qy is not None else 0,
             gtheta=_pointer(result.theta_grad),
             gshared=_pointer(result.phi_grad),

@@ -13,6 +13,7 @@ No graph is kept across steps. Maths in ``README.md`` beside this file.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,17 +43,17 @@ def meta_step(executor: Executor, call: MetaStep) -> MetaStepResult:
     loss = LOSSES[call.loss]
     tasks = len(call.support_x)
     theta = call.theta.expand(tasks, -1)
-    rates = call.rate if call.rates is None else call.rate * call.rates
+    rates = _rates(call)
     steps: list[_Step] = []
     statistics: list[Tensor] = []
-    for _ in range(call.steps):
+    for k in range(call.steps):
         y, stats, state = executor.forward(theta, call.phi, call.buffers, call.support_x, keep=True)
         gy = loss.gradient(y, call.support_y)
         gtheta, _, _, gradient = executor.backward(state, gy, want_phi=False, want_x=False)
         statistics += [] if stats is None else [stats]
         if call.gradient:
             steps.append(_Step(y, state, gtheta, gradient))
-        theta = theta - rates * gtheta
+        theta = theta - rates[k] * gtheta
     result = MetaStepResult(theta.new_zeros(tasks), theta.contiguous())
     if call.query_x is not None:
         y, stats, state = executor.forward(
@@ -70,6 +71,14 @@ def meta_step(executor: Executor, call: MetaStep) -> MetaStepResult:
     return result
 
 
+def _rates(call: MetaStep) -> Sequence[Tensor | float]:
+    """The inner learning rates of each step."""
+    if call.rates is None:
+        return [call.rate] * call.steps
+    rates = call.rate * call.rates
+    return list(rates) if rates.ndim == 2 else [rates] * call.steps
+
+
 def _adjoint(
     executor: Executor,
     call: MetaStep,
@@ -77,18 +86,18 @@ def _adjoint(
     steps: list[_Step],
     query_state: Any,
     gy: Tensor,
-    rates: Tensor | float,
+    rates: Sequence[Tensor | float],
     result: MetaStepResult,
 ) -> None:
     want_phi, tasks = call.shared_gradient, len(call.support_x)
     adjoint, gphi, _, _ = executor.backward(query_state, gy, want_phi=want_phi, want_x=False)
-    grates = torch.zeros_like(adjoint)
-    for step in reversed(steps):
+    grates: list[Tensor] = []
+    for step, rate in zip(reversed(steps), reversed(rates), strict=True):
         if call.rates_gradient:
-            grates = grates - call.rate * adjoint * step.gtheta
+            grates.insert(0, (-call.rate * adjoint * step.gtheta).mean(0))
         if call.first_order:
             continue
-        direction = rates * adjoint
+        direction = rate * adjoint
         dy, tangent = executor.tangent(step.state, direction, None, None)
         dgy = loss.tangent(step.y, call.support_y, dy)
         hvp, phi_part, _ = executor.backward_tangent(
@@ -98,4 +107,6 @@ def _adjoint(
         gphi = gphi - phi_part if gphi is not None and phi_part is not None else gphi
     result.theta_grad = adjoint.mean(0)
     result.phi_grad = gphi / tasks if gphi is not None else None
-    result.rates_grad = grates.mean(0) if call.rates_gradient else None
+    if call.rates is not None and call.rates_gradient:
+        by_step = torch.stack(grates) if grates else call.rates.new_zeros(0, len(call.theta))
+        result.rates_grad = by_step if call.rates.ndim == 2 else by_step.sum(0)
