@@ -25,12 +25,12 @@ from fastmaml.vision.models import OmniglotCNN
 ALGORITHMS: dict[str, Callable[[nn.Module], MAML]] = {
     "maml": lambda model: MAML(model, lr=0.4),
     "fomaml": lambda model: MAML(model, lr=0.4, first_order=True),
-    "anil": lambda model: ANIL(model, lr=0.4),
+    "anil": lambda model: ANIL(model, lr=1.0),
     "metasgd": lambda model: MetaSGD(model, lr=0.4),
     "reptile": lambda model: Reptile(model, lr=0.05),
     "imaml": lambda model: IMAML(model, lr=0.1, strength=0.5),
 }
-INNER_STEPS = {"reptile": 5, "imaml": 8}
+INNER_STEPS = {"anil": 5, "reptile": 5, "imaml": 8}
 COMPARABLE = ("maml", "fomaml", "anil", "metasgd")  # whose gradient the loop computes too
 
 

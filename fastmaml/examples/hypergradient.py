@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    errors = [descend(arguments.steps, arguments.seed, rate) for rate in (0.0, 0.05)]
+    errors = [descend(arguments.steps, arguments.seed, rate) for rate in (0.0, 2.0)]
     print(f"error after {arguments.steps} steps with fixed rates: {errors[0]:.2e}")
     print(f"with learned rates: {errors[1]:.2e}")
     return errors[0], errors[1]
