@@ -203,6 +203,15 @@ class Learner(BaseLearner):
         """Replace the adapted parameters by ``theta [T, P]``."""
         self._move(Theta(theta))
 
+    def detach_parameters(self, keep_requires_grad: bool = False) -> None:
+        """Cut the parameters from their graph; see :func:`fastmaml.detach_module`."""
+        root, phi = self._theta.root, self._phi
+        self.__dict__["_phi"] = phi.detach().requires_grad_(
+            keep_requires_grad and phi.requires_grad
+        )
+        keep = keep_requires_grad and root.requires_grad
+        self._move(self._theta.moved(root.detach().requires_grad_(keep)))
+
     def _move(self, theta: Theta) -> None:
         self.__dict__["_theta"] = theta
         self._used.clear()

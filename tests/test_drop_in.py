@@ -162,6 +162,27 @@ def test_a_clone_of_a_learner_branches_off(net: Net, data: tuple[Tensor, Tensor]
     assert net.classifier.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("adapt", [None, "weight", "bias"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_clone_keeps_its_values_when_its_base_moves_on(bias: bool, adapt: str | None) -> None:
+    net = nn.Linear(3, 2, bias=bias)
+    learner = l2l.MAML(net, lr=0.1, adapt=adapt).clone()
+    x = torch.randn(4, 3)
+    before = net(x).detach()
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 1
+    torch.testing.assert_close(learner(x).detach(), before)
+
+
+def test_a_tied_parameter_is_chosen_by_any_of_its_names() -> None:
+    net = l2l.vision.models.OmniglotCNN(5, hidden_size=2)  # its base is a part of its features
+    for name in ("base", "features"):
+        layout = l2l.MAML(net, lr=0.1, adapt=name).layout()
+        chosen = [id(p) for p in layout.adapted_parameters]
+        assert chosen == [id(p) for p in net.base.parameters()]
+
+
 def test_inputs_may_need_a_gradient(net: Net, data: tuple[Tensor, Tensor]) -> None:
     """An encoder outside the learner is trained through the inner loop."""
     x, y = data

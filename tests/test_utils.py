@@ -215,6 +215,52 @@ def test_a_detached_clone_is_cut_from_its_original(keep: bool) -> None:
     assert utils.detach_module("not a module") is None
 
 
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("tasks", [None, 2])
+def test_a_detached_learner_is_cut_from_its_base(keep: bool, tasks: int | None) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    maml = l2l.MAML(net, lr=0.3, adapt="2")
+    learner = maml.clone(tasks=tasks)
+    x = X if tasks is None else X.expand(tasks, *X.shape)
+    learner.adapt(learner(x).square().sum())
+    before = learner(x).detach()
+    utils.detach_module(learner, keep_requires_grad=keep)
+    output = learner(x)
+    torch.testing.assert_close(output.detach(), before)
+    assert output.requires_grad is keep
+    if keep:
+        learner.adapt(output.square().sum())
+        assert not torch.equal(learner(x), output)
+        learner(x).sum().backward()
+    else:
+        with pytest.raises(RuntimeError, match="loss"):
+            learner.adapt(output.square().sum())
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_detached_learner_of_gbml_is_cut_from_its_transform() -> None:
+    maml = l2l.algorithms.GBML(nn.Linear(3, 2).double(), lambda p: l2l.nn.Scale().double())
+    learner = maml.clone()
+    learner.adapt(learner(X).square().sum())
+    utils.detach_module(learner)
+    assert not any(p.requires_grad for p in learner.compute_update.parameters())
+    assert all(p.requires_grad for p in maml.parameters())
+
+
+def test_a_learners_module_can_be_detached() -> None:
+    """Its parameters are views, which PyTorch refuses to detach in place."""
+    maml = l2l.MAML(mlp(), lr=0.3)
+    learner = maml.clone()
+    learner.adapt(F.cross_entropy(learner(X), Y))
+    before = learner(X).detach()
+    utils.detach_module(learner.module, keep_requires_grad=True)
+    output = learner.module(X)
+    torch.testing.assert_close(output.detach(), before)
+    output.sum().backward()
+    assert all(p.is_leaf and p.grad is not None for p in learner.module.parameters())
+    assert all(p.grad is None for p in maml.parameters())
+
+
 # --- distributions ----------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from fastmaml.maml import MAML
 from fastmaml.optim import DifferentiableSGD, ParameterUpdate
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.theta import Theta
-from fastmaml.utils import clone_module
+from fastmaml.utils import clone_module, detach_module
 
 
 class GBMLearner(Learner):
@@ -62,6 +62,11 @@ class GBMLearner(Learner):
         learner = super().clone(first_order, allow_unused, allow_nograd)
         learner.__dict__.update(_state(self.compute_update, self.adapt_transform))
         return learner
+
+    def detach_parameters(self, keep_requires_grad: bool = False) -> None:
+        """Cut the parameters and the transform from their graph."""
+        super().detach_parameters(keep_requires_grad)
+        detach_module(self.compute_update, keep_requires_grad)
 
     def _adapted_transform(self, loss: Tensor, second_order: bool) -> ParameterUpdate:
         gradients = torch.autograd.grad(

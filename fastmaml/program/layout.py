@@ -17,7 +17,7 @@ class ParameterLayout:
     """The places of a module's parameters; tied parameters have one place.
 
     Adapted are the parameters that require a gradient and that ``adapt(name, parameter)`` accepts
-    (all of them by default); the others are shared by all tasks.
+    under any of their names (all of them by default); the others are shared by all tasks.
     """
 
     def __init__(self, module: nn.Module, adapt: AdaptFilter | None = None) -> None:
@@ -25,15 +25,13 @@ class ParameterLayout:
         self.theta_size = 0
         self.shared_size = 0
         self.parameters: list[nn.Parameter] = []  # in the order of the slots
-        first_name: dict[int, str] = {}
-        aliases: dict[str, str] = {}
+        names: dict[nn.Parameter, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
-            canonical = first_name.setdefault(id(parameter), name)
-            aliases[name] = canonical
-            if canonical == name:
-                adapted = parameter.requires_grad and (adapt is None or adapt(name, parameter))
-                self._add(name, parameter, adapted)
-        self.aliases = aliases
+            names.setdefault(parameter, []).append(name)
+        for parameter, own in names.items():
+            chosen = adapt is None or any(adapt(name, parameter) for name in own)
+            self._add(own[0], parameter, parameter.requires_grad and chosen)
+        self.aliases = {name: own[0] for own in names.values() for name in own}
         self.adapted_names = tuple(slot.name for slot in self.group(adapted=True))
         self.adapted_parameters = tuple(p for s, p in self._pairs() if s.adapted)
         self.shared_parameters = tuple(p for s, p in self._pairs() if not s.adapted)
@@ -66,7 +64,9 @@ class ParameterLayout:
         return self.flat(self.adapted_parameters if adapted else self.shared_parameters)
 
     def flat(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Tensors one after the other in one vector; differentiable."""
+        """Tensors one after the other in one vector of its own; differentiable."""
+        if len(tensors) == 1:  # of which PyTorch's function would return a view
+            return tensors[0].flatten().clone()
         if tensors:
             return _flatten_dense_tensors(tensors)
         return self.parameters[0].new_empty(0) if self.parameters else torch.empty(0)

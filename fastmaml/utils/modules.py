@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from fastmaml.learner import Learner
+
 Module = TypeVar("Module")
 
 
@@ -72,15 +74,28 @@ def detach_module(module: Any, keep_requires_grad: bool = False) -> None:
     """Cut a clone's parameters, and buffers with a gradient, from their graph, in place.
 
     Args:
-        module: the module; anything else is left alone.
+        module: the module, or a learner; anything else is left alone.
         keep_requires_grad: keep ``requires_grad`` as it was, instead of setting it to False.
     """
+    if isinstance(module, Learner):
+        module.detach_parameters(keep_requires_grad)
+        return
     if not isinstance(module, nn.Module):
         return
+    memo: dict[Tensor, Tensor] = {}
     for part in module.modules():
-        for tensor in (*part._parameters.values(), *part._buffers.values()):
-            if tensor is not None and tensor.requires_grad:
-                tensor.detach_().requires_grad_(keep_requires_grad)
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.requires_grad:
+                    tensors[name] = _detached(tensor, keep_requires_grad, memo)  # type: ignore[assignment]
+
+
+def _detached(tensor: Tensor, keep_requires_grad: bool, memo: dict[Tensor, Tensor]) -> Tensor:
+    if tensor not in memo:
+        view = tensor._is_view()  # which PyTorch does not detach in place
+        leaf = tensor.detach() if view else tensor.detach_()
+        memo[tensor] = leaf.requires_grad_(keep_requires_grad)
+    return memo[tensor]
 
 
 def update_module(
