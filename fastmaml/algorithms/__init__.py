@@ -1,5 +1,7 @@
 """The algorithms: each a small file over the same engine."""
 
+from typing import Any
+
 from fastmaml.algorithms.anil import ANIL
 from fastmaml.algorithms.gbml import GBML
 from fastmaml.algorithms.imaml import IMAML
@@ -21,3 +23,20 @@ __all__ = [
     "meta_sgd_update",
     "multi_step_weights",
 ]
+
+_LIGHTNING = (
+    "LightningANIL",
+    "LightningEpisodicModule",
+    "LightningMAML",
+    "LightningMetaOptNet",
+    "LightningPrototypicalNetworks",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Lightning takes seconds to import, and is optional: not before it is asked for."""
+    if name not in _LIGHTNING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fastmaml.algorithms import lightning
+
+    return getattr(lightning, name)
