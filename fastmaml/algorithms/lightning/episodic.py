@@ -103,16 +103,16 @@ class LightningEpisodicModule(LightningModule):
         self._log("train", loss, accuracy)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> float:
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self._evaluation_step("valid", batch, batch_idx)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> float:
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self._evaluation_step("test", batch, batch_idx)
 
-    def _evaluation_step(self, stage: str, batch: Batch, batch_idx: int) -> float:
+    def _evaluation_step(self, stage: str, batch: Batch, batch_idx: int) -> Tensor:
         loss, accuracy = self.evaluate(batch, batch_idx)
         self._log(stage, loss, accuracy)
-        return loss.item()
+        return loss
 
     def _log(self, stage: str, loss: Tensor, accuracy: Tensor) -> None:
         for name, value in {"loss": loss, "accuracy": accuracy}.items():
