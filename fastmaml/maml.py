@@ -31,7 +31,7 @@ class MAML(BaseLearner):
     """Wraps a module so that its parameters become an initialisation to adapt from.
 
     Args:
-        module: any ``nn.Module``; its parameters are the ones a meta-optimizer trains.
+        model: any ``nn.Module``; its parameters are the ones a meta-optimizer trains.
         lr: the inner learning rate, a number or a one-element tensor (which may be learned).
         first_order: ignore second derivatives (FOMAML).
         allow_unused: adapt although a loss leaves some parameters unused; None: ``allow_nograd``.
@@ -41,14 +41,14 @@ class MAML(BaseLearner):
             by all tasks and still meta-trained.
 
     Raises:
-        TypeError: ``module`` is no module, or ``lr`` no number.
+        TypeError: ``model`` is no module, or ``lr`` no number.
     """
 
     learner_class: type[Learner] = Learner
 
     def __init__(
         self,
-        module: nn.Module,
+        model: nn.Module,
         lr: float | Tensor,
         first_order: bool = False,
         allow_unused: bool | None = None,
@@ -57,16 +57,16 @@ class MAML(BaseLearner):
         adapt: AdaptFilter | Iterable[str] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {type(module).__name__}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         checks.learning_rate(lr)
-        self.module = module
+        self.module = model
         self.lr = lr
         self.first_order = first_order
         self.allow_nograd = allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
         self.adapt_filter = _as_filter(adapt)
-        self.programs = ProgramCache(module)
+        self.programs = ProgramCache(model)
         self.recognised: fused.Recognised | None = None
         self._layout: tuple[Signature, ParameterLayout] | None = None
 

@@ -268,6 +268,25 @@ def test_only_the_chosen_parameters_adapt(net: Net, data: tuple[Tensor, Tensor])
         assert relative_error(gradients(module), gradients(twin)) < 1e-10, door
 
 
+def test_learn2learns_keywords_and_import_paths() -> None:
+    from fastmaml.algorithms.base_learner import BaseLearner
+    from fastmaml.algorithms.maml import MAML, maml_update
+    from fastmaml.nn.metaoptnet import SVClassifier
+    from fastmaml.nn.protonet import PrototypicalClassifier
+
+    net = nn.Linear(2, 1)
+    maml = MAML(model=net, lr=0.1, first_order=True, allow_unused=False, allow_nograd=False)
+    assert maml.module is net
+    assert isinstance(maml, BaseLearner)
+    assert l2l.algorithms.MetaSGD(model=net, lr=0.1).module is net
+    assert l2l.algorithms.GBML(module=net, transform=lambda p: None).module is net
+    assert l2l.algorithms.maml_update is maml_update
+    assert (l2l.nn.SVClassifier, l2l.nn.PrototypicalClassifier) == (
+        SVClassifier,
+        PrototypicalClassifier,
+    )
+
+
 def test_an_ordinary_optimizer_trains_it(data: tuple[Tensor, Tensor]) -> None:
     x, y = data
     torch.manual_seed(0)

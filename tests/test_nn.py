@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import gradcheck
 
 import fastmaml as l2l
-from fastmaml.nn.support_vectors import solve_bounded
+from fastmaml.nn.metaoptnet import solve_bounded
 
 
 def test_small_modules() -> None:
@@ -153,3 +153,23 @@ def test_layers_are_substituted_and_restored() -> None:
     assert isinstance(restored[2][0], nn.Linear)
     hidden = F.relu(F.linear(x, before["0.weight"], before["0.bias"]))
     torch.testing.assert_close(model(x), F.linear(hidden, before["2.0.weight"], before["2.0.bias"]))
+
+
+def test_parameters_of_inner_modules_are_transformed_too() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Sequential(nn.Linear(2, 2, bias=False)))
+    transforms = {(2, 3): l2l.nn.Scale(alpha=3.0), (2, 2): l2l.nn.Scale(alpha=-1.0)}
+    wrapped = l2l.nn.ParameterTransform(model, lambda p: transforms.get(tuple(p.shape)))
+    x = torch.randn(4, 3)
+    expected = F.linear(F.linear(x, 3 * model[0].weight, model[0].bias), -model[1][0].weight)
+    torch.testing.assert_close(wrapped(x), expected)
+    assert len(list(wrapped.meta_parameters())) == 2
+
+
+def test_the_state_of_a_transform_has_learn2learns_names() -> None:
+    layer = l2l.nn.ParameterTransform(nn.Linear(3, 2), lambda p: l2l.nn.Scale())
+    assert list(layer.state_dict()) == [
+        "module.weight",
+        "module.bias",
+        "parameter_transforms.weight.alpha",
+        "parameter_transforms.bias.alpha",
+    ]

@@ -5,11 +5,10 @@ from typing import Any
 from fastmaml.algorithms.anil import ANIL
 from fastmaml.algorithms.gbml import GBML
 from fastmaml.algorithms.imaml import IMAML
+from fastmaml.algorithms.maml import MAML, maml_update
 from fastmaml.algorithms.maml_plus_plus import MAMLPlusPlus, multi_step_weights
 from fastmaml.algorithms.meta_sgd import MetaSGD, meta_sgd_update
 from fastmaml.algorithms.reptile import Reptile
-from fastmaml.algorithms.updates import maml_update
-from fastmaml.maml import MAML
 
 __all__ = [
     "ANIL",

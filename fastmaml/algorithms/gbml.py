@@ -25,12 +25,12 @@ class GBMLearner(Learner):
     adapt_transform: bool
     _moved: bool
 
-    def adapt(
+    def adapt(  # type: ignore[override]  # learn2learn's order, which differs from MAML's
         self,
         loss: Tensor,
         first_order: bool | None = None,
-        allow_unused: bool | None = None,
         allow_nograd: bool | None = None,
+        allow_unused: bool | None = None,
     ) -> None:
         """One step; with ``adapt_transform`` first of the transform, from the second step on.
 
@@ -98,7 +98,8 @@ class GBML(MAML):
     Kronecker-factored network KFO (Arnold et al. 2021); with ``adapt_transform`` Alpha MAML (Behl
     et al. 2019).
 
-    Doors 1 and 2 work as with :class:`fastmaml.MAML`; door 3 is door 2 written out.
+    Doors 1 and 2 work as with :class:`fastmaml.MAML`; door 3 is door 2 written out. With several
+    tasks the transforms run under ``torch.func.vmap``.
 
     Args:
         module: any ``nn.Module``.
@@ -156,14 +157,11 @@ class GBML(MAML):
     def update(self, learner: Learner, theta: Theta, gradient: Tensor) -> Tensor:
         """Theta <- theta - lr * transform(gradient), parameter by parameter and task by task."""
         layout, update = learner.layout, learner.compute_update
-        parts = dict(
-            zip(layout.adapted_names, layout.parts(theta.moved(gradient).rows), strict=True)
-        )
-        moved: list[Tensor] = []
-        for task in range(len(gradient)):
-            gradients = [parts[s][task] if s in parts else None for s in layout.slots]
-            moved.append(layout.flat([u for u in update.transformed(gradients) if u is not None]))
-        return theta.root - self.lr * theta.ordered(torch.stack(moved))
+        rows = layout.parts(theta.moved(gradient).rows)
+        parts = dict(zip(layout.adapted_names, rows, strict=True))
+        moves = update.transformed([parts.get(name) for name in layout.slots], tasks=True)
+        flat = torch.cat([move.flatten(1) for move in moves if move is not None], 1)
+        return theta.root - self.lr * theta.ordered(flat)
 
     def fused_rates(self, layout: ParameterLayout, theta: Tensor, steps: int) -> FusedRates | None:
         """None: the inner step is not a scaled gradient."""

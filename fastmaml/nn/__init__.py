@@ -3,9 +3,9 @@
 from fastmaml.nn import metalayers
 from fastmaml.nn.kroneckers import KroneckerLinear, KroneckerLSTM, KroneckerRNN, kronecker_addmm
 from fastmaml.nn.metalayers import MetaModule, ParameterTransform
+from fastmaml.nn.metaoptnet import SVClassifier
 from fastmaml.nn.misc import Flatten, Lambda, Scale, freeze, unfreeze
-from fastmaml.nn.prototypes import PrototypicalClassifier, compute_prototypes
-from fastmaml.nn.support_vectors import SVClassifier
+from fastmaml.nn.protonet import PrototypicalClassifier, compute_prototypes
 
 __all__ = [
     "Flatten",

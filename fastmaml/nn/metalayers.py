@@ -78,14 +78,22 @@ class ParameterTransform(nn.Module):
         super().__init__()
         self.module = module
         found = {name: transform(p) for name, p in module.named_parameters()}
-        self._transformed = {name: i for i, name in enumerate(n for n, t in found.items() if t)}
-        self.transforms = nn.ModuleList([t for t in found.values() if t])
+        self.parameter_transforms = nn.ModuleDict(
+            {_key(name): t for name, t in found.items() if t is not None}
+        )
 
     def meta_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of the transforms."""
-        yield from self.transforms.parameters()
+        yield from self.parameter_transforms.parameters()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        own = dict(self.module.named_parameters())
-        changed = {name: self.transforms[i](own[name]) for name, i in self._transformed.items()}
+        changed = {
+            name: self.parameter_transforms[_key(name)](p)
+            for name, p in self.module.named_parameters()
+            if _key(name) in self.parameter_transforms
+        }
         return functional_call(self.module, changed, args, kwargs)
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # the dot is not for names of submodules

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 
 Transform = Callable[[Tensor], nn.Module | None]
 
@@ -66,9 +67,22 @@ class ParameterUpdate(nn.Module):
             [next(gradients) if p.requires_grad or not allow_nograd else None for p in parameters]
         )
 
-    def transformed(self, gradients: Iterable[Tensor | None]) -> list[Tensor | None]:
-        """Gradients, one per parameter, as updates; None stays None."""
+    def transformed(
+        self, gradients: Iterable[Tensor | None], tasks: bool = False
+    ) -> list[Tensor | None]:
+        """Gradients, one per parameter, as updates; None stays None.
+
+        Args:
+            tasks: gradients are ``[T, *shape]``, each task's transformed by itself.
+        """
+        apply = _task_by_task if tasks else nn.Module.__call__
         return [
-            g if g is None or i is None else self.transforms_modules[i](g)
+            g if g is None or i is None else apply(self.transforms_modules[i], g)
             for g, i in zip(gradients, self.transforms_indices, strict=True)
         ]
+
+
+def _task_by_task(transform: nn.Module, gradients: Tensor) -> Tensor:
+    if len(gradients) == 1:  # what vmap refuses still adapts one task at a time
+        return transform(gradients[0])[None]
+    return vmap(transform, randomness="different")(gradients)

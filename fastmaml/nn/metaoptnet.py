@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmaml.nn.prototypes import EPSILON, PrototypicalClassifier
+from fastmaml.nn.protonet import EPSILON, PrototypicalClassifier
 
 _TO_BOUNDARY = 0.99  # of the way to where a slack or a multiplier would vanish
 

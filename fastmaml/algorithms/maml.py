@@ -1,4 +1,4 @@
-"""One inner step of MAML on a module of the caller's."""
+"""MAML, and one inner step of it on a module of the caller's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from fastmaml.maml import MAML
 from fastmaml.utils import update_module
+
+__all__ = ["MAML", "maml_update"]
 
 
 def maml_update(
