@@ -3,7 +3,7 @@
 ``import fastmaml as l2l`` keeps learn2learn code as it is.
 """
 
-from fastmaml import algorithms, data, nn, optim, utils, vision
+from fastmaml import algorithms, data, inner, nn, optim, utils, vision
 from fastmaml.algorithms import MAML
 from fastmaml.backends.select import FallbackWarning
 from fastmaml.data.task_batch import TaskBatch
@@ -21,6 +21,7 @@ __all__ = [
     "algorithms",
     "data",
     "explain",
+    "inner",
     "nn",
     "optim",
     "utils",

@@ -28,6 +28,22 @@ def steps_count(steps: object) -> int:
     return steps
 
 
+def one_of_lr_and_inner(lr: object, inner: object) -> None:
+    """Either a learning rate is given or an inner optimizer."""
+    from fastmaml.inner import InnerOptimizer
+
+    if inner is None:
+        learning_rate(lr)
+        return
+    if not isinstance(inner, InnerOptimizer):
+        raise TypeError(
+            f"inner must be an optimizer of fastmaml.inner, got {type(inner).__name__}; "
+            "for example fastmaml.inner.Adam(lr=0.01)"
+        )
+    if lr is not None:
+        raise ValueError(f"lr must be None with inner, which has a rate of its own; got {lr!r}")
+
+
 def learning_rate(lr: object) -> None:
     """``lr`` is a number or a tensor of one number."""
     if isinstance(lr, Tensor):

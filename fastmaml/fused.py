@@ -15,6 +15,7 @@ from fastmaml.learner import Learner
 from fastmaml.losses import TaskLoss, built_in, per_task
 from fastmaml.program.autograd import fused_meta_loss
 from fastmaml.program.program import NativeProgram
+from fastmaml.program.updates import FusedUpdate
 
 if TYPE_CHECKING:
     from fastmaml.maml import MAML
@@ -31,12 +32,15 @@ def meta_loss(
         layout, theta, phi = maml.packed()
     batch, program, kind = _recognised(maml, layout, theta, batch, loss)
     rates = maml.fused_rates(layout, theta, steps)
-    if program is None or rates is None:
+    if program is None or rates is None or not _runs(program, rates):
         return _by_autograd(maml, batch, steps, loss, order)
     call = _call(program, batch, steps, kind, theta, phi, rates, order)
     if torch.is_grad_enabled():
         call.rates_gradient = call.rates is not None and call.rates.requires_grad
-        call.gradient = layout.requires_grad or call.rates_gradient
+        if call.update is not None:
+            call.coefficients_gradient = [c.requires_grad for c in call.update.coefficients]
+        learned = call.rates_gradient or any(call.coefficients_gradient)
+        call.gradient = layout.requires_grad or learned
         call.shared_gradient = layout.shared_requires_grad
     value, result = fused_meta_loss(program.executor, layout, call)
     checks.finite_loss(value)
@@ -46,6 +50,11 @@ def meta_loss(
 
 
 FusedRates = tuple[float, Tensor | None]  # a factor, and factors [P] or [steps, P] on it
+
+
+def _runs(program: NativeProgram, inner: FusedRates | FusedUpdate) -> bool:
+    """Whether the program's executor takes such inner steps."""
+    return not isinstance(inner, FusedUpdate) or program.executor.name == "reference"
 
 
 class Recognised(NamedTuple):
@@ -98,10 +107,12 @@ def _call(
     kind: str,
     theta: Tensor,
     phi: Tensor,
-    rates: FusedRates,
+    inner: FusedRates | FusedUpdate,
     first_order: bool = False,
 ) -> MetaStep:
     """The meta-step as it stands, without a gradient."""
+    update = inner if isinstance(inner, FusedUpdate) else None
+    rate, rates = (0.0, None) if isinstance(inner, FusedUpdate) else inner
     return MetaStep(
         theta=theta,
         phi=phi,
@@ -112,8 +123,9 @@ def _call(
         query_y=batch.query_y,
         steps=steps,
         loss=kind,
-        rate=rates[0],
-        rates=rates[1],
+        rate=rate,
+        rates=rates,
+        update=update,
         first_order=first_order,
         gradient=False,
     )
@@ -162,7 +174,12 @@ def adapted(maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss) -> Adapted
     program = maml.current_program(layout, batch.support_x)
     kind = built_in(loss)
     rates = maml.fused_rates(layout, theta, steps)
-    if isinstance(program, NativeProgram) and kind is not None and rates is not None:
+    if (
+        isinstance(program, NativeProgram)
+        and kind is not None
+        and rates is not None
+        and _runs(program, rates)
+    ):
         _check(program, batch, kind)
         call = _call(program, batch, steps, kind, theta, phi, rates)
         call.query_y = None
@@ -174,5 +191,5 @@ def adapted(maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss) -> Adapted
         with torch.enable_grad():
             learner.set_theta(learner.theta.detach().requires_grad_())
             learner.adapt(per_task(loss, learner(batch.support_x), batch.support_y))
-        learner.set_theta(learner.theta.detach())
+        learner.detach_parameters()
     return Adapted(learner, batch, None)

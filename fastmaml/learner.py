@@ -66,17 +66,17 @@ class Learner(BaseLearner):
         super().__init__()
         # past nn.Module's own bookkeeping: these are no submodules or parameters of the learner
         self.__dict__.update(
-            _base=base, _layout=layout, _theta=theta, _phi=phi, _clone=LazyClone(self)
+            _base=base, _layout=layout, _theta=theta, _phi=phi, _clone=LazyClone(self), lr=base.lr
         )
         self._modules = self._clone
         self._used: set[str] = set()
         self._recorders: dict[int, Recorder] = {}
-        self.lr = base.lr
         self.tasks = tasks
         self.first_order = first_order
         self.allow_unused = allow_unused
         self.allow_nograd = allow_nograd
         self.steps_taken = 0  # by adapt()
+        self.moments: tuple[Theta | None, ...] = ()  # the state of an inner optimizer
         self.updates_statistics = True  # running statistics of batch norms, by calls
 
     # --- running ------------------------------------------------------------------------------
@@ -136,6 +136,8 @@ class Learner(BaseLearner):
         allow_nograd: bool | None = None,
     ) -> None:
         """One gradient step on ``loss``: theta <- theta - lr * d loss / d theta.
+
+        With an inner optimizer (see :mod:`fastmaml.inner`), a step of that.
 
         Args:
             loss: a scalar; for T tasks the losses ``[T]``, or their sum (not their mean).
@@ -210,6 +212,7 @@ class Learner(BaseLearner):
             keep_requires_grad and phi.requires_grad
         )
         keep = keep_requires_grad and root.requires_grad
+        self.moments = tuple(m if m is None else m.moved(m.root.detach()) for m in self.moments)
         self._move(self._theta.moved(root.detach().requires_grad_(keep)))
 
     def _move(self, theta: Theta) -> None:
@@ -236,6 +239,7 @@ class Learner(BaseLearner):
             allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,
         )
         learner.steps_taken = self.steps_taken
+        learner.moments = self.moments
         if self._clone.built is not None:
             learner._clone.build().set_modes(self._clone.built.modes())
         return learner

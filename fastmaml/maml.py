@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from fastmaml import checks, fused
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.fused import Adapted, FusedRates
+from fastmaml.inner import InnerOptimizer
 from fastmaml.learner import BaseLearner, Learner
 from fastmaml.losses import TaskLoss
 from fastmaml.program.layout import AdaptFilter, ParameterLayout
 from fastmaml.program.program import Program, ProgramCache, Signature, module_signature
 from fastmaml.program.theta import Theta
+from fastmaml.program.updates import FusedUpdate
 
 
 class MAML(BaseLearner):
@@ -32,36 +34,44 @@ class MAML(BaseLearner):
 
     Args:
         model: any ``nn.Module``; its parameters are the ones a meta-optimizer trains.
-        lr: the inner learning rate, a number or a one-element tensor (which may be learned).
+        lr: the inner learning rate, a number or a one-element tensor (which may be learned); None
+            with ``inner``.
         first_order: ignore second derivatives (FOMAML).
         allow_unused: adapt although a loss leaves some parameters unused; None: ``allow_nograd``.
         allow_nograd: accepted as in learn2learn; frozen parameters need no flag here.
         adapt: which parameters the inner loop adapts: names, name prefixes (``"classifier"``) or
             patterns (``"*.bias"``), or a predicate of ``(name, parameter)``; the others are shared
             by all tasks and still meta-trained.
+        inner: what takes the inner steps instead of plain gradient steps, see
+            :mod:`fastmaml.inner`; its learned hyperparameters are among ``parameters()``.
 
     Raises:
         TypeError: ``model`` is no module, or ``lr`` no number.
+        ValueError: both ``lr`` and ``inner`` are given, or neither.
     """
 
     learner_class: type[Learner] = Learner
+    lr: float | Tensor
 
     def __init__(
         self,
         model: nn.Module,
-        lr: float | Tensor,
+        lr: float | Tensor | None = None,
         first_order: bool = False,
         allow_unused: bool | None = None,
         allow_nograd: bool = False,
         *,
         adapt: AdaptFilter | Iterable[str] | None = None,
+        inner: InnerOptimizer | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        checks.learning_rate(lr)
+        checks.one_of_lr_and_inner(lr, inner)
         self.module = model
-        self.lr = lr
+        self.inner = inner
+        if lr is not None:
+            self.lr = lr
         self.first_order = first_order
         self.allow_nograd = allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
@@ -69,6 +79,10 @@ class MAML(BaseLearner):
         self.programs = ProgramCache(model)
         self.recognised: fused.Recognised | None = None
         self._layout: tuple[Signature, ParameterLayout] | None = None
+        if inner is not None:
+            inner.attach(self.layout())
+            # not registered a second time: inner's own parameter, where it is learned
+            self.__dict__["lr"] = inner.lr
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module itself, with its own parameters."""
@@ -120,18 +134,25 @@ class MAML(BaseLearner):
 
         An algorithm with another inner step overrides this, and :meth:`fused_rates`.
         """
+        if self.inner is not None:
+            return self.inner.step(learner, theta, gradient)
         if isinstance(self.lr, Tensor):
             return theta.root - self.lr * gradient
         return torch.add(theta.root, gradient, alpha=-self.lr)  # whose backward is one product
 
-    def fused_rates(self, layout: ParameterLayout, theta: Tensor, steps: int) -> FusedRates | None:
+    def fused_rates(
+        self, layout: ParameterLayout, theta: Tensor, steps: int
+    ) -> FusedRates | FusedUpdate | None:
         """The inner steps for the fused meta-step: theta <- theta - rate * rates * gradient.
 
         Returns:
             ``(rate, rates)`` with rates ``[P]`` for every step, ``[steps, P]``, or None for ones;
+            or the rule of an inner optimizer with its coefficients;
             or None where the inner step is of another kind; the
             meta-step is then door 2 written out.
         """
+        if self.inner is not None:
+            return self.inner.fused(layout, theta, steps)
         if isinstance(self.lr, Tensor):
             return 1.0, self.lr.reshape(1).to(theta).expand_as(theta)
         return float(self.lr), None

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from fastmaml.inner import InnerOptimizer
 from fastmaml.maml import MAML
 from fastmaml.program.layout import AdaptFilter
 
@@ -18,6 +19,7 @@ class ANIL(MAML):
         lr: the inner learning rate.
         head: which parameters are the head, see ``adapt`` of :class:`fastmaml.MAML`.
         first_order: ignore second derivatives.
+        inner: see :class:`fastmaml.MAML`.
 
     Raises:
         ValueError: no parameter belongs to the head.
@@ -26,11 +28,13 @@ class ANIL(MAML):
     def __init__(
         self,
         module: nn.Module,
-        lr: float | Tensor,
+        lr: float | Tensor | None = None,
         head: AdaptFilter | Iterable[str] = "classifier",
         first_order: bool = False,
+        *,
+        inner: InnerOptimizer | None = None,
     ) -> None:
-        super().__init__(module, lr, first_order, adapt=head)
+        super().__init__(module, lr, first_order, adapt=head, inner=inner)
         if not self.layout().adapted_names:
             names = ", ".join(name for name, _ in module.named_parameters())
             raise ValueError(f"head must name some of the parameters {names}; got {head!r}")

@@ -8,13 +8,16 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from fastmaml.program.updates import FusedUpdate
+
 
 @dataclass
 class MetaStep:
     """One call of the fused meta-step: K inner steps, the query loss and the exact adjoint.
 
     ``theta [P]``, ``phi [Q]``; support and query ``[T, N, ...]``. ``rates``: per-parameter factors
-    on ``rate``, ``[P]`` or ``[K, P]``, or None.
+    on ``rate``, ``[P]`` or ``[K, P]``, or None. ``update``: takes the inner steps instead of
+    ``rate`` and ``rates``; ``coefficients_gradient``: of which of its coefficients.
     """
 
     theta: Tensor
@@ -32,12 +35,14 @@ class MetaStep:
     gradient: bool = True
     shared_gradient: bool = False
     rates_gradient: bool = False
+    update: FusedUpdate | None = None
+    coefficients_gradient: Sequence[bool] = ()
 
 
 @dataclass
 class MetaStepResult:
     """``losses [T]``; means over tasks ``theta_grad [P]``, ``phi_grad [Q]``, ``rates_grad`` like
-    ``rates``;
+    ``rates``, ``coefficient_grads`` like the coefficients (None where not asked for);
     ``statistics [T, steps + 1, S]``; without a gradient also ``adapted [T, P]`` and
     ``predictions [T, N_query, ...]``.
     """
@@ -49,6 +54,7 @@ class MetaStepResult:
     theta_grad: Tensor | None = None
     phi_grad: Tensor | None = None
     rates_grad: Tensor | None = None
+    coefficient_grads: Sequence[Tensor | None] = ()
 
 
 class Executor(Protocol):

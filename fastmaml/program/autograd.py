@@ -128,7 +128,8 @@ def _recompute(run: Run, theta: Tensor, phi: Tensor, x: Tensor, gy: Tensor) -> t
 class MetaGradient(Function):
     """The mean query loss of a fused meta-step, its gradient already computed with it.
 
-    A node on the parameters themselves: packing them needs no graph.
+    A node on the inner optimizer's ``coefficients`` and on the parameters themselves: packing them
+    needs no graph.
     """
 
     @staticmethod
@@ -137,9 +138,10 @@ class MetaGradient(Function):
         result: MetaStepResult,
         layout: ParameterLayout,
         rates: Tensor | None,
-        *parameters: Tensor,
+        coefficients: int,
+        *tensors: Tensor,
     ) -> Tensor:
-        ctx.result, ctx.layout = result, layout
+        ctx.result, ctx.layout, ctx.coefficients = result, layout, coefficients
         ctx.set_materialize_grads(False)
         return result.losses.mean()
 
@@ -153,7 +155,9 @@ class MetaGradient(Function):
             None if part is None else grad * part
             for part in (r.theta_grad, r.phi_grad, r.rates_grad)
         )
-        return None, None, rates, *ctx.layout.unpack(theta, phi)
+        own = [None if g is None else grad * g for g in r.coefficient_grads]
+        own += [None] * (ctx.coefficients - len(own))
+        return None, None, rates, None, *own, *ctx.layout.unpack(theta, phi)
 
 
 def fused_meta_loss(
@@ -163,4 +167,6 @@ def fused_meta_loss(
     result = executor.meta_step(call)
     if not call.gradient:
         return result.losses.mean(), result
-    return MetaGradient.apply(result, layout, call.rates, *layout.parameters), result
+    own = () if call.update is None else call.update.coefficients
+    tensors = (*own, *layout.parameters)
+    return MetaGradient.apply(result, layout, call.rates, len(own), *tensors), result

@@ -8,6 +8,11 @@ K gradient steps on the support loss, the query loss, and the adjoint by mixed m
     lambda_k     = lambda_{k+1} - H_k A lambda_{k+1}
     d/d rates    = - sum_k rate * lambda_{k+1} * g_k
 
+or, with an inner optimizer's rule U for theta_{k+1}, s_{k+1} = U(c_k, theta_k, g_k, s_k), the
+vector-Jacobian products of U and
+
+    lambda_k     = dU/dtheta^T lambda_{k+1} + H_k dU/dg^T lambda_{k+1}
+
 No graph is kept across steps. Maths in ``README.md`` beside this file.
 """
 
@@ -21,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fastmaml.backends.base import Executor, MetaStep, MetaStepResult
+from fastmaml.program.updates import Coefficients, FusedUpdate, Moments, UpdateRule
 from fastmaml.rules import LOSSES
 
 if TYPE_CHECKING:
@@ -35,6 +41,8 @@ class _Step:
     state: Any
     gtheta: Tensor
     gradient: Any
+    theta: Tensor
+    moments: Moments
 
 
 @torch.no_grad()
@@ -42,8 +50,8 @@ def meta_step(executor: Executor, call: MetaStep) -> MetaStepResult:
     """Run one meta-step on ``executor``; see :class:`fastmaml.backends.base.MetaStep`."""
     loss = LOSSES[call.loss]
     tasks = len(call.support_x)
-    theta = call.theta.expand(tasks, -1)
-    rates = _rates(call)
+    theta, moments = call.theta.expand(tasks, -1), Moments()
+    update = call.update or _gradient_steps(call)
     steps: list[_Step] = []
     statistics: list[Tensor] = []
     for k in range(call.steps):
@@ -52,8 +60,8 @@ def meta_step(executor: Executor, call: MetaStep) -> MetaStepResult:
         gtheta, _, _, gradient = executor.backward(state, gy, want_phi=False, want_x=False)
         statistics += [] if stats is None else [stats]
         if call.gradient:
-            steps.append(_Step(y, state, gtheta, gradient))
-        theta = theta - rates[k] * gtheta
+            steps.append(_Step(y, state, gtheta, gradient, theta, moments))
+        theta, moments = update.rule.forward(update.at(k), theta, gtheta, moments)
     result = MetaStepResult(theta.new_zeros(tasks), theta.contiguous())
     if call.query_x is not None:
         y, stats, state = executor.forward(
@@ -65,48 +73,64 @@ def meta_step(executor: Executor, call: MetaStep) -> MetaStepResult:
             result.losses = loss.value(y, call.query_y)
             if call.gradient:
                 gy = loss.gradient(y, call.query_y)
-                _adjoint(executor, call, loss, steps, state, gy, rates, result)
+                _adjoint(executor, call, update, loss, steps, state, gy, result)
     if statistics:
         result.statistics = torch.stack(statistics, 1)
     return result
 
 
-def _rates(call: MetaStep) -> Sequence[Tensor | float]:
-    """The inner learning rates of each step."""
-    if call.rates is None:
-        return [call.rate] * call.steps
-    rates = call.rate * call.rates
-    return list(rates) if rates.ndim == 2 else [rates] * call.steps
+def _gradient_steps(call: MetaStep) -> FusedUpdate:
+    """The rule whose steps are ``rate * rates``."""
+    rates = torch.ones_like(call.theta[:1]) if call.rates is None else call.rates
+    return FusedUpdate(UpdateRule(), [call.rate * (rates if rates.ndim == 2 else rates[None])])
 
 
 def _adjoint(
     executor: Executor,
     call: MetaStep,
+    update: FusedUpdate,
     loss: LossRule,
     steps: list[_Step],
     query_state: Any,
     gy: Tensor,
-    rates: Sequence[Tensor | float],
     result: MetaStepResult,
 ) -> None:
     want_phi, tasks = call.shared_gradient, len(call.support_x)
     adjoint, gphi, _, _ = executor.backward(query_state, gy, want_phi=want_phi, want_x=False)
-    grates: list[Tensor] = []
-    for step, rate in zip(reversed(steps), reversed(rates), strict=True):
-        if call.rates_gradient:
-            grates.insert(0, (-call.rate * adjoint * step.gtheta).mean(0))
+    moments = Moments()
+    by_step: list[Coefficients] = []
+    for k, step in reversed(list(enumerate(steps))):
+        adjoint, direction, moments, found = update.rule.adjoint(
+            update.at(k), step.theta, step.gtheta, step.moments, adjoint, moments
+        )
+        by_step.insert(0, found)
         if call.first_order:
             continue
-        direction = rate * adjoint
         dy, tangent = executor.tangent(step.state, direction, None, None)
         dgy = loss.tangent(step.y, call.support_y, dy)
         hvp, phi_part, _ = executor.backward_tangent(
             step.state, step.gradient, tangent, dgy, want_phi=want_phi, want_x=False
         )
-        adjoint = adjoint - hvp
-        gphi = gphi - phi_part if gphi is not None and phi_part is not None else gphi
+        adjoint = adjoint + hvp
+        gphi = gphi + phi_part if gphi is not None and phi_part is not None else gphi
     result.theta_grad = adjoint.mean(0)
     result.phi_grad = gphi / tasks if gphi is not None else None
-    if call.rates is not None and call.rates_gradient:
-        by_step = torch.stack(grates) if grates else call.rates.new_zeros(0, len(call.theta))
-        result.rates_grad = by_step if call.rates.ndim == 2 else by_step.sum(0)
+    if call.update is not None:
+        wanted = call.coefficients_gradient or [False] * len(update.coefficients)
+        columns = list(zip(*by_step, strict=True)) or [()] * len(wanted)
+        result.coefficient_grads = [
+            _reduced(column, like) if want else None
+            for column, like, want in zip(columns, update.coefficients, wanted, strict=True)
+        ]
+    elif call.rates is not None and call.rates_gradient:
+        steps_like = call.rates if call.rates.ndim == 2 else call.rates[None]
+        grads = _reduced([found.step for found in by_step], steps_like)
+        result.rates_grad = call.rate * grads.view_as(call.rates)
+
+
+def _reduced(by_step: Sequence[Any], like: Tensor) -> Tensor:
+    """Gradients ``[T, P]`` of each step as ``like [1 or K, 1 or P]``, means over tasks."""
+    if not by_step:
+        return torch.zeros_like(like)
+    total = torch.stack([g.mean(0) for g in by_step])
+    return total.sum_to_size(like.shape)

@@ -105,6 +105,13 @@ class Theta:
         packed: Tensor = Pack.apply(self.packing, rows)
         return packed
 
+    def like(self, other: Theta) -> Tensor:
+        """The values of ``other`` in the order of ``root``."""
+        same = None if self.packing is None else self.packing.packing
+        if (None if other.packing is None else other.packing.packing) == same:
+            return other.root
+        return self.ordered(other.rows)
+
     def on(self, executor: Executor) -> tuple[Executor, Tensor]:
         """``executor``, or its packed twin, with the rows that it takes."""
         twin = executor.packed
