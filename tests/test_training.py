@@ -185,7 +185,16 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, trainer, monke
     assert os.listdir(tmp_path) == ["run.pt"]
 
 
+@pytest.fixture
+def heeded():
+    """Ctrl-C as a terminal gives it: a process started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("heeded")
 def test_a_signal_finishes_the_update_and_saves(tmp_path, trainer, number):
     path = tmp_path / "run.pt"
     step = trainer.step
@@ -206,6 +215,7 @@ def test_a_signal_finishes_the_update_and_saves(tmp_path, trainer, number):
     assert_same(resumed, straight)
 
 
+@pytest.mark.usefixtures("heeded")
 def test_a_second_signal_stops_at_once(tmp_path, trainer):
     path = tmp_path / "run.pt"
     save_checkpoint(path, trainer)
@@ -214,6 +224,7 @@ def test_a_second_signal_stops_at_once(tmp_path, trainer):
         trainer.iteration += 1
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
+        return 1.0, None
 
     trainer.step = stuck
     with pytest.raises(KeyboardInterrupt):
