@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CORE_SOURCES := $(shell find csrc -type f)
-CLANG_FORMAT_SOURCES := $(filter %.h %.cpp %.cu %.cuh %.inc,$(CORE_SOURCES))
+CLANG_FORMAT_SOURCES := $(filter %.h %.cpp %.cu %.cuh %.inc,$(CORE_SOURCES) $(wildcard bench/kernels/*))
 
 .PHONY: demo test lint format bench core-test sanitize clean
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+_PEAK_TRIES = 7  # a neighbour that holds a core for a moment must not lower it
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -28,7 +29,7 @@ def environment(threads: int) -> dict[str, object]:
         "commit": commit(),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "variables": {k: v for k, v in os.environ.items() if k.startswith(("FASTMAML_", "OMP_"))},
-        "peak_gflops": round(core.fma_peak(threads), 1),
+        "peak_gflops": round(max(core.fma_peak(threads) for _ in range(_PEAK_TRIES)), 1),
     }
 
 

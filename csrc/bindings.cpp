@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <string>
 
 #include "cpu/kernels.h"
@@ -164,6 +165,10 @@ void meta_step(Program& self, std::uintptr_t theta, std::uintptr_t shared, std::
   self.meta_step(args);
 }
 
+bool same_bytes(std::uintptr_t a, std::uintptr_t b, std::size_t count) {
+  return count == 0 || std::memcmp(in(a), in(b), count) == 0;
+}
+
 py::dict info() {
   py::dict facts;
   const Kernels<float>& table = kernels<float>();
@@ -227,6 +232,8 @@ PYBIND11_MODULE(_core, module) {
 
   bind_sampler(module);
   module.def("info", &info, "What was built, and what this processor runs.");
+  module.def("same_bytes", &same_bytes, py::arg("a"), py::arg("b"), py::arg("count"), Unlocked(),
+             "Whether two pieces of memory hold the same.");
   module.def("fma_peak", &fma_peak, py::arg("threads") = 1, Unlocked(),
              "Measured GFLOP/s of float32 fused multiply-adds in registers.");
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +20,17 @@ class ModuleClone:
     """
 
     def __init__(self, learner: Learner) -> None:
-        self._learner = learner
+        self._layout = learner.layout
         self._base: nn.Module = learner._base.module
         self._copies: dict[int, nn.Module] = {}
         self._places = [
-            (id(module), leaf, learner._layout.aliases[f"{path}.{leaf}" if path else leaf])
+            (id(module), leaf, self._layout.aliases[f"{path}.{leaf}" if path else leaf])
             for path, module in self._base.named_modules(remove_duplicate=False)
             for leaf, parameter in module._parameters.items()
             if parameter is not None
         ]
         self.module = self._copy(self._base)
-        self._views: dict[str, Tensor] = {}
-        self.set_parameters()
+        self.set_parameters(learner)
 
     def _copy(self, module: nn.Module) -> nn.Module:
         if id(module) not in self._copies:
@@ -47,9 +47,9 @@ class ModuleClone:
                 copy.__dict__["_flat_weights"] = list(vars(module)["_flat_weights"])
         return self._copies[id(module)]
 
-    def set_parameters(self) -> None:
+    def set_parameters(self, learner: Learner) -> None:
         """Point every parameter at the learner's present values."""
-        self._views = self._learner.adapted_parameters()
+        self._views = learner.adapted_parameters()
         for key, leaf, name in self._places:
             copy = self._copies[key]
             copy.__dict__["_parameters"][leaf] = self._views[name]
@@ -58,7 +58,7 @@ class ModuleClone:
 
     def adapted_views(self) -> dict[str, Tensor]:
         """The present values of the adapted parameters."""
-        return {s.name: self._views[s.name] for s in self._learner._layout.group(adapted=True)}
+        return {s.name: self._views[s.name] for s in self._layout.group(adapted=True)}
 
     def modes(self) -> tuple[bool, ...]:
         """``training`` of every copy, in the order of the base's ``modules()``."""
@@ -85,16 +85,22 @@ class ModuleClone:
 
 
 class LazyClone(dict[str, Any]):
-    """A learner's ``_modules``: builds the clone when anything first looks inside."""
+    """A learner's ``_modules``: builds the clone when anything first looks inside.
+
+    It knows its learner weakly: in a cycle a learner, with the graph of its inner loop, would live
+    until the garbage collector comes by.
+    """
 
     def __init__(self, learner: Learner) -> None:
         super().__init__()
-        self._learner = learner
+        self._learner = weakref.ref(learner)
         self.built: ModuleClone | None = None
 
     def build(self) -> ModuleClone:
         if self.built is None:
-            self.built = ModuleClone(self._learner)
+            learner = self._learner()
+            assert learner is not None  # whose attribute this is
+            self.built = ModuleClone(learner)
             self["module"] = self.built.module
         return self.built
 

@@ -50,6 +50,16 @@ class Learner(BaseLearner):
     _theta: Theta
     _phi: Tensor
     _clone: LazyClone
+    _used: set[str]
+    _recorders: dict[int, Recorder]
+    lr: float | Tensor
+    tasks: int | None
+    first_order: bool
+    allow_unused: bool
+    allow_nograd: bool
+    steps_taken: int
+    moments: tuple[Theta | None, ...]
+    updates_statistics: bool
 
     def __init__(
         self,
@@ -64,20 +74,26 @@ class Learner(BaseLearner):
         allow_nograd: bool,
     ) -> None:
         super().__init__()
-        # past nn.Module's own bookkeeping: these are no submodules or parameters of the learner
+        # past nn.Module's slow __setattr__: none of these is the learner's submodule or parameter
+        clone = LazyClone(self)
         self.__dict__.update(
-            _base=base, _layout=layout, _theta=theta, _phi=phi, _clone=LazyClone(self), lr=base.lr
+            _base=base,
+            _layout=layout,
+            _theta=theta,
+            _phi=phi,
+            _clone=clone,
+            _modules=clone,
+            _used=set(),
+            _recorders={},
+            lr=base.lr,
+            tasks=tasks,
+            first_order=first_order,
+            allow_unused=allow_unused,
+            allow_nograd=allow_nograd,
+            steps_taken=0,  # by adapt()
+            moments=(),  # the state of an inner optimizer
+            updates_statistics=True,  # running statistics of batch norms, by calls
         )
-        self._modules = self._clone
-        self._used: set[str] = set()
-        self._recorders: dict[int, Recorder] = {}
-        self.tasks = tasks
-        self.first_order = first_order
-        self.allow_unused = allow_unused
-        self.allow_nograd = allow_nograd
-        self.steps_taken = 0  # by adapt()
-        self.moments: tuple[Theta | None, ...] = ()  # the state of an inner optimizer
-        self.updates_statistics = True  # running statistics of batch norms, by calls
 
     # --- running ------------------------------------------------------------------------------
 
@@ -93,7 +109,7 @@ class Learner(BaseLearner):
             self._used |= program.used
             y, statistics = program.run(self._theta, self._phi, x if self.tasks else x[None])
             self._record(program, statistics)
-            return y if self.tasks else y[0]
+            return y if self.tasks else y.squeeze(0)
         if self.tasks is None:
             with twice_differentiable(self.module):
                 return self.module(*args, **kwargs)
@@ -219,7 +235,7 @@ class Learner(BaseLearner):
         self.__dict__["_theta"] = theta
         self._used.clear()
         if self._clone.built is not None:
-            self._clone.built.set_parameters()
+            self._clone.built.set_parameters(self)
 
     def clone(
         self,

@@ -10,6 +10,7 @@ Three doors to one engine, all with the same exact second-order gradients::
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -83,6 +84,9 @@ class MAML(BaseLearner):
             inner.attach(self.layout())
             # not registered a second time: inner's own parameter, where it is learned
             self.__dict__["lr"] = inner.lr
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "recognised": None, "_layout": None}  # of this very module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module itself, with its own parameters."""
@@ -226,9 +230,16 @@ class MAML(BaseLearner):
 def _as_filter(adapt: AdaptFilter | Iterable[str] | None) -> AdaptFilter | None:
     if adapt is None or callable(adapt):
         return adapt
-    patterns = (adapt,) if isinstance(adapt, str) else tuple(adapt)
+    return _ByName((adapt,) if isinstance(adapt, str) else tuple(adapt))
 
-    def by_name(name: str, parameter: nn.Parameter) -> bool:
-        return any(name == p or name.startswith(f"{p}.") or fnmatchcase(name, p) for p in patterns)
 
-    return by_name
+@dataclass(frozen=True)
+class _ByName:
+    """Accepts parameters of these names, under these prefixes, or that fit these patterns."""
+
+    patterns: tuple[str, ...]
+
+    def __call__(self, name: str, parameter: nn.Parameter) -> bool:
+        return any(
+            name == p or name.startswith(f"{p}.") or fnmatchcase(name, p) for p in self.patterns
+        )

@@ -74,10 +74,11 @@ struct NormReluShape {
   Index images, height, width, window, channels;
 };
 // What forward leaves to the other passes. `origin` says where an output comes from: the winner's
-// place in its window, or -1 where the ReLU is off; with window 1 it is y itself, by its sign.
+// place in its window, or -1 where the ReLU is off; with window 1 it is not used, for the sign of
+// gamma * xhat + beta says as much and costs no memory.
 template <typename T>
 struct NormReluState {
-  const T *x, *gamma;
+  const T *x, *gamma, *beta;
   T *mean, *variance, *inv_std, *y, *origin;
 };
 // The same of a tangent: dx may be null; mean(dx) and mean(dx * xhat) are written by
@@ -155,8 +156,8 @@ struct Kernels {
 
   // --- y = max over windows of relu(batch norm(x)), statistics of the batch; what norm_* computes,
   // without the values in between. gx, gy, dgy, gamma, dgamma, dbeta as there.
-  void (*norm_relu_forward)(const NormReluShape& shape, const NormReluState<T>& state,
-                            const T* beta, T eps, Share share);
+  void (*norm_relu_forward)(const NormReluShape& shape, const NormReluState<T>& state, T eps,
+                            Share share);
   void (*norm_relu_backward)(const NormReluShape& shape, const NormReluState<T>& state, const T* gy,
                              T* gx, bool accumulate, T* ggamma, T* gbeta, Share share);
   void (*norm_relu_tangent)(const NormReluShape& shape, const NormReluState<T>& state,

@@ -40,7 +40,7 @@ FASTMAML_INLINE Index place_in_window(const NormReluShape& shape, int i) {
   return i / W * shape.width + i % W;
 }
 
-// Where one row of outputs came from.
+// Where one row of outputs came from; with W = 1: what it was before the ReLU.
 template <typename T, int NV, int W>
 struct Origin {
   Row<T, NV> from;
@@ -72,7 +72,7 @@ struct Panel {
   const NormReluShape& shape;
   const NormReluState<T>& state;
   Index ld, c;
-  R mean, inv_std, gamma;
+  R mean, inv_std, gamma, beta;
 
   FASTMAML_INLINE Panel(const NormReluShape& shape, const NormReluState<T>& state, Index c)
       : shape(shape),
@@ -81,14 +81,16 @@ struct Panel {
         c(c),
         mean(R::at(state.mean + c)),
         inv_std(R::at(state.inv_std + c)),
-        gamma(R::at_or(state.gamma ? state.gamma + c : nullptr, 1)) {}
+        gamma(R::at_or(state.gamma ? state.gamma + c : nullptr, 1)),
+        beta(R::at_or(state.beta ? state.beta + c : nullptr, 0)) {}
 
   FASTMAML_INLINE Index at(Index row) const { return row * ld + c; }
   FASTMAML_INLINE Index rows() const { return shape.images * shape.height * shape.width; }
   FASTMAML_INLINE R per_row() const { return R::fill(T(1) / static_cast<T>(rows())); }
   FASTMAML_INLINE R xhat(Index row) const { return (R::at(state.x + at(row)) - mean) * inv_std; }
+  FASTMAML_INLINE R normalised(Index row) const { return multiply_add(gamma, xhat(row), beta); }
   FASTMAML_INLINE Origin<T, NV, W> origin(Index out) const {
-    return {R::at((W == 1 ? state.y : state.origin) + at(out))};
+    return {W == 1 ? normalised(out) : R::at(state.origin + at(out))};
   }
   FASTMAML_INLINE Index place(int i) const { return place_in_window<W>(shape, i); }
   FASTMAML_INLINE Index outputs_in_line() const { return shape.width / W; }
@@ -152,13 +154,13 @@ FASTMAML_INLINE void for_window_panels(const NormReluShape& shape, Share share, 
 }
 
 template <typename T, int NV, int W>
-FASTMAML_INLINE void normalise_and_pool(const Panel<T, NV, W>& panel, const Row<T, NV>& beta) {
+FASTMAML_INLINE void normalise_and_pool(const Panel<T, NV, W>& panel) {
   using R = Row<T, NV>;
   for_lines<W>(panel.shape, [&](Index out, Index first) {
     for (Index q = 0; q < panel.outputs_in_line(); ++q) {
-      R best = multiply_add(panel.gamma, panel.xhat(first + q * W), beta), from = R::fill(0);
+      R best = panel.normalised(first + q * W), from = R::fill(0);
       for (int i = 1; i < W * W; ++i) {
-        const R value = multiply_add(panel.gamma, panel.xhat(first + q * W + panel.place(i)), beta);
+        const R value = panel.normalised(first + q * W + panel.place(i));
         for (int j = 0; j < NV; ++j) {
           const MaskVec<T> better = (value.v[j] > best.v[j]) | (value.v[j] != value.v[j]);
           best.v[j] = select<T>(better, value.v[j], best.v[j]);
@@ -179,8 +181,8 @@ FASTMAML_INLINE void normalise_and_pool(const Panel<T, NV, W>& panel, const Row<
 }  // namespace
 
 template <typename T>
-void norm_relu_forward(const NormReluShape& shape, const NormReluState<T>& state, const T* beta,
-                       T eps, Share share) {
+void norm_relu_forward(const NormReluShape& shape, const NormReluState<T>& state, T eps,
+                       Share share) {
   const Index rows = shape.images * shape.height * shape.width;
   const Index ld = padded_to_lanes<T>(shape.channels);
   for_window_panels<T>(shape, share, [&](auto* tag, Index c) {
@@ -191,7 +193,7 @@ void norm_relu_forward(const NormReluShape& shape, const NormReluState<T>& state
     stats.mean.put(state.mean + c);
     stats.variance.put(state.variance + c);
     inverse_std(stats.variance, eps).put(state.inv_std + c);
-    normalise_and_pool(P(shape, state, c), R::at_or(beta ? beta + c : nullptr, 0));
+    normalise_and_pool(P(shape, state, c));
   });
 }
 
@@ -312,8 +314,7 @@ void norm_relu_backward_tangent(const NormReluShape& shape, const NormReluState<
 }
 
 #define FASTMAML_INSTANTIATE(T)                                                                    \
-  template void norm_relu_forward<T>(const NormReluShape&, const NormReluState<T>&, const T*, T,   \
-                                     Share);                                                       \
+  template void norm_relu_forward<T>(const NormReluShape&, const NormReluState<T>&, T, Share);     \
   template void norm_relu_backward<T>(const NormReluShape&, const NormReluState<T>&, const T*, T*, \
                                       bool, T*, T*, Share);                                        \
   template void norm_relu_tangent<T>(const NormReluShape&, const NormReluState<T>&,                \

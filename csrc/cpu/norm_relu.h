@@ -7,8 +7,8 @@ namespace fastmaml {
 namespace FASTMAML_ISA {
 
 template <typename T>
-void norm_relu_forward(const NormReluShape& shape, const NormReluState<T>& state, const T* beta,
-                       T eps, Share share);
+void norm_relu_forward(const NormReluShape& shape, const NormReluState<T>& state, T eps,
+                       Share share);
 template <typename T>
 void norm_relu_backward(const NormReluShape& shape, const NormReluState<T>& state, const T* gy,
                         T* gx, bool accumulate, T* ggamma, T* gbeta, Share share);

@@ -186,14 +186,12 @@ class NormReluOp final : public AffineOp<T> {
     AffineOp<T>::reserve(kernels, batch, places);
     const Index width = padded(this->channels_, kernels.lanes);
     const Index outputs = (height_ / window_) * (width_ / window_);
-    places.saved.push_back(window_ == 1 ? batch.value[this->output]
-                                        : batch.reserve_value(batch.examples * outputs * width));
+    if (window_ > 1) places.saved.push_back(batch.reserve_value(batch.examples * outputs * width));
     places.tangent.push_back(batch.reserve_tangent(width));
   }
 
   void forward(Run<T>& run) const override {
-    run.kernels.norm_relu_forward(shape(run), state(run), run.weight(this->beta()), this->eps_,
-                                  run.share);
+    run.kernels.norm_relu_forward(shape(run), state(run), this->eps_, run.share);
   }
 
   void backward(Run<T>& run, Flow<T>& flow) const override {
@@ -229,9 +227,10 @@ class NormReluOp final : public AffineOp<T> {
     return {run.examples(), height_, width_, window_, this->channels_};
   }
   NormReluState<T> state(const Run<T>& run) const {
-    return {run.value(this->input()), run.weight(this->gamma()), this->mean(run),
-            this->variance(run),      this->inv_std(run),        run.value_out(this->output),
-            this->saved(run, 3)};
+    return {run.value(this->input()),    run.weight(this->gamma()),
+            run.weight(this->beta()),    this->mean(run),
+            this->variance(run),         this->inv_std(run),
+            run.value_out(this->output), window_ == 1 ? nullptr : this->saved(run, 3)};
   }
   NormReluTangent<T> moved(const Run<T>& run) const {
     return {run.tangent(this->input()), run.direction(this->gamma()), this->tangent_of(run, 1),

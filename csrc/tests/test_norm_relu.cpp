@@ -60,16 +60,17 @@ Results<T> fused(const Case<T>& c, int parts) {
   Values<T> origin = poisoned<T>(c.outputs * c.ld), mean_dx = poisoned<T>(c.ld), m = mean_dx;
   const NormReluState<T> state = {c.x.data(),
                                   c.parameter(c.gamma),
+                                  c.parameter(c.beta),
                                   r.mean.data(),
                                   r.variance.data(),
                                   r.inv_std.data(),
                                   r.y.data(),
-                                  c.shape.window == 1 ? r.y.data() : origin.data()};
+                                  c.shape.window == 1 ? nullptr : origin.data()};
   const NormReluTangent<T> tangent = {c.moving(c.dx), c.parameter(c.dgamma), mean_dx.data(),
                                       m.data()};
   for (int part = 0; part < parts; ++part) {
     const Share s{part, parts};
-    c.kernels.norm_relu_forward(c.shape, state, c.parameter(c.beta), T(kEps), s);
+    c.kernels.norm_relu_forward(c.shape, state, T(kEps), s);
     c.kernels.norm_relu_backward(c.shape, state, c.gy.data(), r.gx.data(), c.accumulate,
                                  r.ggamma.data(), r.gbeta.data(), s);
     c.kernels.norm_relu_tangent(c.shape, state, tangent, c.parameter(c.dbeta), r.dy.data(), s);

@@ -114,6 +114,9 @@ class PackedExecutor(Executor, Protocol):
     def takes(self, parameters: Sequence[Tensor]) -> bool:
         """Whether ``parameters`` are of its dtype and on its device."""
 
+    def holds(self, flat: Tensor, parameters: Sequence[Tensor]) -> bool:
+        """Whether ``flat [P]`` is ``parameters`` one after the other, to the last bit."""
+
     def pack(self, rows: Tensor) -> Tensor:
         """``[T, P]`` in torch's order to ``[T, K]``."""
 

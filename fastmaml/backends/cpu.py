@@ -70,6 +70,14 @@ class CpuExecutor:
     def takes(self, parameters: Sequence[Tensor]) -> bool:
         return all(p.dtype == self._dtype and p.is_cpu for p in parameters)
 
+    def holds(self, flat: Tensor, parameters: Sequence[Tensor]) -> bool:
+        place = flat.data_ptr()
+        for p in parameters:
+            if not (p.is_contiguous() and _core.same_bytes(place, p.data_ptr(), p.nbytes)):
+                return False
+            place += p.nbytes
+        return True
+
     def pack(self, rows: Tensor) -> Tensor:
         rows = rows.contiguous()
         packed = rows.new_empty(len(rows), self._program.packed_theta_size)

@@ -19,7 +19,7 @@ from fastmaml.program.functional import FunctionalProgram
 from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.statistics import RunningStatistics
-from fastmaml.program.theta import Theta
+from fastmaml.program.theta import Start, Theta
 from fastmaml.program.trace import NotCovered
 
 _CACHED_PROGRAMS = 16  # per module: modes, input shapes, dtypes
@@ -82,13 +82,25 @@ class ProgramCache:
         self._programs: OrderedDict[Signature, tuple[Program, object]] = OrderedDict()
         self._warned: set[str] = set()
         self._latest: NativeProgram | None = None
+        self._start: Start | None = None
+
+    def __getstate__(self) -> dict[str, nn.Module]:
+        return {"module": self._module}  # copies of the module find their programs themselves
+
+    def __setstate__(self, state: dict[str, nn.Module]) -> None:
+        type(self).__init__(self, **state)
 
     def start(self, layout: ParameterLayout) -> Theta:
         """The module's parameters, packed as the program that ran last reads them."""
         latest = self._latest
         fits = latest is not None and latest.layout.slots == layout.slots
         packing = latest.executor.packed if latest is not None and fits else None
-        return Theta.of_parameters(layout, packing)
+        parameters = layout.adapted_parameters
+        if packing is None or not parameters or not packing.takes(parameters):
+            return Theta.of_tensors(layout, parameters, None)
+        if self._start is None or not self._start.serves(layout, packing):
+            self._start = Start(layout, packing)
+        return self._start.theta
 
     def find(
         self,

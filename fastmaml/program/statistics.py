@@ -110,16 +110,20 @@ class RunningStatistics:
         self, momentum: float | None, uses: int, norms: list[_Norm], rows: Tensor
     ) -> None:
         """Norms of one momentum, each used ``uses`` times per call: a call is so many rows."""
-        order = [n.columns[use] for use in range(uses) for n in norms]
-        parts = torch.cat([rows[:, c] for c in order], 1) if len(self._norms) > 1 else rows
-        series = parts.reshape(len(rows) * uses, -1)
-        keep, sums = _weighted(momentum, norms[0].count(), series)
+        if uses > 1 or len(norms) < len(self._norms):
+            order = [n.columns[use] for use in range(uses) for n in norms]
+            rows = torch.cat([rows[:, c] for c in order], 1).view(len(rows) * uses, -1)
         buffers = [b for n in norms for b in n.buffers()]
-        torch._foreach_mul_(buffers, keep)
-        torch._foreach_add_(buffers, list(sums.to(buffers[0]).split([len(b) for b in buffers])))
+        sizes = [len(b) for b in buffers]
+        if momentum is not None and len(rows) == 1:
+            torch._foreach_lerp_(buffers, list(rows[0].to(buffers[0]).split(sizes)), momentum)
+        else:
+            keep, sums = _weighted(momentum, norms[0].count(), rows)
+            torch._foreach_mul_(buffers, keep)
+            torch._foreach_add_(buffers, list(sums.to(buffers[0]).split(sizes)))
         counts = [count for n in norms if (count := n.count()) is not None]
         if counts:
-            torch._foreach_add_(counts, len(series))
+            torch._foreach_add_(counts, len(rows))
 
 
 def _weighted(momentum: float | None, count: Tensor | None, series: Tensor) -> tuple[float, Tensor]:
@@ -128,8 +132,6 @@ def _weighted(momentum: float | None, count: Tensor | None, series: Tensor) -> t
     if momentum is None:
         seen = 0 if count is None else int(count)
         return seen / (seen + calls), series.sum(0) / (seen + calls)
-    if calls == 1:
-        return 1 - momentum, momentum * series[0]
     ages = torch.arange(calls - 1, -1, -1, device=series.device, dtype=series.dtype)
     return (1 - momentum) ** calls, (momentum * (1 - momentum) ** ages) @ series
 

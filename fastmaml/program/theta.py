@@ -40,19 +40,25 @@ class Unpack(Function):
 
 
 class PackParameters(Function):
-    """Tensors like a module's adapted parameters as one packed row ``[1, K]``, by one node."""
+    """Tensors like a module's adapted parameters, given also as ``flat [P]``, as one packed row
+    ``[1, K]``. The node keeps no tensors: any number of graphs may go back through it.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, executor: PackedExecutor, layout: ParameterLayout, *parameters: Tensor
+        ctx: Any,
+        executor: PackedExecutor,
+        layout: ParameterLayout,
+        flat: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
         ctx.executor, ctx.layout = executor, layout
-        return executor.pack(torch.cat([p.reshape(-1) for p in parameters])[None])
+        return executor.pack(flat[None])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat = Unpack.apply(ctx.executor, grad)[0]
-        return None, None, *ctx.layout.parts(flat)
+        return None, None, None, *ctx.layout.parts(flat)
 
 
 class Theta:
@@ -67,18 +73,15 @@ class Theta:
         self._rows = root if packing is None else None
 
     @classmethod
-    def of_parameters(cls, layout: ParameterLayout, packing: PackedExecutor | None) -> Theta:
-        """The module's own parameters as one row, packed where ``packing`` can."""
-        return cls.of_tensors(layout, layout.adapted_parameters, packing)
-
-    @classmethod
     def of_tensors(
         cls, layout: ParameterLayout, tensors: Sequence[Tensor], packing: PackedExecutor | None
     ) -> Theta:
         """Tensors like the adapted parameters as one row, packed where ``packing`` can."""
         if packing is None or not packing.takes(tensors) or not tensors:
             return cls(layout.flat(tensors)[None])
-        return cls(PackParameters.apply(packing, layout, *tensors), packing)
+        with torch.no_grad():
+            flat = layout.flat(tensors)
+        return cls(PackParameters.apply(packing, layout, flat, *tensors), packing)
 
     def expand(self, tasks: int) -> Theta:
         """One row for each of ``tasks`` tasks."""
@@ -118,3 +121,32 @@ class Theta:
         if self.packing is None or twin is None or twin.packing != self.packing.packing:
             return executor, self.rows
         return twin, self.root
+
+
+class Start:
+    """A module's own parameters as a packed row, for all learners that start from it.
+
+    Packed anew only where a parameter has changed, however it was written. A meta-batch's gradients
+    then meet in packed order, and are unpacked once.
+    """
+
+    def __init__(self, layout: ParameterLayout, packing: PackedExecutor) -> None:
+        self._layout, self._packing = layout, packing
+        self._modes = _grad_modes()
+        parameters = layout.adapted_parameters
+        with torch.no_grad():
+            self._flat = layout.flat(parameters)
+        self.theta = Theta(PackParameters.apply(packing, layout, self._flat, *parameters), packing)
+
+    def serves(self, layout: ParameterLayout, packing: PackedExecutor) -> bool:
+        """Whether a start made now would be the same."""
+        return (
+            layout is self._layout
+            and packing is self._packing
+            and self._modes == _grad_modes()
+            and packing.holds(self._flat, layout.adapted_parameters)
+        )
+
+
+def _grad_modes() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()

@@ -1,12 +1,9 @@
 // GFLOP/s of the dense kernels, in useful multiplications, and the share of the measured peak of
-// fused multiply-adds. Usage: bench_kernels [isa ...]
-#include <algorithm>
+// fused multiply-adds. Usage: bench_rates [isa ...]
 #include <cstdio>
-#include <ctime>
 #include <string>
-#include <vector>
 
-#include "kernels.h"
+#include "measure.h"
 
 namespace {
 
@@ -15,54 +12,10 @@ using fastmaml::ConvPlan;
 using fastmaml::Index;
 using fastmaml::Kernels;
 using fastmaml::padded;
-
-// Of this process: what others do on the machine meanwhile does not count.
-double seconds() { return static_cast<double>(std::clock()) / CLOCKS_PER_SEC; }
-
-struct Rate {
-  double gflops, share;  // of the measured peak
-};
-
-// The fastest of many short batches, which take turns with short batches of the peak: clocks wander
-// and neighbours come and go.
-template <typename Call>
-Rate measure(const Kernels<float>& k, double flop, Call call) {
-  constexpr double kBatch = 5e-4;
-  constexpr int kBatches = 100;
-  constexpr Index kRounds = 20000;
-  call();
-  double start = seconds();
-  call();
-  const int calls = static_cast<int>(kBatch / (seconds() - start + 1e-6)) + 1;
-  double best = 0, peak = 0;
-  for (int batch = 0; batch < kBatches; ++batch) {
-    start = seconds();
-    for (int i = 0; i < calls; ++i) call();
-    best = std::max(best, flop * calls / (seconds() - start));
-    start = seconds();
-    const double peak_flop = k.fma_rounds(kRounds);
-    peak = std::max(peak, peak_flop / (seconds() - start));
-  }
-  return {best / 1e9, best / peak};
-}
-
-// Vector-aligned memory with small values in it.
-class Buffer {
- public:
-  explicit Buffer(Index count) : storage_(static_cast<std::size_t>(count) + 16) {
-    for (std::size_t i = 0; i < storage_.size(); ++i)
-      storage_[i] = 0.01f * static_cast<float>(i % 97);
-    const auto address = reinterpret_cast<std::uintptr_t>(storage_.data());
-    start_ = storage_.data() + (64 - address % 64) % 64 / sizeof(float);
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  float* data() { return start_; }
-
- private:
-  std::vector<float> storage_;
-  float* start_;
-};
+using fastmaml::bench::Buffer;
+using fastmaml::bench::measure;
+using fastmaml::bench::Rate;
+using fastmaml::bench::useful_flop;
 
 template <typename Call>
 void print(const Kernels<float>& k, double flop, Call call) {
@@ -74,19 +27,6 @@ struct Shape {
   int in, out, size, stride;
   Index images;
 };
-
-double useful_flop(const ConvGeometry& g, Index images) {
-  double products = 0;
-  for (int axis_h = 0; axis_h < g.out_height * g.kernel_h; ++axis_h) {
-    const int h = axis_h / g.kernel_h * g.stride_h + axis_h % g.kernel_h - g.pad_h;
-    if (h < 0 || h >= g.height) continue;
-    for (int axis_w = 0; axis_w < g.out_width * g.kernel_w; ++axis_w) {
-      const int w = axis_w / g.kernel_w * g.stride_w + axis_w % g.kernel_w - g.pad_w;
-      if (w >= 0 && w < g.width) products += 1;
-    }
-  }
-  return 2 * products * static_cast<double>(images) * g.in_channels * g.out_channels;
-}
 
 void bench_conv(const Kernels<float>& k, const Shape& s) {
   const int out_size = (s.size - 1) / s.stride + 1;
