@@ -127,14 +127,27 @@ void backward_tangent(Program& self, Context& context, Gradient& gradient, Tange
                         {in(dgy), out(dgtheta), out(dgshared), out(dgx), threads});
 }
 
+using Coefficient = std::tuple<std::uintptr_t, Index, bool, std::uintptr_t>;
+
+InnerUpdateArgs inner_update(bool momentum, bool nesterov, bool second_moment, bool normalise_first,
+                             double clip_norm, double clip_value,
+                             const std::vector<Coefficient>& coefficients) {
+  InnerUpdateArgs update{momentum,   nesterov, second_moment, normalise_first, clip_norm,
+                         clip_value, {}};
+  for (const auto& [values, rows, each, gradient] : coefficients) {
+    update.coefficients.push_back({in(values), rows, each, out(gradient)});
+  }
+  return update;
+}
+
 void meta_step(Program& self, std::uintptr_t theta, std::uintptr_t shared, std::uintptr_t buffers,
                std::uintptr_t support_x, std::uintptr_t support_y, Index support_examples,
                std::uintptr_t query_x, std::uintptr_t query_y, Index query_examples, Index tasks,
                Index steps, const std::string& loss, bool first_order, double rate,
-               std::uintptr_t rates, Index rate_steps, std::uintptr_t losses, std::uintptr_t gtheta,
-               std::uintptr_t gshared, std::uintptr_t grates, std::uintptr_t stats,
-               std::uintptr_t adapted, std::uintptr_t predictions, int threads,
-               std::size_t memory_budget_bytes) {
+               std::uintptr_t rates, Index rate_steps, const InnerUpdateArgs* update,
+               std::uintptr_t losses, std::uintptr_t gtheta, std::uintptr_t gshared,
+               std::uintptr_t grates, std::uintptr_t stats, std::uintptr_t adapted,
+               std::uintptr_t predictions, int threads, std::size_t memory_budget_bytes) {
   MetaStepArgs args;
   args.theta = in(theta);
   args.shared = in(shared);
@@ -152,6 +165,7 @@ void meta_step(Program& self, std::uintptr_t theta, std::uintptr_t shared, std::
   args.rate = rate;
   args.rates = in(rates);
   args.rate_steps = rate_steps;
+  args.update = update;
   args.losses = out(losses);
   args.gtheta = out(gtheta);
   args.gshared = out(gshared);
@@ -190,6 +204,11 @@ PYBIND11_MODULE(_core, module) {
   py::class_<Gradient, std::shared_ptr<Gradient>>(module, "Gradient");
   py::class_<Tangent, std::shared_ptr<Tangent>>(module, "Tangent");
 
+  py::class_<InnerUpdateArgs>(module, "InnerUpdate")
+      .def(py::init(&inner_update), py::kw_only(), py::arg("momentum"), py::arg("nesterov"),
+           py::arg("second_moment"), py::arg("normalise_first"), py::arg("clip_norm"),
+           py::arg("clip_value"), py::arg("coefficients"));
+
   py::class_<Program, std::shared_ptr<Program>>(module, "Program")
       .def(py::init(&program), py::arg("dtype"), py::arg("values"), py::arg("ops"),
            py::arg("slots"), py::arg("buffers"), py::arg("output"), py::kw_only(),
@@ -225,9 +244,9 @@ PYBIND11_MODULE(_core, module) {
            py::arg("support_examples"), py::arg("query_x"), py::arg("query_y"),
            py::arg("query_examples"), py::arg("tasks"), py::arg("steps"), py::arg("loss"),
            py::arg("first_order"), py::arg("rate"), py::arg("rates") = 0, py::arg("rate_steps") = 1,
-           py::arg("losses") = 0, py::arg("gtheta") = 0, py::arg("gshared") = 0,
-           py::arg("grates") = 0, py::arg("stats") = 0, py::arg("adapted") = 0,
-           py::arg("predictions") = 0, py::arg("threads") = 1,
+           py::arg("update") = nullptr, py::arg("losses") = 0, py::arg("gtheta") = 0,
+           py::arg("gshared") = 0, py::arg("grates") = 0, py::arg("stats") = 0,
+           py::arg("adapted") = 0, py::arg("predictions") = 0, py::arg("threads") = 1,
            py::arg("memory_budget_bytes") = std::size_t{1} << 30);
 
   bind_sampler(module);

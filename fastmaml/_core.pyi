@@ -105,6 +105,7 @@ class Program:
         rate: float,
         rates: int = 0,
         rate_steps: int = 1,
+        update: InnerUpdate | None = None,
         losses: int = 0,
         gtheta: int = 0,
         gshared: int = 0,
@@ -114,6 +115,19 @@ class Program:
         predictions: int = 0,
         threads: int = 1,
         memory_budget_bytes: int = ...,
+    ) -> None: ...
+
+class InnerUpdate:
+    def __init__(
+        self,
+        *,
+        momentum: bool,
+        nesterov: bool,
+        second_moment: bool,
+        normalise_first: bool,
+        clip_norm: float,
+        clip_value: float,
+        coefficients: Sequence[tuple[int, int, bool, int]],
     ) -> None: ...
 
 class BatchMemory:

@@ -32,7 +32,7 @@ def meta_loss(
         layout, theta, phi = maml.packed()
     batch, program, kind = _recognised(maml, layout, theta, batch, loss)
     rates = maml.fused_rates(layout, theta, steps)
-    if program is None or rates is None or not _runs(program, rates):
+    if program is None or rates is None:
         return _by_autograd(maml, batch, steps, loss, order)
     call = _call(program, batch, steps, kind, theta, phi, rates, order)
     if torch.is_grad_enabled():
@@ -50,11 +50,6 @@ def meta_loss(
 
 
 FusedRates = tuple[float, Tensor | None]  # a factor, and factors [P] or [steps, P] on it
-
-
-def _runs(program: NativeProgram, inner: FusedRates | FusedUpdate) -> bool:
-    """Whether the program's executor takes such inner steps."""
-    return not isinstance(inner, FusedUpdate) or program.executor.name == "reference"
 
 
 class Recognised(NamedTuple):
@@ -174,12 +169,7 @@ def adapted(maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss) -> Adapted
     program = maml.current_program(layout, batch.support_x)
     kind = built_in(loss)
     rates = maml.fused_rates(layout, theta, steps)
-    if (
-        isinstance(program, NativeProgram)
-        and kind is not None
-        and rates is not None
-        and _runs(program, rates)
-    ):
+    if isinstance(program, NativeProgram) and kind is not None and rates is not None:
         _check(program, batch, kind)
         call = _call(program, batch, steps, kind, theta, phi, rates)
         call.query_y = None

@@ -89,6 +89,46 @@ struct NormReluTangent {
   T *mean_dx, *mean_dx_xhat;
 };
 
+// The coefficients of the inner update rule, see fastmaml/program/updates.py.
+enum InnerCoefficient : int {
+  kInnerStep,
+  kInnerShrink,
+  kInnerL2,
+  kInnerKeepM,
+  kInnerTakeM,
+  kInnerKeepV,
+  kInnerTakeV,
+  kInnerScale,
+  kInnerEps,
+  kInnerCoefficients
+};
+// Sums over elements are sums of sums over so many: they do not depend on how work is shared.
+constexpr Index kInnerBlock = 1024;
+
+// One inner step of one task: what the rule reads. Elements come in whole vectors.
+template <typename T>
+struct InnerStep {
+  bool nesterov = false, second_moment = false, normalise_first = false;
+  T clip_factor = 1;  // on the gradient, before
+  T clip_value = 0;   // its bound; infinity for none
+  const T* coefficients[kInnerCoefficients] = {};
+  bool each[kInnerCoefficients] = {};  // one for each element, or one for all
+  const T* theta = nullptr;
+  const T* gradient = nullptr;
+  const T* m = nullptr;  // null: zeros
+  const T* v = nullptr;
+};
+template <typename T>
+struct InnerAdjoint {
+  T* theta = nullptr;                // cotangent on theta', becomes the one on theta
+  T *m = nullptr, *v = nullptr;      // likewise of the moments; null where the rule has none
+  bool has_moments = false;          // false: the cotangents on the new moments are zero
+  T* gradient = nullptr;             // cotangent on the gradient, but for the bend of `clip_factor`
+  T* each[kInnerCoefficients] = {};  // gradients of coefficients, added to; null: not wanted
+  T* sums[kInnerCoefficients] = {};  // the same summed over each block, written
+  T* along = nullptr;                // per block <cotangent on the clipped gradient, gradient>
+};
+
 template <typename T>
 struct Kernels {
   const char* isa;  // "avx512", "avx2", "portable"
@@ -184,6 +224,14 @@ struct Kernels {
                 Share share);
   // out = x + a * rate[i] * g[i]; rate may be null (one).
   void (*update)(Index count, T a, const T* rate, const T* x, const T* g, T* out, Share share);
+
+  // --- the inner update rule, over `count` elements, whole vectors ------------------------------
+  // Writes theta' and, unless null, the new moments.
+  void (*inner_update)(Index count, const InnerStep<T>& step, T* theta, T* m, T* v, Share share);
+  void (*inner_adjoint)(Index count, const InnerStep<T>& step, const InnerAdjoint<T>& adjoint,
+                        Share share);
+  // Per block of kInnerBlock elements: sum of a * b.
+  void (*block_products)(Index count, const T* a, const T* b, T* sums, Share share);
 
   // --- pooling: argmax holds the input position of each output element; x, y rows of `ld`
   // ----------

@@ -1,6 +1,7 @@
 // The native program: the four operations (program.cpp) and the meta-step (program_meta.cpp).
 #pragma once
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -35,6 +36,7 @@ class GroupSums {
       : groups_(groups), width_(width), rows_(memory.take<T>(groups * width)) {}
 
   T* row(Index group) const { return rows_.get() + group * width_; }
+  void clear() const { std::fill(row(0), row(groups_), T(0)); }
   // Adds all rows to the first.
   const T* total(const Kernels<T>& kernels, int threads) const;
 

@@ -6,9 +6,14 @@
 //
 // H v is a tangent followed by a backward_tangent (Pearlmutter 1994). Everything stays in packed
 // layout; only the sums over tasks are unpacked.
+//
+// With an inner update rule (program_inner.h) the rule's adjoint stands for A: it turns
+// lambda_{k+1} into what the Hessian product is taken of, and into the part of lambda_k beside that
+// product.
 #include <algorithm>
+#include <optional>
 
-#include "cpu/program.h"
+#include "cpu/program_inner.h"
 
 namespace fastmaml {
 
@@ -34,6 +39,7 @@ class MetaStep {
     std::shared_ptr<T> support_input, query_input;
     std::shared_ptr<T> adjoint, product, direction, direction_transposed, phi;
     StepMemory query;
+    typename InnerUpdates<T>::Workspace inner;
     std::shared_ptr<T> tangents, second_gradients;
   };
 
@@ -51,6 +57,7 @@ class MetaStep {
 
   void allocate();
   void take(Workspace& work) const;
+  std::shared_ptr<T> take_theta() const;
   StepMemory take_step(const BatchPlan<T>& batch, Sources sources) const;
   Index step_bytes() const;
 
@@ -73,7 +80,7 @@ class MetaStep {
     return work.steps[std::max<Index>(0, k - first_saved_)];
   }
   T* step_gradient(const Member& member, Index k) const {
-    const Index slot = args_.grates == nullptr ? 0 : std::max<Index>(0, k - first_saved_);
+    const Index slot = !keeps_gradients() ? 0 : std::max<Index>(0, k - first_saved_);
     return member.work->step_gradients[slot].get();
   }
   const T* rates_at(Index k) const {
@@ -81,8 +88,11 @@ class MetaStep {
   }
   Index rate_row(Index k) const { return args_.rate_steps == 1 ? 0 : k; }
   bool wants_gradient() const {
-    return args_.gtheta != nullptr || args_.gshared != nullptr || args_.grates != nullptr;
+    return args_.gtheta != nullptr || args_.gshared != nullptr || args_.grates != nullptr ||
+           (updates_ && updates_->wants_gradient());
   }
+  // The adjoint needs the inner gradients themselves.
+  bool keeps_gradients() const { return args_.grates != nullptr || updates_; }
   Index stats_rows() const { return args_.steps + (args_.query_examples > 0 ? 1 : 0); }
   T* stats_row(Index task, Index row) const {
     auto* stats = static_cast<T*>(args_.stats);
@@ -94,7 +104,7 @@ class MetaStep {
   const Plan<T>& plan_;
   const Kernels<T>& kernels_;
   const Loss loss_;
-  const T rate_;
+  const T rate_;  // minus the factor of Hessian products: with a rule, it is in the direction
   const Index theta_size_, phi_size_;  // packed
   const Sources outer_;                // what the meta-gradient is taken with respect to
   TaskGroups groups_;
@@ -104,6 +114,7 @@ class MetaStep {
   std::shared_ptr<const BatchPlan<T>> support_batch_, query_batch_;
   PackedParameters<T> start_;
   std::shared_ptr<T> buffers_, rates_;
+  std::optional<InnerUpdates<T>> updates_;
   std::vector<Workspace> workspaces_;
   GroupSums<T> theta_sums_, phi_sums_, rates_sums_;
 };
@@ -115,7 +126,7 @@ MetaStep<T>::MetaStep(NativeProgram<T>& program, const MetaStepArgs& args)
       plan_(program.plan()),
       kernels_(*plan_.kernels),
       loss_(args.loss == TaskLoss::kCrossEntropy ? Loss::kCrossEntropy : Loss::kMeanSquaredError),
-      rate_(static_cast<T>(args.rate)),
+      rate_(args.update == nullptr ? static_cast<T>(args.rate) : T(-1)),
       theta_size_(plan_.theta.packed_size()),
       phi_size_(plan_.phi.packed_size()),
       outer_(kTheta | (args.gshared != nullptr && phi_size_ > 0 ? kPhi : 0)),
@@ -133,7 +144,7 @@ MetaStep<T>::MetaStep(NativeProgram<T>& program, const MetaStepArgs& args)
 
 template <typename T>
 Index MetaStep<T>::step_bytes() const {
-  const Index gradients = args_.grates == nullptr ? 0 : theta_size_;
+  const Index gradients = keeps_gradients() ? theta_size_ : 0;
   return static_cast<Index>(sizeof(T)) *
          (support_batch_->value_size + gradient_region_size(plan_, *support_batch_, outer_) +
           plan_.theta.transposed_size() + gradients);
@@ -142,9 +153,10 @@ Index MetaStep<T>::step_bytes() const {
 template <typename T>
 void MetaStep<T>::allocate() {
   ArenaPool& memory = program_.memory();
+  if (args_.update != nullptr) updates_.emplace(plan_, memory, args_, groups_.count());
   const Index affordable =
       static_cast<Index>(args_.memory_budget_bytes) / (teams_ * std::max<Index>(1, step_bytes()));
-  const bool returns = wants_gradient() && (!args_.first_order || args_.grates != nullptr);
+  const bool returns = wants_gradient() && (!args_.first_order || keeps_gradients());
   const Index saved = returns ? std::max<Index>(1, std::min(args_.steps, affordable)) : 1;
   first_saved_ = std::max<Index>(0, args_.steps - saved);
   if (args_.rates != nullptr) {
@@ -173,16 +185,23 @@ typename MetaStep<T>::StepMemory MetaStep<T>::take_step(const BatchPlan<T>& batc
           memory.take<T>(plan_.theta.transposed_size())};
 }
 
+// What kernels do not write is zero: it takes part in sums over all elements.
+template <typename T>
+std::shared_ptr<T> MetaStep<T>::take_theta() const {
+  std::shared_ptr<T> theta = program_.memory().template take<T>(theta_size_);
+  if (theta != nullptr) plan_.theta.clear_gaps(theta.get());
+  return theta;
+}
+
 template <typename T>
 void MetaStep<T>::take(Workspace& work) const {
   ArenaPool& memory = program_.memory();
   const Index saved = args_.steps - first_saved_;
   for (Index i = 0; i < saved; ++i) work.steps.push_back(take_step(*support_batch_, outer_));
   for (Index k = 0; k < args_.steps; ++k) work.thetas.push_back(memory.take<T>(theta_size_));
-  const Index gradients = args_.steps == 0 ? 0 : args_.grates == nullptr ? 1 : saved;
-  for (Index i = 0; i < gradients; ++i) {
-    work.step_gradients.push_back(memory.take<T>(theta_size_));
-  }
+  const Index gradients = args_.steps == 0 ? 0 : keeps_gradients() ? saved : 1;
+  for (Index i = 0; i < gradients; ++i) work.step_gradients.push_back(take_theta());
+  if (updates_) work.inner = updates_->workspace(memory);
   if (!plan_.input_from_torch.empty()) {
     work.support_input = memory.take<T>(support_batch_->examples * plan_.storages[0].size);
     work.query_input = memory.take<T>(query_batch_->examples * plan_.storages[0].size);
@@ -194,11 +213,12 @@ void MetaStep<T>::take(Workspace& work) const {
     return;
   }
   work.query = take_step(*query_batch_, outer_);
-  work.adjoint = memory.take<T>(theta_size_);
+  work.adjoint = take_theta();
   work.phi = memory.take<T>((outer_ & kPhi) != 0 ? phi_size_ : 0);
-  if (args_.first_order || args_.steps == 0) return;
-  work.product = memory.take<T>(theta_size_);
-  work.direction = memory.take<T>(rates_ == nullptr ? 0 : theta_size_);
+  if (args_.steps == 0) return;
+  if (rates_ != nullptr || updates_) work.direction = memory.take<T>(theta_size_);
+  if (args_.first_order) return;
+  work.product = take_theta();
   work.direction_transposed = memory.take<T>(plan_.theta.transposed_size());
   work.tangents = memory.take<T>(support_batch_->tangent_size);
   work.second_gradients = memory.take<T>(gradient_region_size(plan_, *support_batch_, outer_));
@@ -231,6 +251,7 @@ void MetaStep<T>::run() {
   store(plan_.theta, theta_sums_, 1, args_.gtheta);
   store(plan_.phi, phi_sums_, 1, args_.gshared);
   store(plan_.theta, rates_sums_, args_.rate_steps, args_.grates);
+  if (updates_) updates_->store_gradients(args_.threads);
 }
 
 template <typename T>
@@ -249,8 +270,13 @@ void MetaStep<T>::run_task(Member& member) const {
   if (!wants_gradient()) return;
   const bool second_order = !args_.first_order;
   for (Index k = args_.steps - 1; k >= 0; --k) {
-    if (k < first_saved_ && (second_order || args_.grates != nullptr)) replay(member, k);
+    if (k < first_saved_ && (second_order || keeps_gradients())) replay(member, k);
     if (args_.grates != nullptr) add_rates_gradient(member, k);
+    if (updates_) {
+      Workspace& work = *member.work;
+      updates_->adjoint(member.support, work.inner, k, member.group, theta_at(member, k),
+                        step_gradient(member, k), work.adjoint.get(), work.direction.get());
+    }
     if (second_order) adjoint_step(member, k);
   }
   finish_task(member, second_order && args_.steps > 0);
@@ -327,8 +353,13 @@ void MetaStep<T>::inner_step(Member& member, Index k) const {
   replay(member, k);
   Run<T>& run = member.support;
   store_stats(run, stats_row(member.task, k));
-  kernels_.update(theta_size_, -rate_, rates_at(k), theta_at(member, k), step_gradient(member, k),
-                  member.work->thetas[k].get(), run.share);
+  T* next = member.work->thetas[k].get();
+  const T *theta = theta_at(member, k), *gradient = step_gradient(member, k);
+  if (updates_) {
+    updates_->step(run, member.work->inner, k, theta, gradient, next);
+  } else {
+    kernels_.update(theta_size_, -rate_, rates_at(k), theta, gradient, next, run.share);
+  }
   run.sync();
 }
 
@@ -392,6 +423,7 @@ void MetaStep<T>::add_rates_gradient(Member& member, Index k) const {
 template <typename T>
 const T* MetaStep<T>::direction(Member& member, Index k) const {
   const T* adjoint = member.work->adjoint.get();
+  if (updates_) return member.work->direction.get();
   const T* rates = rates_at(k);
   if (rates == nullptr) return adjoint;
   T* out = member.work->direction.get();

@@ -1,4 +1,5 @@
 // What a meta-step's arguments must be.
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -10,6 +11,14 @@ namespace {
 
 void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
+}
+
+bool wants_gradient(const MetaStepArgs& args) {
+  if (args.gtheta != nullptr || args.gshared != nullptr || args.grates != nullptr) return true;
+  if (args.update == nullptr) return false;
+  const auto& coefficients = args.update->coefficients;
+  return std::any_of(coefficients.begin(), coefficients.end(),
+                     [](const InnerCoefficientArgs& c) { return c.gradient != nullptr; });
 }
 
 void check_labels(const void* labels, Index count, Index per_task, Index classes,
@@ -24,6 +33,20 @@ void check_labels(const void* labels, Index count, Index per_task, Index classes
   }
 }
 
+void check_update(const InnerUpdateArgs& update, const MetaStepArgs& args) {
+  require(args.rates == nullptr && args.grates == nullptr,
+          "rates must not be given with an update, which has coefficients of its own");
+  require(update.coefficients.size() == kInnerCoefficients,
+          "update must have as many coefficients as the rule");
+  require(update.clip_norm >= 0 && update.clip_value >= 0,
+          "clip_norm and clip_value must not be negative");
+  for (const InnerCoefficientArgs& c : update.coefficients) {
+    require(c.values != nullptr, "update must have values for each coefficient");
+    require(c.rows == 1 || c.rows == args.steps,
+            "update must have one row of a coefficient, or one for each step");
+  }
+}
+
 }  // namespace
 
 void check_meta_step(const MetaStepArgs& args, const ProgramSizes& sizes, Index output_rows,
@@ -33,7 +56,7 @@ void check_meta_step(const MetaStepArgs& args, const ProgramSizes& sizes, Index 
   require(args.theta != nullptr || sizes.theta == 0, "theta must be given");
   require(args.shared != nullptr || sizes.shared == 0, "shared must be given");
   require(args.buffers != nullptr || sizes.buffers == 0, "buffers must be given");
-  const bool gradient = args.gtheta != nullptr || args.gshared != nullptr || args.grates != nullptr;
+  const bool gradient = wants_gradient(args);
   if (args.steps > 0) {
     require(args.support_examples > 0 && args.support_x != nullptr && args.support_y != nullptr,
             "support_x and support_y must hold at least one example per task");
@@ -46,6 +69,7 @@ void check_meta_step(const MetaStepArgs& args, const ProgramSizes& sizes, Index 
     require(!gradient && args.losses == nullptr && args.predictions == nullptr,
             "query_examples must be at least 1 where losses, predictions or gradients are wanted");
   }
+  if (args.update != nullptr) check_update(*args.update, args);
   require(args.rate_steps == 1 || args.rate_steps == args.steps,
           "rate_steps must be 1 or the number of steps");
   if (args.loss != TaskLoss::kCrossEntropy) return;

@@ -138,11 +138,16 @@ void ParameterGroup::unpack_row(const T* row, T* flat, Share share) const {
 }
 
 template <typename T>
-void ParameterGroup::clear_unused(T* row) const {
+void ParameterGroup::clear_gaps(T* packed) const {
   for (const PackedSlot& slot : slots_) {
-    T* to = row + slot.packed;
+    T* to = packed + slot.packed;
     std::fill(to + slot.packed_size, to + padded(slot.packed_size, kAlignment), T(0));
   }
+}
+
+template <typename T>
+void ParameterGroup::clear_unused(T* row) const {
+  clear_gaps(row);
   std::fill(row + packed_size_, row + row_size(), T(0));
 }
 
@@ -174,6 +179,7 @@ void ParameterGroup::transpose(const Kernels<T>& kernels, const T* packed, Sourc
   template void ParameterGroup::unpack<T>(const T*, T, T*, Share) const;  \
   template void ParameterGroup::pack_row<T>(const T*, T*, Share) const;   \
   template void ParameterGroup::unpack_row<T>(const T*, T*, Share) const; \
+  template void ParameterGroup::clear_gaps<T>(T*) const;                  \
   template void ParameterGroup::clear_unused<T>(T*) const;                \
   template void ParameterGroup::copy_uncovered<T>(const T*, T*) const;    \
   template void ParameterGroup::transpose<T>(const Kernels<T>&, const T*, Sources, T*, Share) const;

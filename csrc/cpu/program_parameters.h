@@ -71,7 +71,10 @@ class ParameterGroup {
   void pack_row(const T* flat, T* row, Share share) const;
   template <typename T>
   void unpack_row(const T* row, T* flat, Share share) const;
-  // Zero in a row whatever no kernel writes: what lies between slots, and what none covers.
+  // Zero what lies between slots, which no kernel writes.
+  template <typename T>
+  void clear_gaps(T* packed) const;
+  // The same in a row, and what no slot covers.
   template <typename T>
   void clear_unused(T* row) const;
   // Equal for programs whose rows are alike.

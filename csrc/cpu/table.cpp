@@ -2,6 +2,7 @@
 #include "activation.h"
 #include "conv2d.h"
 #include "gemm.h"
+#include "inner_update.h"
 #include "loss.h"
 #include "norm.h"
 #include "norm_relu.h"
@@ -48,6 +49,9 @@ const Kernels<T>& table() {
       &act_backward_tangent<T>,
       &axpby<T>,
       &update<T>,
+      &inner_update<T>,
+      &inner_adjoint<T>,
+      &block_products<T>,
       &max_pool_forward<T>,
       &max_pool_backward<T>,
       &max_pool_tangent<T>,

@@ -14,6 +14,7 @@ from fastmaml import _core
 from fastmaml.backends.base import MetaStep, MetaStepResult
 from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
+from fastmaml.program.updates import FusedUpdate
 
 _PYTHON_ONLY = ("running", "momentum")  # whose running statistics a batch norm feeds, and how
 _STEP_PASSES = 6  # of a second-order inner step: forward, backward, and its part of the adjoint
@@ -202,6 +203,13 @@ class CpuExecutor:
             if qx is not None:
                 result.predictions = x.new_empty(tasks, qx.shape[1], *self._output_shape)
         rates = None if call.rates is None else call.rates.contiguous()
+        update = call.update if theta.numel() else None  # else nothing moves
+        tables = [] if call.update is None else [c.contiguous() for c in call.update.coefficients]
+        wanted = call.coefficients_gradient or [False] * len(tables)
+        result.coefficient_grads = [
+            torch.zeros_like(table) if want else None
+            for table, want in zip(tables, wanted, strict=True)
+        ]
         self._program.meta_step(
             theta=theta.data_ptr(),
             shared=phi.data_ptr(),
@@ -219,6 +227,7 @@ class CpuExecutor:
             rate=call.rate,
             rates=_pointer(rates),
             rate_steps=1 if rates is None or rates.ndim == 1 else len(rates),
+            update=None if update is None else _native_update(update, tables, result),
             losses=result.losses.data_ptr() if qy is not None else 0,
             gtheta=_pointer(result.theta_grad),
             gshared=_pointer(result.phi_grad),
@@ -249,6 +258,24 @@ class CpuExecutor:
             torch.empty_like(phi) if want_phi else None,
             torch.empty_like(x) if want_x else None,
         )
+
+
+def _native_update(
+    update: FusedUpdate, tables: Sequence[Tensor], result: MetaStepResult
+) -> _core.InnerUpdate:
+    rule = update.rule
+    return _core.InnerUpdate(
+        momentum=rule.momentum,
+        nesterov=rule.nesterov,
+        second_moment=rule.second_moment,
+        normalise_first=rule.normalise_first,
+        clip_norm=rule.clip_norm or 0.0,
+        clip_value=rule.clip_value or 0.0,
+        coefficients=[
+            (table.data_ptr(), len(table), table.shape[1] > 1, _pointer(gradient))
+            for table, gradient in zip(tables, result.coefficient_grads, strict=True)
+        ],
+    )
 
 
 def _copying_threads(tensor: Tensor) -> int:

@@ -127,6 +127,23 @@ struct BackwardTangentArgs {
 
 enum class TaskLoss { kCrossEntropy, kMeanSquaredError };
 
+// One coefficient of an inner update rule.
+struct InnerCoefficientArgs {
+  const void* values = nullptr;  // [rows, each ? sizes.theta : 1]
+  Index rows = 1;                // 1 (every step alike) or the number of steps
+  bool each = false;             // one for each element
+  void* gradient = nullptr;      // like values, mean over tasks; null: not wanted
+};
+
+// An inner update rule other than a gradient step: momentum, Adam, RMSprop. What the parts mean,
+// and the order of the coefficients, stands in fastmaml/program/updates.py.
+struct InnerUpdateArgs {
+  bool momentum = false, nesterov = false, second_moment = false, normalise_first = false;
+  double clip_norm = 0;   // of each task's gradient; 0: none
+  double clip_value = 0;  // of each element of it; 0: none
+  std::vector<InnerCoefficientArgs> coefficients;
+};
+
 // The losses after `steps` inner gradient steps, and their exact gradient, averaged over tasks.
 // The inner learning rate of element i at step k is rate * rates[k][i].
 struct MetaStepArgs {
@@ -144,12 +161,13 @@ struct MetaStepArgs {
   TaskLoss loss = TaskLoss::kCrossEntropy;
   bool first_order = false;
   double rate = 0;
-  const void* rates = nullptr;  // [rate_steps, sizes.theta]; null: ones
-  Index rate_steps = 1;         // 1 (every step alike) or `steps`
-  void* losses = nullptr;       // [tasks]
-  void* gtheta = nullptr;       // [sizes.theta], mean over tasks
-  void* gshared = nullptr;      // [sizes.shared], mean over tasks
-  void* grates = nullptr;       // [rate_steps, sizes.theta], mean over tasks
+  const void* rates = nullptr;              // [rate_steps, sizes.theta]; null: ones
+  Index rate_steps = 1;                     // 1 (every step alike) or `steps`
+  const InnerUpdateArgs* update = nullptr;  // takes the inner steps, instead of the rates
+  void* losses = nullptr;                   // [tasks]
+  void* gtheta = nullptr;                   // [sizes.theta], mean over tasks
+  void* gshared = nullptr;                  // [sizes.shared], mean over tasks
+  void* grates = nullptr;                   // [rate_steps, sizes.theta], mean over tasks
   void* stats = nullptr;        // [tasks, steps (+ 1 with a query), sizes.stats], in call order
   void* adapted = nullptr;      // [tasks, sizes.theta]
   void* predictions = nullptr;  // [tasks, query_examples, *output]
