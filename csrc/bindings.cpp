@@ -144,10 +144,11 @@ void meta_step(Program& self, std::uintptr_t theta, std::uintptr_t shared, std::
                std::uintptr_t support_x, std::uintptr_t support_y, Index support_examples,
                std::uintptr_t query_x, std::uintptr_t query_y, Index query_examples, Index tasks,
                Index steps, const std::string& loss, bool first_order, double rate,
-               std::uintptr_t rates, Index rate_steps, const InnerUpdateArgs* update,
-               std::uintptr_t losses, std::uintptr_t gtheta, std::uintptr_t gshared,
-               std::uintptr_t grates, std::uintptr_t stats, std::uintptr_t adapted,
-               std::uintptr_t predictions, int threads, std::size_t memory_budget_bytes) {
+               Index support_batches, std::uintptr_t rates, Index rate_steps,
+               const InnerUpdateArgs* update, std::uintptr_t losses, std::uintptr_t gtheta,
+               std::uintptr_t gshared, std::uintptr_t grates, std::uintptr_t stats,
+               std::uintptr_t adapted, std::uintptr_t predictions, int threads,
+               std::size_t memory_budget_bytes) {
   MetaStepArgs args;
   args.theta = in(theta);
   args.shared = in(shared);
@@ -155,6 +156,7 @@ void meta_step(Program& self, std::uintptr_t theta, std::uintptr_t shared, std::
   args.support_x = in(support_x);
   args.support_y = in(support_y);
   args.support_examples = support_examples;
+  args.support_batches = support_batches;
   args.query_x = in(query_x);
   args.query_y = in(query_y);
   args.query_examples = query_examples;
@@ -243,10 +245,11 @@ PYBIND11_MODULE(_core, module) {
            py::arg("buffers"), py::arg("support_x"), py::arg("support_y"),
            py::arg("support_examples"), py::arg("query_x"), py::arg("query_y"),
            py::arg("query_examples"), py::arg("tasks"), py::arg("steps"), py::arg("loss"),
-           py::arg("first_order"), py::arg("rate"), py::arg("rates") = 0, py::arg("rate_steps") = 1,
-           py::arg("update") = nullptr, py::arg("losses") = 0, py::arg("gtheta") = 0,
-           py::arg("gshared") = 0, py::arg("grates") = 0, py::arg("stats") = 0,
-           py::arg("adapted") = 0, py::arg("predictions") = 0, py::arg("threads") = 1,
+           py::arg("first_order"), py::arg("rate"), py::arg("support_batches") = 1,
+           py::arg("rates") = 0, py::arg("rate_steps") = 1, py::arg("update") = nullptr,
+           py::arg("losses") = 0, py::arg("gtheta") = 0, py::arg("gshared") = 0,
+           py::arg("grates") = 0, py::arg("stats") = 0, py::arg("adapted") = 0,
+           py::arg("predictions") = 0, py::arg("threads") = 1,
            py::arg("memory_budget_bytes") = std::size_t{1} << 30);
 
   bind_sampler(module);

@@ -103,6 +103,7 @@ class Program:
         loss: str,
         first_order: bool,
         rate: float,
+        support_batches: int = 1,
         rates: int = 0,
         rate_steps: int = 1,
         update: InnerUpdate | None = None,

@@ -76,6 +76,10 @@ def batch(value: object, like: Tensor, *, labels_needed: bool) -> TaskBatch:
             "batch must be a fastmaml.TaskBatch(support_x, support_y, query_x, query_y), "
             f"got {type(value).__name__}"
         )
+    if _in_minibatches(value):
+        _minibatches(*value[:2])
+        batch((value[0][0], value[1][0], *value[2:]), like, labels_needed=labels_needed)
+        return TaskBatch(*value)
     for name, tensor in zip(_BATCH_FIELDS, value, strict=True):
         if tensor is None and name == "query_y" and not labels_needed:
             continue
@@ -92,6 +96,37 @@ def batch(value: object, like: Tensor, *, labels_needed: bool) -> TaskBatch:
                 f"{list(value[x].shape[:2])}, got {list(value[y].shape)}"
             )
     return value if isinstance(value, TaskBatch) else TaskBatch(*value)
+
+
+def _in_minibatches(value: tuple[object, ...]) -> bool:
+    x, query_x = value[0], value[2]
+    if not (isinstance(x, Tensor) and isinstance(query_x, Tensor)):
+        return False
+    return x.ndim == query_x.ndim + 1
+
+
+def _minibatches(x: Tensor, y: object) -> None:
+    if 0 in x.shape[:3]:
+        raise ValueError(
+            f"support_x must have shape [B, T, N, ...] with at least one of each, got "
+            f"{list(x.shape)}"
+        )
+    if not isinstance(y, Tensor) or y.shape[:3] != x.shape[:3]:
+        came = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(
+            f"support_y must start with the shape [B, T, N] of support_x, {list(x.shape[:3])}, "
+            f"got {came}"
+        )
+
+
+def minibatch_steps(batch: TaskBatch, steps: int) -> None:
+    """There is a step for each mini-batch of the support set."""
+    count = batch.minibatches
+    if count is not None and 0 < steps < count:
+        raise ValueError(
+            f"steps must be at least the {count} mini-batches of support_x, got {steps}; leave "
+            "out the others"
+        )
 
 
 def form(batch: object) -> tuple[object, ...]:

@@ -31,6 +31,7 @@ def meta_loss(
     with torch.no_grad():
         layout, theta, phi = maml.packed()
     batch, program, kind = _recognised(maml, layout, theta, batch, loss)
+    checks.minibatch_steps(batch, steps)
     rates = maml.fused_rates(layout, theta, steps)
     if program is None or rates is None:
         return _by_autograd(maml, batch, steps, loss, order)
@@ -72,7 +73,7 @@ def _recognised(
     known = maml.recognised
     if known is None or known.form != form:
         batch = checks.batch(batch, theta, labels_needed=True)
-        program = maml.current_program(layout, batch.support_x)
+        program = maml.current_program(layout, batch.support(0)[0])
         inputs_learned = batch.support_x.requires_grad or batch.query_x.requires_grad
         native = program if isinstance(program, NativeProgram) else None
         if native is not None and kind and not inputs_learned:
@@ -87,9 +88,10 @@ def _by_autograd(
     maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss, first_order: bool
 ) -> Tensor:
     """Door 2 written out: any loss, any module."""
-    learner = maml.clone(tasks=len(batch.support_x), first_order=first_order, allow_unused=True)
-    for _ in range(steps):
-        learner.adapt(per_task(loss, learner(batch.support_x), batch.support_y))
+    learner = maml.clone(tasks=batch.tasks, first_order=first_order, allow_unused=True)
+    for step in range(steps):
+        x, y = batch.support(step)
+        learner.adapt(per_task(loss, learner(x), y))
     value = per_task(loss, learner(batch.query_x), batch.query_y).mean()
     checks.finite_loss(value)
     return value
@@ -116,6 +118,7 @@ def _call(
         support_y=batch.support_y,
         query_x=batch.query_x,
         query_y=batch.query_y,
+        minibatches=batch.minibatches is not None,
         steps=steps,
         loss=kind,
         rate=rate,
@@ -128,8 +131,7 @@ def _call(
 
 def _check(program: NativeProgram, batch: TaskBatch, kind: str) -> None:
     output = program.graph.values[program.graph.output]
-    for part in ("support", "query"):
-        x, y = getattr(batch, f"{part}_x"), getattr(batch, f"{part}_y")
+    for part, (x, y) in (("support", batch.support(0)), ("query", batch[2:])):
         program.check_examples(x.shape[1], f"{part}_x")
         if y is not None:
             checks.known_loss_targets(kind, f"{part}_y", y, output)
@@ -164,9 +166,10 @@ def adapted(maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss) -> Adapted
     checks.steps_count(steps)
     layout, theta, phi = maml.packed()
     batch = checks.batch(batch, theta, labels_needed=False)
-    learner = maml.clone(tasks=len(batch.support_x), first_order=True, allow_unused=True)
+    checks.minibatch_steps(batch, steps)
+    learner = maml.clone(tasks=batch.tasks, first_order=True, allow_unused=True)
     learner.updates_statistics = False
-    program = maml.current_program(layout, batch.support_x)
+    program = maml.current_program(layout, batch.support(0)[0])
     kind = built_in(loss)
     rates = maml.fused_rates(layout, theta, steps)
     if isinstance(program, NativeProgram) and kind is not None and rates is not None:
@@ -177,9 +180,10 @@ def adapted(maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss) -> Adapted
         assert result.adapted is not None  # it comes with every call without a gradient
         learner.set_theta(result.adapted)
         return Adapted(learner, batch, result.predictions)
-    for _ in range(steps):
+    for step in range(steps):
+        x, y = batch.support(step)
         with torch.enable_grad():
             learner.set_theta(learner.theta.detach().requires_grad_())
-            learner.adapt(per_task(loss, learner(batch.support_x), batch.support_y))
+            learner.adapt(per_task(loss, learner(x), y))
         learner.detach_parameters()
     return Adapted(learner, batch, None)

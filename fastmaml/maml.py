@@ -177,7 +177,8 @@ class MAML(BaseLearner):
         its adjoint are one native call and no graph is kept (differentiable once).
 
         Args:
-            batch: ``[T, N, ...]`` each; support and query may differ in N.
+            batch: ``[T, N, ...]`` each; support and query may differ in N. The support set may be
+                in mini-batches, one for each step, see :class:`fastmaml.TaskBatch`.
             loss: ``(output, target)`` of one task to a scalar; any PyTorch function.
             first_order: overrides the wrapper's.
 

@@ -52,6 +52,7 @@ class MetaStep {
     Run<T> support, query;
     Workspace* work = nullptr;
     Index task = 0, group = 0;
+    Index loaded = -1;  // the support set that `support` reads
     bool first_in_group = false;
   };
 
@@ -62,7 +63,7 @@ class MetaStep {
   Index step_bytes() const;
 
   void run_task(Member& member) const;
-  void load(Member& member) const;
+  void load(Run<T>& run, const void* x, Index set, T* converted) const;
   void inner_step(Member& member, Index k) const;
   void replay(Member& member, Index k) const;
   void query(Member& member) const;
@@ -72,7 +73,11 @@ class MetaStep {
   void finish_task(Member& member, bool pending) const;
 
   void bind(Member& member, Index k) const;
-  T loss(Run<T>& run, const void* targets, Index task) const;
+  T loss(Run<T>& run, const void* targets, Index set) const;
+  // Which of all sets of support examples a task's step takes.
+  Index support_set(const Member& member, Index k) const {
+    return k % args_.support_batches * args_.tasks + member.task;
+  }
   const T* theta_at(const Member& member, Index k) const {
     return k == 0 ? start_.theta.get() : member.work->thetas[k - 1].get();
   }
@@ -256,7 +261,10 @@ void MetaStep<T>::run() {
 
 template <typename T>
 void MetaStep<T>::run_task(Member& member) const {
-  load(member);
+  member.loaded = -1;
+  if (args_.query_examples > 0) {
+    load(member.query, args_.query_x, member.task, member.work->query_input.get());
+  }
   for (Index k = 0; k < args_.steps; ++k) inner_step(member, k);
   if (args_.adapted != nullptr) {
     auto* out = static_cast<T*>(args_.adapted) + member.task * plan_.theta.size();
@@ -282,28 +290,22 @@ void MetaStep<T>::run_task(Member& member) const {
   finish_task(member, second_order && args_.steps > 0);
 }
 
+// Points a run at one set of examples.
 template <typename T>
-void MetaStep<T>::load(Member& member) const {
-  const auto place = [&](Run<T>& run, const void* x, Index examples, T* converted) {
-    if (examples == 0) return;
-    const T* from = static_cast<const T*>(x) + member.task * examples * plan_.input_size;
-    run.input = from;
-    run.buffers = buffers_.get();
-    if (converted == nullptr) return;
-    load_input(run, from, converted);
-    run.input = converted;
-  };
-  Workspace& work = *member.work;
-  if (args_.steps > 0) {
-    place(member.support, args_.support_x, args_.support_examples, work.support_input.get());
-  }
-  place(member.query, args_.query_x, args_.query_examples, work.query_input.get());
+void MetaStep<T>::load(Run<T>& run, const void* x, Index set, T* converted) const {
+  const T* from = static_cast<const T*>(x) + set * run.examples() * plan_.input_size;
+  run.input = converted == nullptr ? from : converted;
+  run.buffers = buffers_.get();
+  if (converted != nullptr) load_input(run, from, converted);
 }
 
 // Points the support run at step k.
 template <typename T>
 void MetaStep<T>::bind(Member& member, Index k) const {
   Run<T>& run = member.support;
+  const Index set = support_set(member, k);
+  if (member.loaded != set) load(run, args_.support_x, set, member.work->support_input.get());
+  member.loaded = set;
   const StepMemory& memory = step_memory(*member.work, k);
   run.values = memory.values.get();
   run.weights = start_.of(plan_, 0);
@@ -317,16 +319,16 @@ void MetaStep<T>::bind(Member& member, Index k) const {
 }
 
 template <typename T>
-T MetaStep<T>::loss(Run<T>& run, const void* targets, Index task) const {
+T MetaStep<T>::loss(Run<T>& run, const void* targets, Index set) const {
   const Index rows = run.examples() * plan_.output_rows;
-  const Index offset = task * rows * plan_.output_columns;
+  const Index offset = set * rows * plan_.output_columns;
   T* gy = begin_flow(run, run.first);
   T value = 0;
   if (run.share.part == 0) {
     const bool labels = loss_ == Loss::kCrossEntropy;
     value = kernels_.loss_gradient(
         loss_, rows, plan_.output_columns, run.value(plan_.output),
-        labels ? static_cast<const std::int64_t*>(targets) + task * rows : nullptr,
+        labels ? static_cast<const std::int64_t*>(targets) + set * rows : nullptr,
         labels ? nullptr : static_cast<const T*>(targets) + offset, gy);
   }
   run.sync();
@@ -344,7 +346,7 @@ void MetaStep<T>::replay(Member& member, Index k) const {
     run.sync();
   }
   run_forward(run);
-  loss(run, args_.support_y, member.task);
+  loss(run, args_.support_y, support_set(member, k));
   run_backward(run, run.first);
 }
 

@@ -21,14 +21,14 @@ bool wants_gradient(const MetaStepArgs& args) {
                      [](const InnerCoefficientArgs& c) { return c.gradient != nullptr; });
 }
 
-void check_labels(const void* labels, Index count, Index per_task, Index classes,
+void check_labels(const void* labels, Index count, Index per_task, Index tasks, Index classes,
                   const char* name) {
   const auto* values = static_cast<const std::int64_t*>(labels);
   for (Index i = 0; i < count; ++i) {
     if (values[i] >= 0 && values[i] < classes) continue;
     throw std::invalid_argument(std::string(name) + " must be labels in [0, " +
                                 std::to_string(classes) + "), got " + std::to_string(values[i]) +
-                                " in task " + std::to_string(i / per_task) +
+                                " in task " + std::to_string(i / per_task % tasks) +
                                 "; labels are positions in the task");
   }
 }
@@ -58,6 +58,7 @@ void check_meta_step(const MetaStepArgs& args, const ProgramSizes& sizes, Index 
   require(args.buffers != nullptr || sizes.buffers == 0, "buffers must be given");
   const bool gradient = wants_gradient(args);
   if (args.steps > 0) {
+    require(args.support_batches > 0, "support_batches must be at least 1");
     require(args.support_examples > 0 && args.support_x != nullptr && args.support_y != nullptr,
             "support_x and support_y must hold at least one example per task");
   }
@@ -76,11 +77,11 @@ void check_meta_step(const MetaStepArgs& args, const ProgramSizes& sizes, Index 
   require(output_rows == 1,
           "cross_entropy needs one row of class scores per example as the program's output");
   if (args.steps > 0) {
-    check_labels(args.support_y, args.tasks * args.support_examples, args.support_examples,
-                 output_columns, "support_y");
+    check_labels(args.support_y, args.support_batches * args.tasks * args.support_examples,
+                 args.support_examples, args.tasks, output_columns, "support_y");
   }
   if (args.query_y != nullptr) {
-    check_labels(args.query_y, args.tasks * args.query_examples, args.query_examples,
+    check_labels(args.query_y, args.tasks * args.query_examples, args.query_examples, args.tasks,
                  output_columns, "query_y");
   }
 }

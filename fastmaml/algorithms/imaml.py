@@ -70,7 +70,12 @@ class IMAML(MAML):
         """
         theta = self.layout().pack(adapted=True)
         batch = checks.batch(batch, theta.detach(), labels_needed=True)
-        learner = self.clone(tasks=len(batch.support_x), first_order=True, allow_unused=True)
+        if batch.minibatches is not None:
+            raise ValueError(
+                "support_x must be [T, N, ...] for IMAML, whose gradient is that at the optimum of "
+                f"the whole support loss; got {list(batch.support_x.shape)}"
+            )
+        learner = self.clone(tasks=batch.tasks, first_order=True, allow_unused=True)
         for _ in range(steps):
             _restart(learner)
             learner.adapt(per_task(loss, learner(batch.support_x), batch.support_y))

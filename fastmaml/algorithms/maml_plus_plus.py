@@ -98,10 +98,12 @@ class MAMLPlusPlus(MAML):
                 f"step_weights must have one weight for each of the {steps} steps, got "
                 f"{len(step_weights)}"
             )
-        learner = self.clone(tasks=len(batch.support_x), first_order=first_order, allow_unused=True)
+        checks.minibatch_steps(batch, steps)
+        learner = self.clone(tasks=batch.tasks, first_order=first_order, allow_unused=True)
         total = torch.zeros(())
-        for weight in step_weights:
-            learner.adapt(per_task(loss, learner(batch.support_x), batch.support_y))
+        for step, weight in enumerate(step_weights):
+            x, y = batch.support(step)
+            learner.adapt(per_task(loss, learner(x), y))
             value = per_task(loss, learner(batch.query_x), batch.query_y).mean()
             total = value * weight + total.to(value)
         checks.finite_loss(total)

@@ -15,7 +15,8 @@ from fastmaml.program.updates import FusedUpdate
 class MetaStep:
     """One call of the fused meta-step: K inner steps, the query loss and the exact adjoint.
 
-    ``theta [P]``, ``phi [Q]``; support and query ``[T, N, ...]``. ``rates``: per-parameter factors
+    ``theta [P]``, ``phi [Q]``; support and query ``[T, N, ...]``, with ``minibatches`` the support
+    ``[B, T, N, ...]``, of which step k takes batch k modulo B. ``rates``: per-parameter factors
     on ``rate``, ``[P]`` or ``[K, P]``, or None. ``update``: takes the inner steps instead of
     ``rate`` and ``rates``; ``coefficients_gradient``: of which of its coefficients.
     """
@@ -30,6 +31,7 @@ class MetaStep:
     steps: int
     loss: str
     rate: float
+    minibatches: bool = False
     rates: Tensor | None = None
     first_order: bool = False
     gradient: bool = True

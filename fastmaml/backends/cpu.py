@@ -188,7 +188,8 @@ class CpuExecutor:
         x, y = call.support_x.contiguous(), call.support_y.contiguous()
         qx, qy = (None if t is None else t.contiguous() for t in (call.query_x, call.query_y))
         theta, phi, flat = call.theta.contiguous(), call.phi.contiguous(), _flat(call.buffers, x)
-        tasks = len(x)
+        first = x[0] if call.minibatches else x
+        tasks, examples = first.shape[:2]
         result = MetaStepResult(
             losses=x.new_zeros(tasks),
             statistics=self._statistics(x, tasks, call.steps + (qx is not None)),
@@ -216,7 +217,8 @@ class CpuExecutor:
             buffers=flat.data_ptr(),
             support_x=x.data_ptr(),
             support_y=y.data_ptr(),
-            support_examples=x.shape[1],
+            support_examples=examples,
+            support_batches=len(x) if call.minibatches else 1,
             query_x=_pointer(qx),
             query_y=_pointer(qy),
             query_examples=0 if qx is None else qx.shape[1],
@@ -235,7 +237,7 @@ class CpuExecutor:
             stats=_pointer(result.statistics),
             adapted=_pointer(result.adapted),
             predictions=_pointer(result.predictions),
-            threads=self._threads(x, passes=_STEP_PASSES * (call.steps + 1)),
+            threads=self._threads(first, passes=_STEP_PASSES * (call.steps + 1)),
             memory_budget_bytes=self.memory_budget,
         )
         return result

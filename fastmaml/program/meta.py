@@ -38,6 +38,7 @@ class _Step:
     """What the adjoint needs of one inner step."""
 
     y: Tensor
+    targets: Tensor
     state: Any
     gtheta: Tensor
     gradient: Any
@@ -49,18 +50,20 @@ class _Step:
 def meta_step(executor: Executor, call: MetaStep) -> MetaStepResult:
     """Run one meta-step on ``executor``; see :class:`fastmaml.backends.base.MetaStep`."""
     loss = LOSSES[call.loss]
-    tasks = len(call.support_x)
+    supports = _supports(call)
+    tasks = len(supports[0][0])
     theta, moments = call.theta.expand(tasks, -1), Moments()
     update = call.update or _gradient_steps(call)
     steps: list[_Step] = []
     statistics: list[Tensor] = []
     for k in range(call.steps):
-        y, stats, state = executor.forward(theta, call.phi, call.buffers, call.support_x, keep=True)
-        gy = loss.gradient(y, call.support_y)
+        x, targets = supports[k % len(supports)]
+        y, stats, state = executor.forward(theta, call.phi, call.buffers, x, keep=True)
+        gy = loss.gradient(y, targets)
         gtheta, _, _, gradient = executor.backward(state, gy, want_phi=False, want_x=False)
         statistics += [] if stats is None else [stats]
         if call.gradient:
-            steps.append(_Step(y, state, gtheta, gradient, theta, moments))
+            steps.append(_Step(y, targets, state, gtheta, gradient, theta, moments))
         theta, moments = update.rule.forward(update.at(k), theta, gtheta, moments)
     result = MetaStepResult(theta.new_zeros(tasks), theta.contiguous())
     if call.query_x is not None:
@@ -79,6 +82,13 @@ def meta_step(executor: Executor, call: MetaStep) -> MetaStepResult:
     return result
 
 
+def _supports(call: MetaStep) -> list[tuple[Tensor, Tensor]]:
+    """What inner steps adapt to, one after the other, and then from the start again."""
+    if not call.minibatches:
+        return [(call.support_x, call.support_y)]
+    return list(zip(call.support_x, call.support_y, strict=True))
+
+
 def _gradient_steps(call: MetaStep) -> FusedUpdate:
     """The rule whose steps are ``rate * rates``."""
     rates = torch.ones_like(call.theta[:1]) if call.rates is None else call.rates
@@ -95,7 +105,7 @@ def _adjoint(
     gy: Tensor,
     result: MetaStepResult,
 ) -> None:
-    want_phi, tasks = call.shared_gradient, len(call.support_x)
+    want_phi, tasks = call.shared_gradient, len(gy)
     adjoint, gphi, _, _ = executor.backward(query_state, gy, want_phi=want_phi, want_x=False)
     moments = Moments()
     by_step: list[Coefficients] = []
@@ -107,7 +117,7 @@ def _adjoint(
         if call.first_order:
             continue
         dy, tangent = executor.tangent(step.state, direction, None, None)
-        dgy = loss.tangent(step.y, call.support_y, dy)
+        dgy = loss.tangent(step.y, step.targets, dy)
         hvp, phi_part, _ = executor.backward_tangent(
             step.state, step.gradient, tangent, dgy, want_phi=want_phi, want_x=False
         )

@@ -153,6 +153,7 @@ struct MetaStepArgs {
   const void* support_x = nullptr;
   const void* support_y = nullptr;  // int64 labels, or values like the output
   Index support_examples = 0;
+  Index support_batches = 1;  // support sets one after the other; step k takes k % support_batches
   const void* query_x = nullptr;
   const void* query_y = nullptr;
   Index query_examples = 0;  // 0: adaptation only

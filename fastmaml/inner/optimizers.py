@@ -1,79 +1,27 @@
-"""Inner optimizers: what a learner does with a gradient, differentiable, with hyperparameters that
-may be meta-learned.
-
-::
-
-    maml = fastmaml.MAML(model, inner=inner.Adam(lr=inner.Learned(0.01, per="parameter")))
-
-They follow ``torch.optim`` in formula and names. Gradients flow through the whole inner loop,
-moments included, in all three doors; each task has moments of its own, which start at zero with
-each ``clone()``.
-
-Where all gradients of an element have been zero, its second moment v is zero, and the square root
-there has no derivative: it is taken to be zero, and so the derivative of the step stays finite
-(1 / eps in the gradient, as that of g / (sqrt(v) + eps) is for small g).
-"""
+"""The inner optimizers; see :mod:`fastmaml.inner`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from fastmaml.inner.hyperparameters import (
+    Hyperparameter,
+    Learned,
+    Values,
+    at_least_0,
+    clipping,
+    fraction,
+    nonzero,
+)
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.theta import Theta
 from fastmaml.program.updates import Coefficients, FusedUpdate, Moments, Number, UpdateRule
 
 if TYPE_CHECKING:
     from fastmaml.learner import Learner
-
-_AXES = ("step", "parameter", "element")
-
-
-class Learned:
-    """A hyperparameter that is meta-learned: it becomes a parameter of the wrapper.
-
-    Args:
-        value: what it starts from.
-        per: what has a value of its own: nothing, or one or two of ``"step"``, ``"parameter"`` (a
-            parameter tensor of the module) and ``"element"`` (of every parameter).
-        steps: with ``"step"``: how many; later steps use the value of the last.
-
-    Its tensor has the shape ``[steps, parameters or elements]``, without the axes that ``per``
-    leaves out. Nothing keeps it in its range: clamp it after the meta-optimizer's step where that
-    is needed.
-
-    Raises:
-        ValueError: ``per`` or ``steps`` mean nothing.
-    """
-
-    def __init__(self, value: float, per: str | Iterable[str] = (), steps: int | None = None):
-        self.value = float(value)
-        self.per = (per,) if isinstance(per, str) else tuple(per)
-        self.steps = steps
-        if any(axis not in _AXES for axis in self.per) or {"parameter", "element"} <= set(self.per):
-            raise ValueError(
-                f"per must name 'step' and one of 'parameter' and 'element', got {self.per!r}"
-            )
-        if ("step" in self.per) != (steps is not None) or (steps is not None and steps < 1):
-            raise ValueError(
-                f"steps must be a positive int with per='step', and None without, got {steps!r}"
-            )
-
-    def tensor(self, layout: ParameterLayout) -> nn.Parameter:
-        """The parameter itself, for a module of this layout."""
-        like = layout.parameters[0] if layout.parameters else torch.empty(0)
-        shape = [] if self.steps is None else [self.steps]
-        if "parameter" in self.per:
-            shape.append(len(layout.slots))
-        if "element" in self.per:
-            shape.append(sum(slot.size for slot in layout.slots.values()))
-        return nn.Parameter(torch.full(shape, self.value, dtype=like.dtype, device=like.device))
-
-
-Hyperparameter = float | Tensor | Learned
 
 
 class InnerOptimizer(nn.Module):
@@ -109,7 +57,7 @@ class InnerOptimizer(nn.Module):
         coefficients = Coefficients(
             *(
                 theta.ordered(c[None]) if isinstance(c, Tensor) and c.ndim else c
-                for c in self.coefficients(_Values(self, learner.layout), learner.steps_taken)
+                for c in self.coefficients(self._values(learner.layout), learner.steps_taken)
             )
         )
         before = Moments(*(None if m is None else theta.like(m) for m in learner.moments))
@@ -119,56 +67,20 @@ class InnerOptimizer(nn.Module):
 
     def fused(self, layout: ParameterLayout, theta: Tensor, steps: int) -> FusedUpdate:
         """All steps of an inner loop, for the fused meta-step."""
-        values = _Values(self, layout)
+        values = self._values(layout)
         rows = [self.coefficients(values, step) for step in range(max(steps, 1))]
         return FusedUpdate(self.rule, [_table(column, theta) for column in zip(*rows, strict=True)])
 
-    def coefficients(self, values: _Values, step: int) -> Coefficients:
+    def _values(self, layout: ParameterLayout) -> Values:
+        return Values({name: getattr(self, name) for name in self._specs}, self._specs, layout)
+
+    def coefficients(self, values: Values, step: int) -> Coefficients:
         """Of one step: numbers, scalars or ``[P]``."""
         raise NotImplementedError
 
     def spec(self, name: str) -> Hyperparameter:
         """What a hyperparameter was given as."""
         return self._specs[name]
-
-
-class _Values:
-    """The hyperparameters of an optimizer as numbers, scalars or ``[P]`` in a layout's order."""
-
-    def __init__(self, optimizer: InnerOptimizer, layout: ParameterLayout) -> None:
-        self._optimizer = optimizer
-        self._layout = layout
-        self._known: dict[tuple[str, int], Number] = {}
-
-    def at(self, name: str, step: int) -> Number:
-        """Of one step; steps that are alike have the same object."""
-        value: Number = getattr(self._optimizer, name)
-        spec = self._optimizer.spec(name)
-        by_step = isinstance(spec, Learned) and "step" in spec.per
-        row = min(step, len(value) - 1) if by_step and isinstance(value, Tensor) else 0
-        if (name, row) not in self._known:
-            own = value[row] if by_step and isinstance(value, Tensor) else value
-            self._known[name, row] = self._spread(own, spec)
-        return self._known[name, row]
-
-    def _spread(self, value: Number, spec: Hyperparameter) -> Number:
-        if not isinstance(value, Tensor):
-            return value
-        slots = self._layout.slots.values()
-        if isinstance(spec, Learned) and "parameter" in spec.per:
-            sizes = torch.tensor([slot.size if slot.adapted else 0 for slot in slots])
-            return value.repeat_interleave(sizes.to(value.device))
-        if isinstance(spec, Learned) and "element" in spec.per:
-            parts = zip(value.split([slot.size for slot in slots]), slots, strict=True)
-            return torch.cat([part for part, slot in parts if slot.adapted])
-        return value.reshape(())
-
-    def correction(self, name: str, step: int) -> Number:
-        """1 - beta^(step + 1); where beta changes with the steps, 1 minus their product."""
-        kept = self.at(name, 0)
-        for k in range(1, step + 1):
-            kept = kept * self.at(name, k)
-        return 1.0 - kept
 
 
 class SGD(InnerOptimizer):
@@ -198,19 +110,19 @@ class SGD(InnerOptimizer):
         clip_norm: float | None = None,
         clip_value: float | None = None,
     ) -> None:
-        with_momentum = _nonzero(momentum)
+        with_momentum = nonzero(momentum)
         if nesterov and not with_momentum:
             raise ValueError(f"momentum must not be 0 with nesterov=True, got {momentum}")
-        _check_clip(clip_norm, clip_value)
+        clipping(clip_norm, clip_value)
         values = {
-            "lr": _at_least_0("lr", lr),
-            "momentum": _at_least_0("momentum", momentum),
-            "weight_decay": _at_least_0("weight_decay", weight_decay),
+            "lr": at_least_0("lr", lr),
+            "momentum": at_least_0("momentum", momentum),
+            "weight_decay": at_least_0("weight_decay", weight_decay),
         }
         rule = UpdateRule(with_momentum, nesterov, clip_norm=clip_norm, clip_value=clip_value)
         super().__init__(rule, values)
 
-    def coefficients(self, values: _Values, step: int) -> Coefficients:
+    def coefficients(self, values: Values, step: int) -> Coefficients:
         """See :meth:`InnerOptimizer.coefficients`."""
         return Coefficients(
             step=values.at("lr", step),
@@ -244,23 +156,23 @@ class Adam(InnerOptimizer):
         clip_norm: float | None = None,
         clip_value: float | None = None,
     ) -> None:
-        _check_clip(clip_norm, clip_value)
+        clipping(clip_norm, clip_value)
         values = {
-            "lr": _at_least_0("lr", lr),
-            "beta1": _fraction("betas[0]", betas[0]),
-            "beta2": _fraction("betas[1]", betas[1]),
-            "eps": _at_least_0("eps", eps),
-            "weight_decay": _at_least_0("weight_decay", weight_decay),
+            "lr": at_least_0("lr", lr),
+            "beta1": fraction("betas[0]", betas[0]),
+            "beta2": fraction("betas[1]", betas[1]),
+            "eps": at_least_0("eps", eps),
+            "weight_decay": at_least_0("weight_decay", weight_decay),
         }
         rule = UpdateRule(
-            momentum=_nonzero(betas[0]),
+            momentum=nonzero(betas[0]),
             second_moment=True,
             clip_norm=clip_norm,
             clip_value=clip_value,
         )
         super().__init__(rule, values)
 
-    def coefficients(self, values: _Values, step: int) -> Coefficients:
+    def coefficients(self, values: Values, step: int) -> Coefficients:
         """See :meth:`InnerOptimizer.coefficients`."""
         beta1, beta2 = (values.at(name, step) for name in ("beta1", "beta2"))
         lr, decay = (values.at(name, step) for name in ("lr", "weight_decay"))
@@ -329,16 +241,16 @@ class RMSprop(InnerOptimizer):
         clip_norm: float | None = None,
         clip_value: float | None = None,
     ) -> None:
-        _check_clip(clip_norm, clip_value)
+        clipping(clip_norm, clip_value)
         values = {
-            "lr": _at_least_0("lr", lr),
-            "alpha": _fraction("alpha", alpha),
-            "eps": _at_least_0("eps", eps),
-            "weight_decay": _at_least_0("weight_decay", weight_decay),
-            "momentum": _at_least_0("momentum", momentum),
+            "lr": at_least_0("lr", lr),
+            "alpha": fraction("alpha", alpha),
+            "eps": at_least_0("eps", eps),
+            "weight_decay": at_least_0("weight_decay", weight_decay),
+            "momentum": at_least_0("momentum", momentum),
         }
         rule = UpdateRule(
-            momentum=_nonzero(momentum),
+            momentum=nonzero(momentum),
             second_moment=True,
             normalise_first=True,
             clip_norm=clip_norm,
@@ -346,7 +258,7 @@ class RMSprop(InnerOptimizer):
         )
         super().__init__(rule, values)
 
-    def coefficients(self, values: _Values, step: int) -> Coefficients:
+    def coefficients(self, values: Values, step: int) -> Coefficients:
         """See :meth:`InnerOptimizer.coefficients`."""
         alpha = values.at("alpha", step)
         return Coefficients(
@@ -368,50 +280,3 @@ def _table(column: tuple[Number, ...], like: Tensor) -> Tensor:
     if len(set(rows)) == 1:
         rows = rows[:1]
     return torch.tensor(rows, dtype=like.dtype, device=like.device)[:, None]
-
-
-def _nonzero(value: Hyperparameter) -> bool:
-    return not isinstance(value, (int, float)) or value != 0
-
-
-def _number(name: str, value: Hyperparameter) -> float | None:
-    """The value, where it is known and is to be checked."""
-    if isinstance(value, Learned):
-        return value.value
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(
-                f"{name} must be a number, a tensor of one element or inner.Learned, got a tensor "
-                f"of shape {list(value.shape)}"
-            )
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(
-            f"{name} must be a number, a tensor or inner.Learned, got {type(value).__name__}"
-        )
-    return value
-
-
-def _at_least_0(name: str, value: Hyperparameter) -> Hyperparameter:
-    number = _number(name, value)
-    if number is not None and not number >= 0:
-        raise ValueError(f"{name} must be at least 0, got {number}")
-    return value
-
-
-def _fraction(name: str, value: Hyperparameter) -> Hyperparameter:
-    number = _number(name, value)
-    if number is not None and not 0 <= number < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {number}")
-    return value
-
-
-def _check_clip(norm: float | None, value: float | None) -> None:
-    if norm is not None and value is not None:
-        raise ValueError(
-            f"clip_norm and clip_value must not both be given, got {norm} and {value}; leave one "
-            "of them None"
-        )
-    for name, bound in (("clip_norm", norm), ("clip_value", value)):
-        if bound is not None and not bound > 0:
-            raise ValueError(f"{name} must be above 0, got {bound}")
