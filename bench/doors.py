@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastmaml
 from bench.baselines import Step
 from bench.cases import Case
+from fastmaml.examples.loops import loop_over_tasks
 
 
 def drop_in(case: Case, dtype: torch.dtype) -> Step:
     """Door 1: learn2learn's code, unchanged."""
-    maml, batch = fastmaml.MAML(case.model(dtype), lr=case.lr), case.batch(dtype)
+    return by_task(fastmaml.MAML(case.model(dtype), lr=case.lr), case, dtype)
+
+
+def by_task(maml: nn.Module, case: Case, dtype: torch.dtype) -> Step:
+    """The loop over tasks, with our MAML or learn2learn's."""
+    batch = case.batch(dtype)
 
     def step() -> list[Tensor]:
         maml.zero_grad()
-        total = torch.zeros((), dtype=dtype)
-        for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
-            learner = maml.clone()
-            for _ in range(case.steps):
-                learner.adapt(case.loss(learner(support_x), support_y))
-            total = total + case.loss(learner(query_x), query_y)
-        (total / case.tasks).backward()
+        loop_over_tasks(maml, batch, case.steps, case.loss).backward()
         return [p.grad for p in maml.parameters()]
 
     return step

@@ -9,25 +9,13 @@ from torch import Tensor, nn
 
 from bench.baselines import Step, without_running_statistics
 from bench.cases import Case
+from bench.doors import by_task
 
 
 def learn2learn(case: Case, dtype: torch.dtype) -> Step:
     from learn2learn.algorithms import MAML
 
-    maml, batch = MAML(case.model(dtype), lr=case.lr), case.batch(dtype)
-
-    def step() -> list[Tensor]:
-        maml.zero_grad()
-        total = torch.zeros((), dtype=dtype)
-        for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
-            learner = maml.clone()
-            for _ in range(case.steps):
-                learner.adapt(case.loss(learner(support_x), support_y))
-            total = total + case.loss(learner(query_x), query_y)
-        (total / case.tasks).backward()
-        return [p.grad for p in maml.parameters()]
-
-    return step
+    return by_task(MAML(case.model(dtype), lr=case.lr), case, dtype)
 
 
 def higher(case: Case, dtype: torch.dtype) -> Step:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmaml.rules import LOSSES
+
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -32,14 +34,18 @@ def _is_default(loss: object, kind: type[nn.Module]) -> bool:
 def per_task(loss: TaskLoss, output: Tensor, target: Tensor) -> Tensor:
     """The losses ``[T]`` of outputs and targets ``[T, N, ...]``; differentiable."""
     kind = built_in(loss)
-    if kind == "cross_entropy" and output.ndim == 3 and target.ndim == 2:
-        rows = F.cross_entropy(output.flatten(0, 1), target.flatten(), reduction="none")
-        return rows.view(target.shape).mean(1)
-    if kind == "mse" and output.shape == target.shape:
-        return (output - target).square().flatten(1).mean(1)
+    if kind is not None and _one_row_each(kind, output, target):
+        return LOSSES[kind].value(output, target)
     losses = [loss(o, t) for o, t in zip(output, target, strict=True)]
     for value in losses:
         if not isinstance(value, Tensor) or value.ndim != 0:
             came = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value)
             raise ValueError(f"loss must return a scalar for one task, got {came}; reduce it first")
     return torch.stack(losses)
+
+
+def _one_row_each(kind: str, output: Tensor, target: Tensor) -> bool:
+    """Whether these are the shapes that the rule of a built-in loss is made for."""
+    if kind == "cross_entropy":
+        return output.ndim == 3 and target.ndim == 2
+    return output.shape == target.shape

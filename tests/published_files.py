@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 
@@ -16,6 +18,16 @@ from fastmaml.vision.datasets.few_shot import chosen_classes, meta_dataset_split
 
 SHORT = {"train": "train", "validation": "val", "test": "test"}
 RANDOM = np.random.default_rng(0)
+REAL = Path(
+    os.environ.get("FASTMAML_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
+)
+
+
+def real_omniglot() -> Path:
+    """The folder of the real data; the test that asks is skipped where there is none."""
+    if not (REAL / "omniglot-py" / "images_background.zip").is_file():
+        pytest.skip(f"Omniglot is not in {REAL}; set FASTMAML_TEST_DATA to the folder that has it")
+    return REAL
 
 
 def picture(side: int = 8, value: int | None = None) -> Image.Image:
@@ -73,8 +85,23 @@ def write_cifarfs(root: Path) -> None:
 def write_fc100(root: Path) -> None:
     for short in SHORT.values():
         images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((32, 32, 3), np.uint8)
-        contents = {"data": images.astype(np.uint8), "labels": [7, 7, 9, 9, 30, 30]}
+        contents = {"data": images, "labels": [7, 7, 9, 9, 30, 30]}
         dump(contents, root / f"FC100_{short}.pickle")
+
+
+def write_mnist(root: Path, per_class: int = 20) -> None:
+    """Digits that tell themselves apart by where they are bright, in the IDX format."""
+    labels = np.arange(10 * per_class, dtype=np.uint8) % 10
+    images = RANDOM.integers(0, 60, (len(labels), 28, 28), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        row, column = divmod(int(label), 4)
+        image[7 * row : 7 * row + 7, 7 * column : 7 * column + 7] += 180
+    folder = root / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for name, data in (("images-idx3", images), ("labels-idx1", labels)):
+            header = struct.pack(f">{1 + data.ndim}i", 0x800 + data.ndim, *data.shape)
+            (folder / f"{part}-{name}-ubyte").write_bytes(header + data.tobytes())
 
 
 def write_birds(root: Path) -> None:

@@ -1,11 +1,86 @@
-"""The examples learn, in a few seconds each."""
+"""The examples run and learn, in a few seconds each, and their ways have one gradient."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from published_files import (
+    real_omniglot,
+    write_cifarfs,
+    write_fc100,
+    write_mini_imagenet,
+    write_mnist,
+)
+from torch import nn
 
-from fastmaml.examples import few_shot, hypergradient, protonet, sine
+from fastmaml import MAML, TaskBatch
+from fastmaml.algorithms import GBML, Reptile
+from fastmaml.examples import (
+    anil,
+    few_shot,
+    hypergradient,
+    loops,
+    maml,
+    meta_mnist,
+    metacurvature,
+    metasgd,
+    protonet,
+    recipe,
+    reptile,
+    sine,
+)
+from fastmaml.nn import Flatten
+from fastmaml.optim import MetaCurvatureTransform
+from fastmaml.vision.models import OmniglotCNN
+
+SMALL = "--iterations 1 --tasks 2 --shots 1 --queries 1 --steps 1 --test-steps 1 --test-tasks 2"
+WRITERS = {
+    "mini-imagenet": write_mini_imagenet,
+    "cifarfs": write_cifarfs,
+    "fc100": write_fc100,
+}
+
+
+@pytest.mark.parametrize(
+    ("example", "name"),
+    [
+        (maml, "mini-imagenet"),
+        (maml, "cifarfs"),
+        (anil, "mini-imagenet"),
+        (anil, "cifarfs"),
+        (metacurvature, "fc100"),
+        (metacurvature, "cifarfs"),
+        (reptile, "mini-imagenet"),
+    ],
+)
+def test_recipes_read_the_published_files(example, name, tmp_path, capsys) -> None:
+    WRITERS[name](tmp_path)
+    arguments = [name, "--data", str(tmp_path), "--ways", "3", "--rounds", "1", *SMALL.split()]
+    recipe.main(example.RECIPES, arguments)
+    printed = capsys.readouterr().out
+    assert "accuracy on 2 tasks of held-out classes" in printed
+    assert re.search(r"fused +[\d.]+ ms   speed-up +[\d.]+x", printed)
+
+
+@pytest.mark.parametrize("example", [maml, anil, metasgd, reptile], ids=lambda e: e.__name__[18:])
+def test_recipes_learn_omniglot(example) -> None:
+    arguments = ["omniglot", "--data", str(real_omniglot()), "--tasks", "8", "--test-tasks", "48"]
+    assert recipe.main(example.RECIPES, [*arguments, "--iterations", "60"]) > 0.35  # chance is 0.2
+
+
+def test_a_recipe_trains_by_the_loop_over_tasks_too() -> None:
+    arguments = ["omniglot", "--data", str(real_omniglot()), "--iterations", "30", "--rounds", "1"]
+    arguments += ["--tasks", "4", "--test-tasks", "48", "--drop-in"]
+    assert recipe.main(maml.RECIPES, arguments) > 0.35
+
+
+@pytest.mark.parametrize("drop_in", [[], ["--drop-in"]], ids=["fused", "drop-in"])
+def test_meta_mnist_learns_digits(drop_in, tmp_path, capsys) -> None:
+    write_mnist(tmp_path)
+    assert meta_mnist.main(["--data", str(tmp_path), "--iterations", "3", *drop_in]) > 0.5
+    assert "accuracy on 100 tasks of the digits [2, 3, 5, 7]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("algorithm", few_shot.ALGORITHMS)
@@ -20,29 +95,70 @@ def test_the_family_learns_characters(algorithm, capsys) -> None:
     assert ("speed-up" in printed) == (algorithm in few_shot.COMPARABLE)
 
 
-@pytest.mark.parametrize("algorithm", few_shot.COMPARABLE)
-def test_the_loop_and_the_fused_step_have_one_gradient(algorithm) -> None:
-    torch.manual_seed(0)
-    maml = few_shot.ALGORITHMS[algorithm](few_shot.OmniglotCNN(5).double())
-    x = [torch.rand(3, 5, 1, 28, 28, dtype=torch.float64) for _ in range(2)]
-    y = torch.arange(5).repeat(3, 1)
-    batch = few_shot.TaskBatch(x[0], y, x[1], y)
-    gradients = []
-    for value in (few_shot.loop(maml.double(), batch, 1), maml.meta_loss(batch, steps=1)):
-        gradients.append(torch.autograd.grad(value, list(maml.parameters())))
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
-
-
 def test_sines_are_learned() -> None:
     before, after = sine.main(["--iterations", "600"])
     assert after < 0.7 * before
+    torch.testing.assert_close(
+        sine.main(["--iterations", "3", "--drop-in"]), sine.main(["--iterations", "3"])
+    )
 
 
-def test_prototypes_classify_characters() -> None:
-    assert protonet.main(["--iterations", "25", "--test-tasks", "30"]) > 0.45
+@pytest.mark.parametrize("drop_in", [[], ["--drop-in"]], ids=["batched", "drop-in"])
+def test_prototypes_classify_characters(drop_in) -> None:
+    assert protonet.main(["--iterations", "8", "--test-tasks", "20", *drop_in]) > 0.45
 
 
 def test_learned_rates_descend_faster() -> None:
     fixed, learned = hypergradient.main(["--steps", "120"])
     assert learned < 0.8 * fixed
+
+
+# --- one gradient -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def batch() -> TaskBatch:
+    x = [torch.rand(3, 5, 1, 28, 28, dtype=torch.float64) for _ in range(2)]
+    y = torch.arange(5).repeat(3, 1)
+    return TaskBatch(x[0], y, x[1], y)
+
+
+def assert_one_gradient(model: nn.Module, values: list[torch.Tensor]) -> None:
+    gradients = [
+        torch.autograd.grad(value, list(model.parameters()), allow_unused=True) for value in values
+    ]
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("algorithm", [*few_shot.COMPARABLE, "metacurvature"])
+def test_the_doors_have_one_gradient(algorithm, batch) -> None:
+    make = few_shot.ALGORITHMS | {
+        "metacurvature": lambda model: GBML(model, MetaCurvatureTransform, lr=0.1)
+    }
+    model = make[algorithm](OmniglotCNN(5, hidden_size=8).double()).double()
+    values = [way(model, batch, 2, nn.functional.cross_entropy) for way in loops.DOORS.values()]
+    assert_one_gradient(model, values)
+
+
+def test_reptiles_loop_has_the_gradient_of_its_meta_loss(batch) -> None:
+    model = Reptile(OmniglotCNN(5, hidden_size=8).double(), lr=0.1)
+    values = [
+        way(model, batch, 3, nn.functional.cross_entropy)
+        for way in (reptile.loop_over_tasks, loops.fused)
+    ]
+    torch.testing.assert_close(values[0], values[1])
+    assert_one_gradient(model, values)
+
+
+def test_prototypes_of_all_tasks_are_those_of_each(batch) -> None:
+    layers = [nn.Conv2d(1, 4, 3, stride=3), nn.BatchNorm2d(4), nn.ReLU(), Flatten()]
+    features = MAML(nn.Sequential(*layers).double(), lr=1.0)
+    torch.testing.assert_close(
+        protonet.batched(features, batch), protonet.loop_over_tasks(features, batch)
+    )
+    values = [
+        protonet.query_loss(way(features, batch), batch)
+        for way in (protonet.batched, protonet.loop_over_tasks)
+    ]
+    assert_one_gradient(features, values)

@@ -1,6 +1,5 @@
 """Reading Omniglot from zips and folders, and the split by classes."""
 
-import os
 import zipfile
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from published_files import real_omniglot
 
 from fastmaml.vision.datasets import ImageClasses, load_omniglot, omniglot, split_omniglot
 
@@ -16,9 +16,6 @@ ALPHABETS = {
     "images_evaluation": {"Angelic": 2},
 }
 DRAWINGS = 4
-REAL = Path(
-    os.environ.get("FASTMAML_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
-)
 
 
 def drawing(character, number):
@@ -211,15 +208,11 @@ def test_split_needs_all_classes():
         split_omniglot(classes(7))
 
 
-@pytest.mark.skipif(
-    not (REAL / "omniglot-py").is_dir(), reason=f"Omniglot is not in {REAL / 'omniglot-py'}"
-)
 def test_the_real_data(tmp_path):
+    real = real_omniglot().resolve()
     (tmp_path / "omniglot-py").mkdir()
     for part in ALPHABETS:
-        (tmp_path / "omniglot-py" / f"{part}.zip").symlink_to(
-            REAL.resolve() / "omniglot-py" / f"{part}.zip"
-        )
+        (tmp_path / "omniglot-py" / f"{part}.zip").symlink_to(real / "omniglot-py" / f"{part}.zip")
     data = load_omniglot(tmp_path)
     assert len(data.images) == 32460
     assert len(data.names) == 1623

@@ -7,18 +7,16 @@ writes, on the same batches and with the same gradients.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import fastmaml
-from fastmaml import TaskBatch
 from fastmaml.algorithms import ANIL, IMAML, MAML, MetaSGD, Reptile
 from fastmaml.data import EpisodeSampler
+from fastmaml.examples.loops import compare
 from fastmaml.training.recipe import load_data
 from fastmaml.vision.models import OmniglotCNN
 
@@ -31,7 +29,7 @@ ALGORITHMS: dict[str, Callable[[nn.Module], MAML]] = {
     "imaml": lambda model: IMAML(model, lr=0.1, strength=0.5),
 }
 INNER_STEPS = {"anil": 5, "reptile": 5, "imaml": 8}
-COMPARABLE = ("maml", "fomaml", "anil", "metasgd")  # whose gradient the loop computes too
+COMPARABLE = ("maml", "fomaml", "anil", "metasgd")  # whose gradient a loop over tasks has too
 
 
 def main(argv: list[str] | None = None) -> float:
@@ -76,35 +74,6 @@ def train(maml: MAML, sampler: EpisodeSampler, iterations: int, steps: int) -> N
         optimizer.step()
         if iteration % 100 == 0:
             print(f"{iteration:5d}  query loss {loss.item():.3f}", flush=True)
-
-
-def loop(maml: MAML, batch: TaskBatch, steps: int) -> Tensor:
-    """The mean query loss, task by task: learn2learn's way."""
-    total = torch.zeros(())
-    for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
-        learner = maml.clone()
-        for _ in range(steps):
-            learner.adapt(F.cross_entropy(learner(support_x), support_y))
-        total = total + F.cross_entropy(learner(query_x), query_y)
-    return total / batch.tasks
-
-
-def compare(maml: MAML, batch: TaskBatch, steps: int) -> None:
-    """Print how long a meta-step takes each way."""
-    ways: dict[str, Callable[[], Tensor]] = {
-        "loop over tasks": lambda: loop(maml, batch, steps),
-        "fused": lambda: maml.meta_loss(batch, steps=steps),
-    }
-    fastest = {name: min(seconds(run) for _ in range(5)) for name, run in ways.items()}
-    for name, took in fastest.items():
-        print(f"{name}: {1e3 * took:.1f} ms per meta-step")
-    print(f"speed-up: {fastest['loop over tasks'] / fastest['fused']:.1f}x")
-
-
-def seconds(run: Callable[[], Tensor]) -> float:
-    start = time.perf_counter()
-    run().backward()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

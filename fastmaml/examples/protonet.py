@@ -1,4 +1,4 @@
-"""Prototypical networks on rendered characters (Snell et al., NeurIPS 2017)."""
+"""Prototypical networks (Snell et al., NeurIPS 2017) on rendered characters, or on Omniglot."""
 
 from __future__ import annotations
 
@@ -11,23 +11,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmaml
+from fastmaml import MAML, TaskBatch
 from fastmaml.data import EpisodeSampler
+from fastmaml.examples.loops import compare_times
 from fastmaml.nn import Flatten, PrototypicalClassifier
-from fastmaml.training.recipe import load_data
+from fastmaml.training.recipe import DATASETS, load_data
 from fastmaml.vision.models import ConvBase
 
 
 def main(argv: list[str] | None = None) -> float:
     """Returns the accuracy on held-out classes."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", nargs="?", choices=DATASETS, default="glyphs", help="the data set")
+    parser.add_argument("--data", default="~/data", help="the folder of all data")
+    parser.add_argument("--download", action="store_true", help="fetch what is missing there")
+    parser.add_argument("--drop-in", action="store_true", help="train by the loop over tasks")
     parser.add_argument("--iterations", type=int, default=400)
     parser.add_argument("--ways", type=int, default=5)
+    parser.add_argument("--tasks", type=int, default=4, help="in a meta-batch")
     parser.add_argument("--test-tasks", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     torch.manual_seed(arguments.seed)
-    data, split = load_data("glyphs", arguments.seed)
-    features = nn.Sequential(ConvBase(hidden=64, channels=1, max_pool=True), Flatten())
+    data, split = load_data(arguments.name, arguments.seed, arguments.data, arguments.download)
+    features = MAML(nn.Sequential(ConvBase(64, channels=1, max_pool=True), Flatten()), lr=1.0)
     optimizer = torch.optim.Adam(features.parameters(), lr=1e-3)
     episodes = partial(
         EpisodeSampler,
@@ -37,27 +44,49 @@ def main(argv: list[str] | None = None) -> float:
         queries=5,
         seed=arguments.seed,
     )
-    for batch in islice(episodes(tasks=1, classes=split.train), arguments.iterations):
-        scores = classify(features, batch.support_x[0], batch.support_y[0], batch.query_x[0])
-        loss = F.cross_entropy(scores, batch.query_y[0])
+    sampler = episodes(tasks=arguments.tasks, classes=split.train)
+    door = loop_over_tasks if arguments.drop_in else batched
+    for batch in islice(sampler, arguments.iterations):
+        loss = query_loss(door(features, batch), batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    features.eval()
     test = episodes(tasks=arguments.test_tasks, classes=split.test).sample()
     with torch.no_grad():
-        accuracies = [
-            fastmaml.accuracy(classify(features, sx, sy, qx), qy)
-            for sx, sy, qx, qy in zip(*test, strict=True)
-        ]
-    accuracy = float(torch.stack(accuracies).mean())
-    print(f"accuracy on {test.tasks} tasks of held-out classes: {100 * accuracy:.1f} %")
+        scores = batched(features, test)
+    accuracy = float(fastmaml.accuracy(scores.flatten(0, 1), test.query_y.flatten()))
+    print(f"accuracy on {test.tasks} tasks of held-out classes: {accuracy:.1%}")
+    batch = sampler.sample()
+    compare_times(
+        {
+            "loop over tasks": lambda: query_loss(loop_over_tasks(features, batch), batch),
+            "batched": lambda: query_loss(batched(features, batch), batch),
+        }
+    )
     return accuracy
 
 
-def classify(features: nn.Module, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
-    classifier = PrototypicalClassifier(features(support_x), support_y)
-    return classifier(features(query_x))
+def query_loss(scores: Tensor, batch: TaskBatch) -> Tensor:
+    return F.cross_entropy(scores.flatten(0, 1), batch.query_y.flatten())
+
+
+def loop_over_tasks(features: MAML, batch: TaskBatch) -> Tensor:
+    """The scores ``[T, M, ways]`` of the query images, with learn2learn's classifier."""
+    scores = []
+    for support_x, support_y, query_x, _ in zip(*batch, strict=True):
+        classifier = PrototypicalClassifier(features(support_x), support_y)
+        scores.append(classifier(features(query_x)))
+    return torch.stack(scores)
+
+
+def batched(features: MAML, batch: TaskBatch) -> Tensor:
+    """The same of all tasks at once: a clone takes ``[T, N, C, H, W]``."""
+    learner = features.clone(tasks=batch.tasks)
+    chosen = F.one_hot(batch.support_y).to(batch.support_x)
+    shots = chosen.sum(1)[..., None]
+    prototypes = chosen.mT @ learner(batch.support_x) / shots
+    queries = learner(batch.query_x)
+    return -(queries[:, :, None] - prototypes[:, None]).square().sum(-1)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ from torch import nn
 
 from fastmaml import MAML
 from fastmaml.data import Sinusoid
+from fastmaml.examples.loops import DOORS, compare
 
 
 def main(argv: list[str] | None = None) -> tuple[float, float]:
     """Returns the mean squared error on new sines before and after adaptation."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--iterations", type=int, default=15_000)
+    parser.add_argument("--drop-in", action="store_true", help="train by the loop over tasks")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     torch.manual_seed(arguments.seed)
@@ -25,8 +27,9 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
     maml = MAML(model, lr=0.01)
     optimizer = torch.optim.Adam(maml.parameters(), lr=1e-3)
     sines = Sinusoid(shots=10, queries=10, tasks=25, seed=arguments.seed)
+    door = DOORS["loop over tasks" if arguments.drop_in else "fused"]
     for iteration in range(1, arguments.iterations + 1):
-        loss = maml.meta_loss(next(sines), steps=1, loss=F.mse_loss)
+        loss = door(maml, next(sines), 1, F.mse_loss)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -38,6 +41,7 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
         predictions = maml.adapted(test, steps=steps, loss=F.mse_loss).predict()
         errors.append(F.mse_loss(predictions, test.query_y).item())
         print(f"mean squared error after {steps:2d} steps: {errors[-1]:.3f}")
+    compare(maml, next(sines), steps=1, loss=F.mse_loss)
     return errors[0], errors[-1]
 
 
