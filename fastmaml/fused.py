@@ -88,7 +88,7 @@ def _by_autograd(
     maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss, first_order: bool
 ) -> Tensor:
     """Door 2 written out: any loss, any module."""
-    learner = maml.clone(tasks=batch.tasks, first_order=first_order, allow_unused=True)
+    learner = maml.learner_for(batch, first_order)
     for step in range(steps):
         x, y = batch.support(step)
         learner.adapt(per_task(loss, learner(x), y))
@@ -167,7 +167,7 @@ def adapted(maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss) -> Adapted
     layout, theta, phi = maml.packed()
     batch = checks.batch(batch, theta, labels_needed=False)
     checks.minibatch_steps(batch, steps)
-    learner = maml.clone(tasks=batch.tasks, first_order=True, allow_unused=True)
+    learner = maml.learner_for(batch, first_order=True)
     learner.updates_statistics = False
     program = maml.current_program(layout, batch.support(0)[0])
     kind = built_in(loss)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmaml import checks, fused
+from fastmaml.chunks import in_chunks
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.fused import Adapted, FusedRates
 from fastmaml.inner import InnerOptimizer
@@ -169,6 +171,8 @@ class MAML(BaseLearner):
         steps: int = 1,
         loss: TaskLoss = F.cross_entropy,
         first_order: bool | None = None,
+        *,
+        chunk: int | None = None,
     ) -> Tensor:
         """The mean over tasks of the query loss after ``steps`` inner steps on the support set.
 
@@ -181,6 +185,8 @@ class MAML(BaseLearner):
                 in mini-batches, one for each step, see :class:`fastmaml.TaskBatch`.
             loss: ``(output, target)`` of one task to a scalar; any PyTorch function.
             first_order: overrides the wrapper's.
+            chunk: at most so many tasks at a time, each chunk's gradient worked out before the next
+                runs: memory is that of a chunk. The result is the same (differentiable once).
 
         Returns:
             A scalar.
@@ -189,6 +195,9 @@ class MAML(BaseLearner):
             ValueError, TypeError: the batch does not fit together or to the module.
             FloatingPointError: the loss is not finite.
         """
+        if chunk is not None:
+            part_loss = partial(self.meta_loss, steps=steps, loss=loss, first_order=first_order)
+            return in_chunks(self, batch, chunk, part_loss)
         return fused.meta_loss(self, batch, steps, loss, first_order)
 
     def adapted(
@@ -207,6 +216,10 @@ class MAML(BaseLearner):
             The adapted parameters and their predictions.
         """
         return fused.adapted(self, batch, steps, loss)
+
+    def learner_for(self, batch: TaskBatch, first_order: bool | None) -> Learner:
+        """The learner whose inner loop :meth:`meta_loss` writes out, where it is no native call."""
+        return self.clone(tasks=batch.tasks, first_order=first_order, allow_unused=True)
 
     # --- for the doors ------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,8 @@ from torch.func import functional_call
 
 import fastmaml
 from fastmaml import TaskBatch, inner
-from fastmaml.algorithms import IMAML, MAMLPlusPlus
+from fastmaml.algorithms import IMAML, MAMLPlusPlus, Reptile
+from fastmaml.backends.cpu import CpuExecutor
 
 T, B = 3, 2
 
@@ -122,3 +125,103 @@ def test_bad_batches() -> None:
         maml.meta_loss(tasks._replace(support_y=tasks.support_y + 9), steps=2)
     with pytest.raises(ValueError, match=r"support_x must be \[T, N, \.\.\.\] for IMAML"):
         IMAML(net(), 0.1).meta_loss(tasks, steps=2)
+
+
+# --- meta-batches in chunks -----------------------------------------------------------------------
+
+
+def whole_batch(tasks: int) -> TaskBatch:
+    parts = batch(tasks)
+    return TaskBatch(*parts.support(0), *parts[2:])
+
+
+WRAPPERS = {
+    "maml": lambda: fastmaml.MAML(net(), 0.3),
+    "learned_rate": lambda: fastmaml.MAML(net(), torch.tensor(0.3).double().requires_grad_()),
+    "adam": lambda: fastmaml.MAML(net(), inner=inner.Adam(inner.Learned(0.02), eps=1e-3)),
+    "head": lambda: fastmaml.MAML(net(), 0.3, adapt="4", first_order=True),
+    "plus_plus": lambda: MAMLPlusPlus(net(), 0.3, steps=2),
+    "reptile": lambda: Reptile(net(), 0.3),
+    "imaml": lambda: IMAML(net(), 0.1),
+}
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, own_loss])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_chunks_change_nothing(name, loss) -> None:
+    tasks, found = whole_batch(5), []
+    for chunk in (None, 2, 5, 9):
+        torch.manual_seed(3)
+        maml = WRAPPERS[name]()
+        value = maml.meta_loss(tasks, steps=2, loss=loss, chunk=chunk)
+        (2 * value).backward()
+        gradients = [p.grad for p in maml.parameters()]
+        rate = maml.lr.grad if isinstance(maml.lr, Tensor) else None
+        found.append([value.detach(), *maml.module.buffers(), rate, *gradients])
+    for other in found[1:]:
+        for a, b in zip(other, found[0], strict=True):
+            torch.testing.assert_close(
+                torch.zeros(()) if a is None else a, torch.zeros(()) if b is None else b
+            )
+
+
+def test_chunks_of_minibatches_and_of_multi_step_losses() -> None:
+    tasks, found = batch(3), []
+    for chunk in (None, 2):
+        torch.manual_seed(3)
+        maml = MAMLPlusPlus(net(), 0.3, steps=2)
+        maml.meta_loss(tasks, steps=2, chunk=chunk, step_weights=[0.4, 0.6]).backward()
+        found.append([p.grad for p in maml.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, own_loss])
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_tasks_in_flight_are_bounded(chunk, loss, monkeypatch) -> None:
+    alive, most = [0], [0]
+
+    def leave(tasks: int) -> None:
+        alive[0] -= tasks
+
+    def forward(self, theta, phi, buffers, x, *, keep):
+        y, statistics, state = plain_forward(self, theta, phi, buffers, x, keep=keep)
+        if state is not None:  # activations that wait for a backward pass
+            alive[0] += len(x)
+            most[0] = max(most[0], alive[0])
+            weakref.finalize(state, leave, len(x))
+        return y, statistics, state
+
+    def meta_step(self, call):
+        most[0] = max(most[0], len(call.support_x))
+        return plain_meta_step(self, call)
+
+    plain_forward, plain_meta_step = CpuExecutor.forward, CpuExecutor.meta_step
+    monkeypatch.setattr(CpuExecutor, "forward", forward)
+    monkeypatch.setattr(CpuExecutor, "meta_step", meta_step)
+    maml = fastmaml.MAML(net(), 0.3)
+    maml.meta_loss(whole_batch(8), steps=2, loss=loss, chunk=chunk).backward()
+    calls = 1 if loss is F.cross_entropy else 3  # two steps and the query set
+    assert 0 < most[0] <= calls * chunk
+
+
+def test_a_failing_chunk_leaves_running_statistics_as_they_were() -> None:
+    module, tasks = net(), whole_batch(4)
+    before = [b.clone() for b in module.buffers()]
+    tasks.query_y[3, 0] = 77
+    with pytest.raises(ValueError, match="query_y must be labels in"):
+        fastmaml.MAML(module, 0.1).meta_loss(tasks, chunk=2)
+    assert all(map(torch.equal, module.buffers(), before))
+
+
+def test_bad_chunks() -> None:
+    maml, tasks = fastmaml.MAML(net(), 0.1), whole_batch(4)
+    for chunk in (0, 2.0, True):
+        with pytest.raises(ValueError, match="chunk must be a positive int, got"):
+            maml.meta_loss(tasks, chunk=chunk)
+    tasks.query_x.requires_grad_()
+    with pytest.raises(ValueError, match="chunk must be None where the batch's tensors require"):
+        maml.meta_loss(tasks, chunk=2)
+    with torch.no_grad():
+        tasks.query_x.requires_grad_(False)
+        assert not maml.meta_loss(tasks, chunk=2).requires_grad

@@ -6,8 +6,9 @@ from fastmaml.algorithms.anil import ANIL
 from fastmaml.algorithms.gbml import GBML
 from fastmaml.algorithms.imaml import IMAML
 from fastmaml.algorithms.maml import MAML, maml_update
-from fastmaml.algorithms.maml_plus_plus import MAMLPlusPlus, multi_step_weights
+from fastmaml.algorithms.maml_plus_plus import Annealing, MAMLPlusPlus, multi_step_weights
 from fastmaml.algorithms.meta_sgd import MetaSGD, meta_sgd_update
+from fastmaml.algorithms.proto_maml import ProtoMAML
 from fastmaml.algorithms.reptile import Reptile
 
 __all__ = [
@@ -15,8 +16,10 @@ __all__ = [
     "GBML",
     "IMAML",
     "MAML",
+    "Annealing",
     "MAMLPlusPlus",
     "MetaSGD",
+    "ProtoMAML",
     "Reptile",
     "maml_update",
     "meta_sgd_update",

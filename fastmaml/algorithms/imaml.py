@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmaml import checks
-from fastmaml.algorithms.reptile import GivenGradients
+from fastmaml.chunks import in_chunks
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.fused import FusedRates
 from fastmaml.learner import Learner
 from fastmaml.losses import TaskLoss, per_task
 from fastmaml.maml import MAML
+from fastmaml.program.autograd import GivenGradients
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.theta import Theta
 
@@ -61,13 +63,18 @@ class IMAML(MAML):
         steps: int = 1,
         loss: TaskLoss = F.cross_entropy,
         first_order: bool | None = None,
+        *,
+        chunk: int | None = None,
     ) -> Tensor:
         """The mean query loss after ``steps`` inner steps, with the implicit gradient.
 
         Args:
-            batch, steps, loss: see :meth:`fastmaml.MAML.meta_loss`.
+            batch, steps, loss, chunk: see :meth:`fastmaml.MAML.meta_loss`.
             first_order: True: without the Hessian, which is FOMAML's gradient.
         """
+        if chunk is not None:
+            part_loss = partial(self.meta_loss, steps=steps, loss=loss, first_order=first_order)
+            return in_chunks(self, batch, chunk, part_loss)
         theta = self.layout().pack(adapted=True)
         batch = checks.batch(batch, theta.detach(), labels_needed=True)
         if batch.minibatches is not None:

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from fastmaml.chunks import in_chunks
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.losses import TaskLoss, per_task
 from fastmaml.maml import MAML
-
-
-class GivenGradients(Function):
-    """A value whose gradients with respect to parameters were worked out with it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, gradients: list[Tensor | None], *parameters: Tensor
-    ) -> Tensor:
-        ctx.gradients = gradients
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(None if g is None else grad * g for g in ctx.gradients)
+from fastmaml.program.autograd import GivenGradients
 
 
 class Reptile(MAML):
@@ -46,14 +30,18 @@ class Reptile(MAML):
         steps: int = 1,
         loss: TaskLoss = F.cross_entropy,
         first_order: bool | None = None,
+        *,
+        chunk: int | None = None,
     ) -> Tensor:
         """The mean query loss after ``steps`` inner steps, with Reptile's gradient.
 
         Args:
-            batch, steps, loss: see :meth:`fastmaml.MAML.meta_loss`; at least 2 steps make it more
-                than the average gradient.
+            batch, steps, loss, chunk: see :meth:`fastmaml.MAML.meta_loss`; at least 2 steps make it
+                more than the average gradient.
             first_order: there is nothing else.
         """
+        if chunk is not None:
+            return in_chunks(self, batch, chunk, partial(self.meta_loss, steps=steps, loss=loss))
         adapted = self.adapted(batch, steps, loss)
         with torch.no_grad():
             value = per_task(loss, adapted.predict(), batch.query_y).mean()

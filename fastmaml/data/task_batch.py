@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,15 @@ class TaskBatch(NamedTuple):
             )
         x, y = (torch.stack(t.split(size, dim=1)) for t in (self.support_x, self.support_y))
         return TaskBatch(x, y, self.query_x, self.query_y)
+
+    def chunks(self, size: int) -> Iterator[TaskBatch]:
+        """The same tasks, at most ``size`` at a time."""
+        axis = 0 if self.minibatches is None else 1
+        for start in range(0, self.tasks, size):
+            count = min(size, self.tasks - start)
+            x, y = (t.narrow(axis, start, count) for t in (self.support_x, self.support_y))
+            queries = (t if t is None else t.narrow(0, start, count) for t in self[2:])
+            yield TaskBatch(x, y, *queries)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TaskBatch:
         """The same tasks on ``device``."""

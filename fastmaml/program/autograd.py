@@ -125,6 +125,22 @@ def _recompute(run: Run, theta: Tensor, phi: Tensor, x: Tensor, gy: Tensor) -> t
     return state, executor.backward(state, gy, want_phi=True, want_x=True)[-1]
 
 
+class GivenGradients(Function):
+    """A value whose gradients with respect to parameters were worked out with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, gradients: Sequence[Tensor | None], *parameters: Tensor
+    ) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(None if g is None else grad * g for g in ctx.gradients)
+
+
 class MetaGradient(Function):
     """The mean query loss of a fused meta-step, its gradient already computed with it.
 
