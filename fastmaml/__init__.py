@@ -5,6 +5,7 @@
 
 from fastmaml import algorithms, data, inner, nn, optim, utils, vision
 from fastmaml.algorithms import MAML
+from fastmaml.backends.precision import precision
 from fastmaml.backends.select import FallbackWarning
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.learner import Learner
@@ -24,6 +25,7 @@ __all__ = [
     "inner",
     "nn",
     "optim",
+    "precision",
     "utils",
     "vision",
 ]

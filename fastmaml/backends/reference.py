@@ -6,7 +6,7 @@ serves derivatives beyond the second.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +18,13 @@ from fastmaml.backends.base import MetaStep, MetaStepResult
 from fastmaml.program.ir import Graph, Op, Slot
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.meta import meta_step
-from fastmaml.rules import RULES
+from fastmaml.rules import LOSSES, RULES, LossRule, Rule
 
 Values = dict[int, Tensor]
 
 
 @dataclass
-class _State:
+class State:
     phi: Tensor
     theta: Tensor
     values: Values
@@ -44,6 +44,8 @@ class ReferenceExecutor:
 
     name = "reference"
     packed = None
+    rules: Mapping[str, Rule] = RULES
+    losses: Mapping[str, LossRule] = LOSSES
 
     def __init__(self, graph: Graph, layout: ParameterLayout) -> None:
         self.graph = graph
@@ -52,14 +54,14 @@ class ReferenceExecutor:
     def forward(
         self, theta: Tensor, phi: Tensor, buffers: Sequence[Tensor], x: Tensor, *, keep: bool = True
     ) -> tuple[Tensor, Tensor | None, Any]:
-        state = _State(phi, theta, {0: x}, [], [])
+        state = State(phi, theta, {0: x}, [], [])
         statistics: list[Tensor] = []
         for op in self.graph.ops:
             params = [self._param(p, theta, phi) for p in op.params]
             read = [None if b is None else buffers[b] for b in op.buffers]
             inputs = [state.values[v] for v in op.inputs]
             shape = self.graph.values[op.output]
-            y, saved = RULES[op.kind].forward(op, shape, params, read, inputs)
+            y, saved = self.rules[op.kind].forward(op, shape, params, read, inputs)
             state.values[op.output] = y
             state.params.append(params)
             state.saved.append(saved)
@@ -69,19 +71,19 @@ class ReferenceExecutor:
         return y, torch.cat(statistics, 1) if statistics else None, state if keep else None
 
     def backward(
-        self, state: _State, gy: Tensor, *, want_phi: bool, want_x: bool, keep: bool = True
+        self, state: State, gy: Tensor, *, want_phi: bool, want_x: bool, keep: bool = True
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Any]:
         gvalues: Values = {self.graph.output: gy}
         gparams: list[tuple[Slot, Tensor]] = []
-        for i, op in reversed(list(enumerate(self.graph.ops))):
+        for i, op in reversed(list(enumerate(self._ops(want_x)))):
             if op.output in gvalues:
                 inputs = [state.values[v] for v in op.inputs]
                 args = (op, state.params[i], inputs, state.saved[i], gvalues[op.output])
-                self._collect(op, RULES[op.kind].backward(*args), gvalues, gparams)
+                self._collect(op, self.rules[op.kind].backward(*args), gvalues, gparams)
         return (*self._gradients(state, gvalues, gparams, want_phi, want_x), gvalues)
 
     def tangent(
-        self, state: _State, dtheta: Tensor, dphi: Tensor | None, dx: Tensor | None
+        self, state: State, dtheta: Tensor, dphi: Tensor | None, dx: Tensor | None
     ) -> tuple[Tensor, Any]:
         tangent = _Tangent({} if dx is None else {0: dx})
         for i, op in enumerate(self.graph.ops):
@@ -89,7 +91,7 @@ class ReferenceExecutor:
             inputs = [state.values[v] for v in op.inputs]
             dinputs = [tangent.values.get(v) for v in op.inputs]
             args = (op, state.params[i], inputs, state.saved[i], dparams, dinputs)
-            dy, saved = RULES[op.kind].tangent(*args)
+            dy, saved = self.rules[op.kind].tangent(*args)
             if dy is not None:
                 tangent.values[op.output] = dy
             tangent.params.append(dparams)
@@ -100,7 +102,7 @@ class ReferenceExecutor:
 
     def backward_tangent(
         self,
-        state: _State,
+        state: State,
         gradient: Values,
         tangent: _Tangent,
         dgy: Tensor | None,
@@ -110,9 +112,9 @@ class ReferenceExecutor:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         dgvalues: Values = {} if dgy is None else {self.graph.output: dgy}
         dgparams: list[tuple[Slot, Tensor]] = []
-        for i, op in reversed(list(enumerate(self.graph.ops))):
+        for i, op in reversed(list(enumerate(self._ops(want_x)))):
             if op.output in gradient:
-                found = RULES[op.kind].backward_tangent(
+                found = self.rules[op.kind].backward_tangent(
                     op,
                     state.params[i],
                     [state.values[v] for v in op.inputs],
@@ -132,7 +134,11 @@ class ReferenceExecutor:
             for name, y in (("support_y", call.support_y), ("query_y", call.query_y)):
                 if y is not None and y.device.type == "cpu":  # a look elsewhere would synchronise
                     checks.labels_in_range(name, y, classes)
-        return meta_step(self, call)
+        return meta_step(self, call, self.losses)
+
+    def _ops(self, want_x: bool) -> Sequence[Op]:
+        """The ops as the passes over gradients take them."""
+        return self.graph.ops
 
     # --- between slots and flat vectors -------------------------------------------------------
 
@@ -159,7 +165,7 @@ class ReferenceExecutor:
 
     def _gradients(
         self,
-        state: _State,
+        state: State,
         gvalues: Values,
         gparams: list[tuple[Slot, Tensor]],
         want_phi: bool,

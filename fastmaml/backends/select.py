@@ -13,7 +13,7 @@ from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
 
 ENVIRONMENT_VARIABLE = "FASTMAML_BACKEND"
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "gpu")
 
 
 class FallbackWarning(UserWarning):
@@ -42,12 +42,15 @@ def make_executor(graph: Graph, layout: ParameterLayout, x: Tensor) -> Executor:
 
     Raises:
         RuntimeError: the backend asked for by name cannot run on this device, or the native core
-            is not built.
+            or Triton cannot be loaded.
     """
     forced = forced_backend()
-    if forced == "reference" or (forced is None and x.device.type != "cpu"):
+    device = x.device.type
+    if forced == "gpu" or (forced is None and device == "cuda"):
+        return _gpu(graph, layout, x, forced is not None)
+    if forced == "reference" or (forced is None and device != "cpu"):
         return ReferenceExecutor(graph, layout)
-    if x.device.type != "cpu":
+    if device != "cpu":
         raise RuntimeError(
             f"{ENVIRONMENT_VARIABLE}=cpu was asked for, but the input is on {x.device}; "
             "move it to the CPU or unset the variable"
@@ -60,6 +63,27 @@ def make_executor(graph: Graph, layout: ParameterLayout, x: Tensor) -> Executor:
             f"`pip install .`, or set {ENVIRONMENT_VARIABLE}=reference for plain PyTorch"
         ) from error
     return CpuExecutor(graph, layout, x.dtype)
+
+
+def _gpu(graph: Graph, layout: ParameterLayout, x: Tensor, forced: bool) -> Executor:
+    try:
+        from fastmaml.backends.gpu import GpuExecutor, interpreted
+    except ImportError as error:
+        message = f"the gpu backend needs Triton, which could not be loaded ({error})"
+        if forced:
+            raise RuntimeError(f"{message}; install triton") from error
+        warnings.warn(
+            f"{message}. CUDA tensors run through plain PyTorch: the same gradients, slower.",
+            FallbackWarning,
+            stacklevel=2,
+        )
+        return ReferenceExecutor(graph, layout)
+    if x.device.type != "cuda" and not interpreted():
+        raise RuntimeError(
+            f"{ENVIRONMENT_VARIABLE}=gpu was asked for, but the input is on {x.device}; move it to "
+            "a CUDA device, or set TRITON_INTERPRET=1 to have the kernels interpreted on the CPU"
+        )
+    return GpuExecutor(graph, layout, x.dtype)
 
 
 def report_fallback(module: nn.Module, reason: str) -> None:

@@ -18,7 +18,7 @@ No graph is kept across steps. Maths in ``README.md`` beside this file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,9 +47,11 @@ class _Step:
 
 
 @torch.no_grad()
-def meta_step(executor: Executor, call: MetaStep) -> MetaStepResult:
+def meta_step(
+    executor: Executor, call: MetaStep, losses: Mapping[str, LossRule] = LOSSES
+) -> MetaStepResult:
     """Run one meta-step on ``executor``; see :class:`fastmaml.backends.base.MetaStep`."""
-    loss = LOSSES[call.loss]
+    loss = losses[call.loss]
     supports = _supports(call)
     tasks = len(supports[0][0])
     theta, moments = call.theta.expand(tasks, -1), Moments()

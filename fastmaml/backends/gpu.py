@@ -1,0 +1,72 @@
+"""The GPU backend: a program op by op through Triton kernels, batched over tasks and examples.
+
+float32 on CUDA devices; other dtypes run through the reference rules on the device. With
+``TRITON_INTERPRET=1`` the kernels run on CPU tensors too, slowly, to be tested.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastmaml.backends.reference import ReferenceExecutor, State, Values
+from fastmaml.backends.triton import LOSSES, RULES
+from fastmaml.program.ir import Graph, Op, Slot, freeze
+from fastmaml.program.layout import ParameterLayout
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+class GpuExecutor(ReferenceExecutor):
+    """See :class:`fastmaml.backends.base.Executor`."""
+
+    name = "gpu"
+
+    def __init__(self, graph: Graph, layout: ParameterLayout, dtype: torch.dtype) -> None:
+        super().__init__(graph, layout)
+        if dtype == torch.float32:
+            self.rules, self.losses = RULES, LOSSES
+        self._without_input_gradient = _mark_first_ops(graph)
+
+    def _ops(self, want_x: bool) -> Sequence[Op]:
+        return self.graph.ops if want_x else self._without_input_gradient
+
+    def _gradients(
+        self,
+        state: State,
+        gvalues: Values,
+        gparams: list[tuple[Slot, Tensor]],
+        want_phi: bool,
+        want_x: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        gtheta = state.theta.new_zeros(state.theta.shape)
+        gphi = torch.zeros_like(state.phi)
+        for slot, grad in gparams:
+            if slot.adapted:
+                gtheta[:, slot.offset : slot.offset + slot.size] += grad.flatten(1)
+            elif want_phi:
+                gphi[slot.offset : slot.offset + slot.size] += grad.flatten(1).sum(0)
+        gx = gvalues.get(0, torch.zeros_like(state.values[0])) if want_x else None
+        return gtheta, gphi if want_phi else None, gx
+
+
+def _mark_first_ops(graph: Graph) -> tuple[Op, ...]:
+    """The ops, with a note on those whose input depends on no parameter."""
+    moving: set[int] = set()
+    ops = []
+    for op in graph.ops:
+        if any(v in moving for v in op.inputs):
+            moving.add(op.output)
+        else:
+            op = replace(op, attrs=freeze({**op.attrs, "input_gradient": False}))
+        if any(p is not None for p in op.params):
+            moving.add(op.output)
+        ops.append(op)
+    return tuple(ops)
