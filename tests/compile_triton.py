@@ -46,7 +46,7 @@ def cnn() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
 
 
 def compile_launches(target: GPUTarget) -> dict[tuple[object, ...], int]:
-    """Have every launch compiled instead; the variants found so far, and the size of each binary."""
+    """Have every launch compiled instead; by variant, the size of the binary so far."""
     done: dict[tuple[object, ...], int] = {}
 
     def run(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -88,7 +88,7 @@ def main(capability: int, names: list[str]) -> None:
             with precision(arithmetic):
                 meta_step(*globals()[name]())
     for key, size in done.items():
-        print(key[0], size)
+        sys.stdout.write(f"{key[0]} {size}\n")
 
 
 if __name__ == "__main__":
