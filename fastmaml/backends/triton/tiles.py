@@ -43,9 +43,9 @@ def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 def _dense_strides(x: Tensor) -> tuple[int, ...]:
     """The strides of a gapless tensor whose axes are ordered as those of ``x``."""
-    order = sorted(range(x.ndim), key=lambda d: (-x.stride(d), d))
+    given = x.stride()
     strides, step = [0] * x.ndim, 1
-    for d in reversed(order):
+    for d in sorted(range(x.ndim), key=lambda d: (given[d], -d)):
         strides[d] = step
         step *= x.shape[d]
     return tuple(strides)
