@@ -14,7 +14,8 @@ def multiply_tiles(a, b, total, PRECISION: tl.constexpr):
     """``total + a @ b`` in one of ``fastmaml.backends.precision.PRECISIONS``."""
     if PRECISION == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
-    return tl.dot(a, b, total, input_precision=PRECISION)
+    else:  # as a constant's other branch it is not compiled
+        return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 def tile(size: int, largest: int = 64) -> int:
