@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import struct
@@ -143,6 +144,32 @@ def write_flowers(root: Path) -> None:
     savemat(folder / "imagelabels.mat", {"labels": np.arange(204)[None] % 102 + 1})
 
 
+def write_fungi(root: Path, per_class: int = 1) -> None:
+    """Half of the images in each listing, and annotations in another order than images."""
+    folder = root / "fgvc_fungi"
+    kinds = chosen_classes("FGVCFungi", "all") * per_class
+    (folder / "images").mkdir(parents=True)
+    picture().save(folder / "images" / "0.JPG")
+    contents = (folder / "images" / "0.JPG").read_bytes()
+    for start, listing in enumerate(("train.json", "val.json")):
+        numbers = range(start, len(kinds), 2)
+        for i in numbers:
+            (folder / "images" / f"{i}.JPG").write_bytes(contents)
+        images = [{"id": 7000 + i, "file_name": f"images/{i}.JPG"} for i in reversed(numbers)]
+        annotations = [{"id": i, "image_id": 7000 + i, "category_id": kinds[i]} for i in numbers]
+        listed = {"images": images, "annotations": annotations, "categories": []}
+        (folder / listing).write_text(json.dumps(listed))
+
+
+def write_quickdraw(root: Path) -> None:
+    """Class c has 2 or 3 drawings, whose first pixels are c and the number of the drawing."""
+    (root / "quickdraw").mkdir()
+    for c, name in enumerate(chosen_classes("Quickdraw", "all")):
+        drawings = RANDOM.integers(0, 256, (2 + c % 2, 784), dtype=np.uint8)
+        drawings[:, 0], drawings[:, 1] = c % 256, np.arange(len(drawings))
+        np.save(root / "quickdraw" / f"{name}.npy", drawings)
+
+
 def write_omniglot(root: Path, zipped: bool = False) -> None:
     for part, alphabets in (("images_background", "BA"), ("images_evaluation", "C")):
         for alphabet in alphabets:
@@ -169,6 +196,8 @@ WRITERS = {
     datasets.CUBirds200: write_birds,
     datasets.FGVCAircraft: write_aircraft,
     datasets.DescribableTextures: write_textures,
+    datasets.FGVCFungi: write_fungi,
+    datasets.Quickdraw: write_quickdraw,
     datasets.VGGFlower102: write_flowers,
     datasets.FullOmniglot: write_omniglot,
 }

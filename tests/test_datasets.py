@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import re
+import shutil
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 import torch
+import torchvision.datasets.utils
 from published_files import (
     SHORT,
     WRITERS,
@@ -17,17 +23,20 @@ from published_files import (
     write_cifarfs,
     write_fc100,
     write_flowers,
+    write_fungi,
     write_mini_imagenet,
     write_omniglot,
+    write_quickdraw,
     write_textures,
     write_tiered_imagenet,
 )
 
 from fastmaml.cli import main
-from fastmaml.cli.data import verify
-from fastmaml.data import MetaDataset
+from fastmaml.cli.data import DATA_SETS, verify
+from fastmaml.data import MetaDataset, Taskset
+from fastmaml.data.transforms import FusedNWaysKShots, LoadData, RemapLabels
 from fastmaml.vision import benchmarks, datasets
-from fastmaml.vision.datasets import few_shot
+from fastmaml.vision.datasets import fetching, few_shot
 from fastmaml.vision.datasets.few_shot import chosen_classes, meta_dataset_splits
 
 # --- reading them -----------------------------------------------------------------------------
@@ -41,7 +50,7 @@ def test_labels_are_known_without_opening_images(kind, tmp_path, monkeypatch) ->
     monkeypatch.setattr(kind, "_open", None)
     meta = MetaDataset(kind(tmp_path, target_transform=lambda label: label + 100))
     assert [meta.indices_to_labels[i] for i in range(0, len(data), 7)] == read
-    assert Path(data._bookkeeping_path).exists()
+    assert data._bookkeeping_path is None or Path(data._bookkeeping_path).exists()
 
 
 def test_mini_imagenet_gives_floats_from_0_to_255(tmp_path) -> None:
@@ -106,6 +115,62 @@ def test_aircraft_textures_and_flowers_follow_their_splits(tmp_path) -> None:
     assert int(Path(file).stem[-5:]) == chosen_classes("VGGFlower102", "train")[label]
 
 
+def test_fungi_are_found_by_the_number_of_their_image(tmp_path) -> None:
+    write_fungi(tmp_path)
+    everything = datasets.FGVCFungi(tmp_path)
+    assert [label for _, label in everything.samples] == [*range(0, 1394, 2), *range(1, 1394, 2)]
+    assert [int(Path(file).stem) for file, _ in everything.samples[:3]] == [0, 2, 4]
+    assert len(datasets.FGVCFungi(tmp_path, "validation")) == 200
+    (tmp_path / "fgvc_fungi" / "val.json").write_text('{"images": [{"id": 1}]}')
+    with pytest.raises(ValueError, match=r"val\.json is damaged \(KeyError\('file_name'\)\)"):
+        datasets.FGVCFungi(tmp_path)
+
+
+def test_drawings_are_counted_not_listed(tmp_path) -> None:
+    write_quickdraw(tmp_path)
+    data = datasets.Quickdraw(tmp_path, "test", target_transform=lambda label: f"thing {label}")
+    meta = MetaDataset(data)
+    first = 241 + 52
+    sizes = [2 + (first + c) % 2 for c in range(52)]
+    assert len(data) == len(meta) == sum(sizes)
+    assert [len(meta.labels_to_indices[label]) for label in meta.labels] == sizes
+    assert len(meta.indices_to_labels) == len(data)
+    for label in ("thing 0", "thing 7", "thing 51"):
+        for number, i in enumerate(meta.labels_to_indices[label]):
+            image, own = meta[i]
+            assert own == meta.indices_to_labels[i] == label
+            assert image.shape == (28, 28)
+            assert image[0, :2].tolist() == [(first + int(label[6:])) % 256, number]
+    assert data[-1][0][0, :2].tolist() == [344 % 256, sizes[-1] - 1]
+    with pytest.raises(IndexError, match="index must be from 0 to"):
+        data[len(data)]
+    task = Taskset(meta, [FusedNWaysKShots(meta, n=3, k=2), LoadData(meta), RemapLabels(meta)])
+    x, y = task.sample()
+    assert x.shape == (6, 28, 28)
+    assert sorted(y.tolist()) == [0, 0, 1, 1, 2, 2]
+    with pytest.raises(ValueError, match="label of its own, got 1 labels for 52 classes"):
+        MetaDataset(datasets.Quickdraw(tmp_path, "test", target_transform=lambda label: 0))
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (np.zeros((2, 783), np.uint8), r"must hold drawings \[N, 784\] of uint8, got \[2, 783\]"),
+        (np.zeros((2, 784)), "of uint8, got .* of float64"),
+        (b"\x93NUMPY", r"swan\.npy is damaged"),
+    ],
+)
+def test_damaged_drawings_are_named(contents, message, tmp_path) -> None:
+    write_quickdraw(tmp_path)
+    path = tmp_path / "quickdraw" / "swan.npy"
+    if isinstance(contents, bytes):
+        path.write_bytes(contents)
+    else:
+        np.save(path, contents)
+    with pytest.raises(ValueError, match=message):
+        datasets.Quickdraw(tmp_path)
+
+
 @pytest.mark.parametrize("zipped", [False, True])
 def test_omniglot_is_one_data_set_of_pictures(tmp_path, zipped) -> None:
     write_omniglot(tmp_path, zipped)
@@ -123,7 +188,7 @@ def test_no_class_is_in_two_splits(name) -> None:
         everything = chosen_classes(name, "all")
         assert len(set(everything)) == len(everything)
         assert [len(parts[m]) for m in few_shot.MODES] in (
-            [140, 30, 30], [70, 15, 15], [33, 7, 7], [71, 15, 16]
+            [140, 30, 30], [70, 15, 15], [33, 7, 7], [71, 15, 16], [994, 200, 200], [241, 52, 52]
         )  # fmt: skip
 
 
@@ -173,6 +238,109 @@ def test_labels_that_do_not_fit_are_refused(tmp_path) -> None:
     dump({"label_specific": np.arange(7)}, labels)
     with pytest.raises(ValueError, match="must label the 8 images"):
         datasets.TieredImagenet(tmp_path)
+
+
+# --- downloads --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch) -> Path:
+    """A folder whose files can be downloaded, in Zenodo's place too, with their checksums."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+    monkeypatch.setattr(
+        torchvision.datasets.utils,
+        "_urlretrieve",
+        lambda url, place: shutil.copy(folder / url.rsplit("/", 1)[1], place),
+    )
+    monkeypatch.setattr(torchvision.datasets.utils, "_get_redirect_url", lambda url, **_: url)
+
+    def record(url: str) -> io.BytesIO:
+        assert re.fullmatch(r"https://zenodo\.org/api/records/\d+", url)
+        listed = [
+            {"key": p.name, "checksum": f"md5:{hashlib.md5(p.read_bytes()).hexdigest()}"}
+            for p in folder.iterdir()
+        ]
+        return io.BytesIO(json.dumps({"files": listed}).encode())
+
+    monkeypatch.setattr(fetching, "urlopen", record)
+    return folder
+
+
+def publish(writer, server: Path, archive: str, inside: str = ".") -> None:
+    """The files that a writer writes, as the archive they are published in."""
+    writer(server / "files")
+    shutil.make_archive(
+        str(server / archive.split(".")[0]),
+        "zip" if archive.endswith("zip") else "gztar",
+        server / "files" / inside,
+    )
+    shutil.rmtree(server / "files")
+    (made,) = server.glob(archive.split(".")[0] + "*")
+    made.rename(server / archive)
+
+
+@pytest.mark.parametrize(
+    ("kind", "archive", "inside"),
+    [
+        (datasets.CIFARFS, "cifar100.zip", "cifarfs"),
+        (datasets.FC100, "fc100.zip", "."),
+        (datasets.CUBirds200, "CUB_200_2011.tgz", "cubirds200"),
+        (datasets.FGVCAircraft, "fgvc-aircraft-2013b.tar.gz", "fgvc_aircraft"),
+    ],
+)
+def test_archives_are_fetched_and_unpacked_once(kind, archive, inside, server, tmp_path) -> None:
+    publish(WRITERS[kind], server, archive, inside)
+    root = tmp_path / "data"
+    assert len(kind(root, download=True)) > 0
+    (server / archive).unlink()
+    kind(root, download=True)
+    assert not list(root.rglob("*.zip")) + list(root.rglob("*gz"))
+
+
+def test_fungi_come_in_two_archives(server, tmp_path) -> None:
+    write_fungi(server)
+    folder = server / "fgvc_fungi"
+    (server / "listings").mkdir()
+    for listing in ("train.json", "val.json"):
+        (folder / listing).rename(server / "listings" / listing)
+    for name, files in (
+        ("fungi_train_val", folder),
+        ("train_val_annotations", server / "listings"),
+    ):
+        made = shutil.make_archive(str(server / name), "gztar", files)
+        Path(made).rename(server / f"{name}.tgz")
+    assert len(datasets.FGVCFungi(tmp_path / "data", download=True)) == 1394
+
+
+def test_files_are_fetched_one_by_one(server, tmp_path) -> None:
+    write_mini_imagenet(server)
+    data = datasets.MiniImagenet(tmp_path / "data", "test", download=True)
+    assert data[0][0][0, 5, 5] == 20
+    write_quickdraw(server)
+    for file in (server / "quickdraw").iterdir():
+        file.rename(server / quote(file.name))
+    assert len(datasets.Quickdraw(tmp_path / "data", "test", download=True)) > 100
+    assert (tmp_path / "data" / "quickdraw" / "ice cream.npy").exists() == (
+        "ice cream" in chosen_classes("Quickdraw", "test")
+    )
+
+
+def test_a_file_with_another_checksum_is_refused(server, tmp_path, monkeypatch) -> None:
+    write_mini_imagenet(server)
+    monkeypatch.setattr(fetching, "published_md5", lambda source: "0" * 32)
+    with pytest.raises(RuntimeError, match="corrupted"):
+        datasets.MiniImagenet(tmp_path / "data", download=True)
+
+
+def test_published_checksums_are_known(server) -> None:
+    (server / "a.zip").write_bytes(b"contents")
+    published = fetching.published_md5("https://zenodo.org/record/12/files/a.zip")
+    assert published == hashlib.md5(b"contents").hexdigest()
+    with pytest.raises(ValueError, match=r"record/12 lists no MD5 of b\.zip; fetch https://zenodo"):
+        fetching.published_md5("https://zenodo.org/record/12/files/b.zip")
+    assert fetching.published_md5(datasets.DescribableTextures._source).startswith("fff73e50")
+    assert fetching.published_md5(datasets.FGVCAircraft._source) is None
 
 
 # --- benchmarks and the command ---------------------------------------------------------------
@@ -249,5 +417,9 @@ def test_the_command_counts_and_compares(tmp_path, capsys) -> None:
     )
     assert verify(datasets.FC100(tmp_path), "train", (3, 6))
     assert "fc100 train: 3 classes, 6 images: complete" in capsys.readouterr().out
+    write_quickdraw(tmp_path)
+    assert verify(datasets.Quickdraw(tmp_path), "all", (345, 862))
+    assert {expected.open for expected in DATA_SETS.values()} == set(WRITERS)
+    assert all(expected.open.name == name for name, expected in DATA_SETS.items())
     assert main(["data", "cifarfs", "--root", str(tmp_path)]) == 1
     assert "cifarfs: " in capsys.readouterr().err

@@ -140,8 +140,6 @@ def test_missing_file_says_which_where_and_how_to_get_it(tmp_path):
 
 
 def test_download_fetches_only_what_is_missing(root, monkeypatch):
-    import torchvision.datasets.utils as downloads
-
     calls = []
 
     def fake(url, folder, name, md5):
@@ -150,7 +148,7 @@ def test_download_fetches_only_what_is_missing(root, monkeypatch):
             drawing(1, 1).save(Path(folder) / "one.png")
             archive.write(Path(folder) / "one.png", "images_evaluation/Angelic/character01/a.png")
 
-    monkeypatch.setattr(downloads, "download_url", fake)
+    monkeypatch.setattr("fastmaml.vision.datasets.fetching.download_url", fake)
     load_omniglot(root, download=True)
     assert calls == []
 

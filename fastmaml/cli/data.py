@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fastmaml.cli.options import Verbs
-from fastmaml.data.meta_dataset import group_by_label
 from fastmaml.vision import datasets
 from fastmaml.vision.datasets import FewShotImages
 
@@ -38,6 +37,8 @@ DATA_SETS = {
     "cubirds200": Expected(datasets.CUBirds200, {"all": (200, 11745)}),
     "fgvc-aircraft": Expected(datasets.FGVCAircraft, {"all": (100, 10000)}),
     "describable-textures": Expected(datasets.DescribableTextures, {"all": (47, 5640)}),
+    "fgvc-fungi": Expected(datasets.FGVCFungi, {"all": (1394, 89760)}),
+    "quickdraw": Expected(datasets.Quickdraw, {"all": (345, 50426266)}),
     "vgg-flower102": Expected(datasets.VGGFlower102, {"all": (102, 8189)}),
 }
 _OPENED = 20  # images of each mode that are opened
@@ -70,8 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def verify(data: FewShotImages, mode: str, size: tuple[int, int]) -> bool:
     """Print what is there; False where it is not what was published."""
-    labels: dict[int, Any] = {i: label for i, (_, label) in enumerate(data.samples)}
-    found = (len(group_by_label(labels)), len(data))
+    found = (len(data.class_sizes()), len(data))
     for i in range(0, len(data), max(1, len(data) // _OPENED)):
         data[i]
     verdict = "complete" if found == size else f"expected {size[0]} classes, {size[1]:,} images"

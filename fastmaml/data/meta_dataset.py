@@ -21,8 +21,8 @@ Label = Hashable
 class MetaDataset(Dataset):
     """A classification data set together with the examples of each class.
 
-    The labels come from the arguments, from the data set's own ``known_labels()``, or from reading
-    every example's ``dataset[i][1]`` once.
+    The labels come from the arguments, from the data set's own ``class_index()`` (both mappings) or
+    ``known_labels()``, or from reading every example's ``dataset[i][1]`` once.
     Where the data set has an attribute ``_bookkeeping_path`` and no argument is given, what was
     read is kept in that file; one that cannot be read, or belongs to other data, is made anew.
 
@@ -70,7 +70,10 @@ class MetaDataset(Dataset):
         indices_to_labels: Mapping[int, Any] | None = None,
     ) -> None:
         """Fill the attributes from a mapping, or by reading all labels."""
-        if labels_to_indices is not None:
+        index = getattr(self.dataset, "class_index", None)
+        if labels_to_indices is None and indices_to_labels is None and index is not None:
+            labels_to_indices, indices_to_labels = index()
+        elif labels_to_indices is not None:
             indices_to_labels = {i: c for c, indices in labels_to_indices.items() for i in indices}
         else:
             if indices_to_labels is None:

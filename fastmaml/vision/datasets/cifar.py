@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.utils import download_and_extract_archive
 
+from fastmaml.vision.datasets.fetching import ZENODO, fetch_archive
 from fastmaml.vision.datasets.few_shot import FewShotImages, read_pickle
-
-_ZENODO = "https://zenodo.org/record/7978538/files"
 
 
 class CIFARFS(FewShotImages):
@@ -26,9 +24,9 @@ class CIFARFS(FewShotImages):
 
     def _load(self, root: Path, download: bool) -> list[tuple[Any, int]]:
         folder = root / "cifarfs" / "cifar100"
-        source = f"{_ZENODO}/cifar100.zip"
+        source = f"{ZENODO}/cifar100.zip"
         if download and not folder.exists():
-            download_and_extract_archive(source, str(root), str(root / "cifarfs"), "cifarfs.zip")
+            fetch_archive(source, root / "cifarfs")
         short = "val" if self.mode == "validation" else self.mode
         split = folder / "splits" / "bertinetto" / f"{short}.txt"
         self.require(split, source)
@@ -53,9 +51,9 @@ class FC100(FewShotImages):
     def _load(self, root: Path, download: bool) -> list[tuple[Any, int]]:
         short = "val" if self.mode == "validation" else self.mode
         path = root / f"FC100_{short}.pickle"
-        source = f"{_ZENODO}/fc100.zip"
+        source = f"{ZENODO}/fc100.zip"
         if download and not path.exists():
-            download_and_extract_archive(source, str(root), str(root), "fc100.zip")
+            fetch_archive(source, root)
         self.require(path, source)
         contents = read_pickle(path, "latin1")
         try:

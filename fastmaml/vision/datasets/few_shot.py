@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -52,10 +53,12 @@ class FewShotImages(Dataset):
         self.mode = mode
         self.transform = transform
         self.target_transform = target_transform
-        self._bookkeeping_path = str(Path(self.root) / f"{self.name}-bookkeeping-{mode}.pkl")
-        self.samples: list[tuple[Any, int]] = self._load(Path(self.root), download)
+        self._bookkeeping_path: str | None = str(
+            Path(self.root) / f"{self.name}-bookkeeping-{mode}.pkl"
+        )
+        self.samples: Sequence[tuple[Any, int]] = self._load(Path(self.root), download)
 
-    def _load(self, root: Path, download: bool) -> list[tuple[Any, int]]:
+    def _load(self, root: Path, download: bool) -> Sequence[tuple[Any, int]]:
         raise NotImplementedError
 
     def _open(self, source: Any) -> Any:
@@ -82,6 +85,10 @@ class FewShotImages(Dataset):
         change = self.target_transform
         return [label if change is None else change(label) for _, label in self.samples]
 
+    def class_sizes(self) -> list[int]:
+        """The number of images of each class that has any."""
+        return list(Counter(label for _, label in self.samples).values())
+
     def require(self, path: Path, source: str) -> None:
         """Raise where ``path`` is missing, naming what to do."""
         if not path.exists():
@@ -89,6 +96,25 @@ class FewShotImages(Dataset):
                 f"{self.name}: {path} is missing; it comes from {source}, and "
                 f"`fastmaml data {self.name} --root {self.root} --download` fetches it"
             )
+
+
+class MetaDatasetImages(FewShotImages):
+    """Images split by classes as in Meta-Dataset; also ``mode="all"``, the default: all classes.
+
+    Triantafillou et al., "Meta-Dataset", ICLR 2020.
+    """
+
+    modes = (*MODES, "all")
+
+    def __init__(
+        self,
+        root: str | Path,
+        mode: str = "all",
+        transform: Transform | None = None,
+        target_transform: Transform | None = None,
+        download: bool = False,
+    ) -> None:
+        super().__init__(root, mode, transform, target_transform, download)
 
 
 @lru_cache

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torchvision.datasets.utils import download_and_extract_archive, download_url
 
+from fastmaml.vision.datasets.fetching import fetch, fetch_archive
 from fastmaml.vision.datasets.few_shot import (
-    MODES,
-    FewShotImages,
+    MetaDatasetImages,
     Transform,
     chosen_classes,
     meta_dataset_splits,
@@ -19,23 +19,7 @@ from fastmaml.vision.datasets.few_shot import (
 Box = tuple[int, int, int, int]  # left, upper, right, lower
 
 
-class _FineGrained(FewShotImages):
-    """Also ``mode="all"``, the default: the classes of all three modes."""
-
-    modes = (*MODES, "all")
-
-    def __init__(
-        self,
-        root: str | Path,
-        mode: str = "all",
-        transform: Transform | None = None,
-        target_transform: Transform | None = None,
-        download: bool = False,
-    ) -> None:
-        super().__init__(root, mode, transform, target_transform, download)
-
-
-class _Boxed(_FineGrained):
+class _Boxed(MetaDatasetImages):
     """Images that may be cropped to the bounding box of what they show."""
 
     def __init__(
@@ -82,7 +66,7 @@ class CUBirds200(_Boxed):
     def _load(self, root: Path, download: bool) -> list[tuple[Any, int]]:
         folder = root / "cubirds200" / "CUB_200_2011"
         if download and not folder.exists():
-            download_and_extract_archive(self._source, str(root / "cubirds200"))
+            fetch_archive(self._source, root / "cubirds200")
         left_out = (
             frozenset()
             if self.include_imagenet_duplicates
@@ -122,7 +106,7 @@ class FGVCAircraft(_Boxed):
     def _load(self, root: Path, download: bool) -> list[tuple[Any, int]]:
         folder = root / "fgvc_aircraft" / "fgvc-aircraft-2013b" / "data"
         if download and not folder.exists():
-            download_and_extract_archive(self._source, str(root / "fgvc_aircraft"))
+            fetch_archive(self._source, root / "fgvc_aircraft")
         label_of = {name: i for i, name in enumerate(chosen_classes("FGVCAircraft", self.mode))}
         samples = []
         for part in ("train", "val", "test"):
@@ -144,7 +128,7 @@ class FGVCAircraft(_Boxed):
             self.boxes[str(folder / "images" / f"{image}.jpg")] = (left, upper, right, lower)
 
 
-class DescribableTextures(_FineGrained):
+class DescribableTextures(MetaDatasetImages):
     """Describable Textures: 47 kinds of 120 images each, 33 / 7 / 7 (Cimpoi et al., CVPR 2014).
 
     Read from ``describable_textures/dtd/images``. Arguments and errors: see
@@ -157,7 +141,7 @@ class DescribableTextures(_FineGrained):
     def _load(self, root: Path, download: bool) -> list[tuple[Any, int]]:
         folder = root / "describable_textures" / "dtd" / "images"
         if download and not folder.exists():
-            download_and_extract_archive(self._source, str(root / "describable_textures"))
+            fetch_archive(self._source, root / "describable_textures")
         samples = []
         for label, name in enumerate(chosen_classes("DescribableTextures", self.mode)):
             self.require(folder / name, self._source)
@@ -165,7 +149,7 @@ class DescribableTextures(_FineGrained):
         return samples
 
 
-class VGGFlower102(_FineGrained):
+class VGGFlower102(MetaDatasetImages):
     """VGG Flowers: 102 kinds of 40 to 258 images, 71 / 15 / 16 (Nilsback & Zisserman, 2008).
 
     Read from ``vgg_flower102``: ``jpg`` and ``imagelabels.mat``, for which scipy is needed.
@@ -178,8 +162,9 @@ class VGGFlower102(_FineGrained):
     def _load(self, root: Path, download: bool) -> list[tuple[Any, int]]:
         folder = root / "vgg_flower102"
         if download and not (folder / "jpg").exists():
-            download_and_extract_archive(f"{self._source}/102flowers.tgz", str(folder))
-            download_url(f"{self._source}/imagelabels.mat", str(folder))
+            fetch_archive(f"{self._source}/102flowers.tgz", folder)
+        if download and not (folder / "imagelabels.mat").exists():
+            fetch(f"{self._source}/imagelabels.mat", folder)
         self.require(folder / "imagelabels.mat", f"{self._source}/imagelabels.mat")
         self.require(folder / "jpg", f"{self._source}/102flowers.tgz")
         label_of = {kind: i for i, kind in enumerate(chosen_classes("VGGFlower102", self.mode))}
@@ -188,6 +173,42 @@ class VGGFlower102(_FineGrained):
             for number, kind in enumerate(_flower_labels(folder / "imagelabels.mat"), start=1)
             if kind in label_of
         ]
+
+
+class FGVCFungi(MetaDatasetImages):
+    """FGVC Fungi: 1,394 species, 89,760 images, 994 / 200 / 200 (Schroeder and Cui, 2018).
+
+    Read from ``fgvc_fungi``: ``images``, ``train.json`` and ``val.json``. Arguments and errors: see
+    :class:`FewShotImages`.
+    """
+
+    name = "fgvc-fungi"
+    _source = "https://labs.gbif.org/fgvcx/2018"
+
+    def _load(self, root: Path, download: bool) -> list[tuple[Any, int]]:
+        folder = root / "fgvc_fungi"
+        archives = {"images": "fungi_train_val.tgz", "train.json": "train_val_annotations.tgz"}
+        for part, archive in (archives | {"val.json": archives["train.json"]}).items():
+            if download and not (folder / part).exists():
+                fetch_archive(f"{self._source}/{archive}", folder)
+            self.require(folder / part, f"{self._source}/{archive}")
+        label_of = {kind: i for i, kind in enumerate(chosen_classes("FGVCFungi", self.mode))}
+        return [
+            (str(folder / file), label_of[kind])
+            for listing in ("train.json", "val.json")
+            for file, kind in _annotated(folder / listing)
+            if kind in label_of
+        ]
+
+
+def _annotated(path: Path) -> list[tuple[str, int]]:
+    """File and class of every image, in the order of the annotations."""
+    try:
+        listed = json.loads(path.read_text())
+        files = {image["id"]: image["file_name"] for image in listed["images"]}
+        return [(files[a["image_id"]], a["category_id"]) for a in listed["annotations"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); delete it and fetch it again") from error
 
 
 def _flower_labels(path: Path) -> list[int]:

@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torchvision.datasets.utils import download_url
 
+from fastmaml.vision.datasets.fetching import ZENODO, fetch
 from fastmaml.vision.datasets.few_shot import FewShotImages, read_pickle
-
-_ZENODO = "https://zenodo.org/record/7978538/files"
 
 
 class MiniImagenet(FewShotImages):
@@ -29,8 +27,8 @@ class MiniImagenet(FewShotImages):
     def _load(self, root: Path, download: bool) -> list[tuple[Any, int]]:
         path = root / f"mini-imagenet-cache-{self.mode}.pkl"
         if download and not path.exists():
-            download_url(f"{_ZENODO}/{path.name}", str(root), path.name)
-        self.require(path, f"{_ZENODO}/{path.name}")
+            fetch(f"{ZENODO}/{path.name}", root)
+        self.require(path, f"{ZENODO}/{path.name}")
         contents = read_pickle(path)
         try:
             images, classes = contents["image_data"], contents["class_dict"]
@@ -63,9 +61,9 @@ class TieredImagenet(FewShotImages):
         short = "val" if self.mode == "validation" else self.mode
         files = [folder / f"{short}_{part}.pkl" for part in ("images_png", "labels")]
         for path in files:
-            source = f"{_ZENODO}/tiered-imagenet-{path.name}"
+            source = f"{ZENODO}/tiered-imagenet-{path.name}"
             if download and not path.exists():
-                download_url(source, str(folder), path.name)
+                fetch(source, folder, path.name)
             self.require(path, source)
         images, labels = read_pickle(files[0]), read_pickle(files[1], "latin1")
         try:

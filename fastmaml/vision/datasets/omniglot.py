@@ -26,10 +26,6 @@ SIZE = 28
 PARTS = ("images_background", "images_evaluation")
 FOLDER = "omniglot-py"
 SOURCE = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
-MD5 = {
-    "images_background": "68d2efa1b9178cc56df9314c21c6e718",
-    "images_evaluation": "6b91aef0f799c5bb55b94e3f2daec811",
-}
 SPLIT = (1100, 100, 423)
 
 # Name inside a part ("Greek/character03/0394_11.png") to a function that reads the file.
@@ -97,9 +93,9 @@ def fetch_part(folder: Path, part: str, download: bool) -> None:
             f"it comes from {SOURCE}/{archive.name}, and "
             f"`fastmaml train omniglot --data {folder.parent} --download` fetches it"
         )
-    from torchvision.datasets.utils import download_url
+    from fastmaml.vision.datasets.fetching import fetch  # which imports torchvision
 
-    download_url(f"{SOURCE}/{archive.name}", str(folder), archive.name, MD5[part])
+    fetch(f"{SOURCE}/{archive.name}", folder)
 
 
 @contextmanager

@@ -1,0 +1,64 @@
+"""Downloads, checked against the checksums that are published for them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.parse import unquote
+from urllib.request import urlopen
+
+from torchvision.datasets.utils import download_url, extract_archive
+
+ZENODO = "https://zenodo.org/record/7978538/files"  # learn2learn's copies
+_MD5 = {
+    "102flowers.tgz": "52808999861908f626f3c1f4e79d11fa",
+    "dtd-r1.0.1.tar.gz": "fff73e5086ae6bdbea199a49dfb8a4c1",
+    "imagelabels.mat": "e0620be6f572b9609742df49c70aed4d",
+    "images_background.zip": "68d2efa1b9178cc56df9314c21c6e718",
+    "images_evaluation.zip": "6b91aef0f799c5bb55b94e3f2daec811",
+}
+_ZENODO_FILE = re.compile(r"https://zenodo\.org/record/(\d+)/files/(.+)")
+
+
+def fetch(source: str, folder: Path, name: str | None = None) -> Path:
+    """Download ``source`` into ``folder``, under its own name or ``name``; returns the file.
+
+    A file that is there already and has the published checksum is taken as it is.
+
+    Raises:
+        RuntimeError: what came has another checksum.
+    """
+    own = unquote(source.rsplit("/", 1)[1])
+    download_url(source, str(folder), name or own, published_md5(source))
+    return folder / (name or own)
+
+
+def fetch_archive(source: str, folder: Path, name: str | None = None) -> None:
+    """:func:`fetch`, and unpack it in ``folder``: all of it or nothing. The archive is deleted."""
+    archive = fetch(source, folder, name)
+    with TemporaryDirectory(dir=folder) as unfinished:
+        extract_archive(str(archive), unfinished)
+        for entry in Path(unfinished).iterdir():
+            entry.rename(folder / entry.name)
+    archive.unlink()
+
+
+def published_md5(source: str) -> str | None:
+    """The MD5 that is published for a file; None where there is none. Zenodo is asked for its own.
+
+    Raises:
+        ValueError: Zenodo does not list the file.
+    """
+    found = _ZENODO_FILE.fullmatch(source)
+    if found is None:
+        return _MD5.get(source.rsplit("/", 1)[1])
+    record, name = found.groups()
+    with urlopen(f"https://zenodo.org/api/records/{record}") as reply:
+        listed = {file["key"]: file["checksum"] for file in json.load(reply)["files"]}
+    if not listed.get(name, "").startswith("md5:"):
+        raise ValueError(
+            f"https://zenodo.org/record/{record} lists no MD5 of {name}; fetch {source} by hand"
+        )
+    return str(listed[name].removeprefix("md5:"))
