@@ -99,11 +99,11 @@ def caption(record: Record, source: Path) -> str:
     machine = record["environment"]
     peers = ", ".join(f"{name} {version}" for name, version in machine["peers"].items())
     return (
-        f"Medians, exact second order, float32, {machine['threads']} threads of a {machine['cpu']} "
+        f"Medians, exact second order, float32, {machine['threads']} threads of {machine['cpu']} "
         f"({machine['isa']}, measured FMA peak {machine['peak_gflops']:.0f} GFLOP/s); "
         f"torch {machine['torch']}{', ' + peers if peers else ''}; commit {machine['commit']}. "
         "*wrong*: the gradient does not agree with the float64 oracle, so its time is not shown. "
-        f"Percentiles, memory and compile times: `{source.relative_to(ROOT)}`."
+        f"Percentiles, memory and compile times: `{source.resolve().relative_to(ROOT)}`."
     )
 
 
