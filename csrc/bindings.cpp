@@ -140,17 +140,18 @@ InnerUpdateArgs inner_update(bool momentum, bool nesterov, bool second_moment, b
   return update;
 }
 
-void meta_step(Program& self, std::uintptr_t theta, std::uintptr_t shared, std::uintptr_t buffers,
-               std::uintptr_t support_x, std::uintptr_t support_y, Index support_examples,
-               std::uintptr_t query_x, std::uintptr_t query_y, Index query_examples, Index tasks,
-               Index steps, const std::string& loss, bool first_order, double rate,
-               Index support_batches, std::uintptr_t rates, Index rate_steps,
-               const InnerUpdateArgs* update, std::uintptr_t losses, std::uintptr_t gtheta,
-               std::uintptr_t gshared, std::uintptr_t grates, std::uintptr_t stats,
-               std::uintptr_t adapted, std::uintptr_t predictions, int threads,
-               std::size_t memory_budget_bytes) {
+void meta_step(Program& self, std::uintptr_t theta, Index theta_stride, std::uintptr_t shared,
+               std::uintptr_t buffers, std::uintptr_t support_x, std::uintptr_t support_y,
+               Index support_examples, std::uintptr_t query_x, std::uintptr_t query_y,
+               Index query_examples, Index tasks, Index steps, const std::string& loss,
+               bool first_order, double rate, Index support_batches, std::uintptr_t rates,
+               Index rate_steps, const InnerUpdateArgs* update, std::uintptr_t losses,
+               std::uintptr_t gtheta, std::uintptr_t gshared, std::uintptr_t grates,
+               std::uintptr_t stats, std::uintptr_t adapted, std::uintptr_t predictions,
+               int threads, std::size_t memory_budget_bytes) {
   MetaStepArgs args;
   args.theta = in(theta);
+  args.theta_stride = theta_stride;
   args.shared = in(shared);
   args.buffers = in(buffers);
   args.support_x = in(support_x);
@@ -241,8 +242,8 @@ PYBIND11_MODULE(_core, module) {
            py::arg("dgshared") = 0, py::arg("dgx") = 0, py::arg("threads") = 1)
       .def("useful_threads", &Program::useful_threads, py::arg("tasks"), py::arg("examples"),
            py::arg("passes"), py::arg("threads"))
-      .def("meta_step", &meta_step, py::kw_only(), py::arg("theta"), py::arg("shared"),
-           py::arg("buffers"), py::arg("support_x"), py::arg("support_y"),
+      .def("meta_step", &meta_step, py::kw_only(), py::arg("theta"), py::arg("theta_stride"),
+           py::arg("shared"), py::arg("buffers"), py::arg("support_x"), py::arg("support_y"),
            py::arg("support_examples"), py::arg("query_x"), py::arg("query_y"),
            py::arg("query_examples"), py::arg("tasks"), py::arg("steps"), py::arg("loss"),
            py::arg("first_order"), py::arg("rate"), py::arg("support_batches") = 1,

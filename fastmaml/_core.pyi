@@ -90,6 +90,7 @@ class Program:
         self,
         *,
         theta: int,
+        theta_stride: int,
         shared: int,
         buffers: int,
         support_x: int,

@@ -35,6 +35,8 @@ def meta_loss(
     rates = maml.fused_rates(layout, theta, steps)
     if program is None or rates is None:
         return _by_autograd(maml, batch, steps, loss, order)
+    start = maml.fused_start(layout, batch)
+    theta = theta if start is None else start.detach()
     call = _call(program, batch, steps, kind, theta, phi, rates, order)
     if torch.is_grad_enabled():
         call.rates_gradient = call.rates is not None and call.rates.requires_grad
@@ -43,7 +45,7 @@ def meta_loss(
         learned = call.rates_gradient or any(call.coefficients_gradient)
         call.gradient = layout.requires_grad or learned
         call.shared_gradient = layout.shared_requires_grad
-    value, result = fused_meta_loss(program.executor, layout, call)
+    value, result = fused_meta_loss(program.executor, layout, call, start)
     checks.finite_loss(value)
     if result.statistics is not None:
         program.running.fold(result.statistics)
@@ -174,6 +176,8 @@ def adapted(maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss) -> Adapted
     rates = maml.fused_rates(layout, theta, steps)
     if isinstance(program, NativeProgram) and kind is not None and rates is not None:
         _check(program, batch, kind)
+        start = maml.fused_start(layout, batch)
+        theta = theta if start is None else start
         call = _call(program, batch, steps, kind, theta, phi, rates)
         call.query_y = None
         result = program.executor.meta_step(call)

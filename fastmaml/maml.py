@@ -163,6 +163,12 @@ class MAML(BaseLearner):
             return 1.0, self.lr.reshape(1).to(theta).expand_as(theta)
         return float(self.lr), None
 
+    def fused_start(self, layout: ParameterLayout, batch: TaskBatch) -> Tensor | None:
+        """Where tasks start in the fused meta-step, ``[T, P]`` with its graph; None: all of them at
+        the module's parameters.
+        """
+        return None
+
     # --- door 3 -------------------------------------------------------------------------------
 
     def meta_loss(

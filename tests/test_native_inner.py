@@ -91,6 +91,19 @@ def test_adaptation_alone(rule: str) -> None:
     check_meta(problem, call)
 
 
+@pytest.mark.parametrize("rule", [None, "adam"])
+@pytest.mark.parametrize("name", ["conv_view_linear_eval", "head_only", "nothing_adapted"])
+def test_tasks_that_do_not_start_alike(name: str, rule: str | None) -> None:
+    problem, call = call_of(name, rule or "plain", torch.float64, steps=3)
+    starts = torch.randn_like(problem.theta)
+    call = replace(call, theta=starts, update=call.update if rule else None)
+    call = call if rule else replace(call, coefficients_gradient=())
+    for gradient in (True, False):
+        for problem.threads in (1, 8):
+            wanted = [False] * len(call.coefficients_gradient)
+            check_meta(problem, replace(call, gradient=gradient, coefficients_gradient=wanted))
+
+
 def test_nothing_is_adapted() -> None:
     problem, call = call_of("nothing_adapted", "adam", torch.float64)
     found, expected = run_both(problem, call)

@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "check.h"
+#include "cpu/kernels.h"
 #include "differences.h"
 #include "program_cases.h"
 
@@ -18,14 +19,17 @@ struct Variant {
   Index steps;
   Index rate_steps;  // 0: no per-parameter rates
   bool squared_error;
+  bool adaptive = false;  // moments and clipped gradients instead of plain steps
 };
 
+constexpr int kCoefficients = fastmaml::kInnerCoefficients;
+
 struct Inputs {
-  Values theta, phi, rates;
+  Values theta, phi, rates, coefficients;  // coefficients: [kCoefficients][steps]
 };
 
 struct Results {
-  Values losses, theta, phi, rates, adapted, predictions, stats;
+  Values losses, theta, phi, rates, coefficients, adapted, predictions, stats;
 };
 
 class Meta {
@@ -47,7 +51,9 @@ class Meta {
 
   Inputs random_inputs() const {
     Inputs in{random_values<double>(sizes_.theta, 0.5), random_values<double>(sizes_.shared),
-              random_values<double>(variant_.rate_steps * sizes_.theta)};
+              random_values<double>(variant_.rate_steps * sizes_.theta),
+              random_values<double>(variant_.adaptive ? kCoefficients * variant_.steps : 0)};
+    for (double& c : in.coefficients) c = 0.2 + 0.3 * std::fabs(c);
     for (double& rate : in.rates) rate = 1 + 0.2 * rate;
     return in;
   }
@@ -59,6 +65,7 @@ class Meta {
                 poisoned<double>(sizes_.theta),
                 poisoned<double>(sizes_.shared),
                 poisoned<double>(rate_rows * sizes_.theta),
+                poisoned<double>(static_cast<Index>(in.coefficients.size())),
                 poisoned<double>(kTasks * sizes_.theta),
                 poisoned<double>(kTasks * kQuery * output_size_),
                 poisoned<double>(kTasks * (variant_.steps + 1) * sizes_.stats)};
@@ -83,6 +90,8 @@ class Meta {
     args.rate = 0.1;
     args.rates = variant_.rate_steps > 0 ? in.rates.data() : nullptr;
     args.rate_steps = rate_rows;
+    const fastmaml::InnerUpdateArgs update = update_of(in, gradient, &out);
+    args.update = variant_.adaptive ? &update : nullptr;
     args.losses = out.losses.data();
     args.adapted = out.adapted.data();
     args.predictions = out.predictions.data();
@@ -105,6 +114,18 @@ class Meta {
   }
 
  private:
+  fastmaml::InnerUpdateArgs update_of(const Inputs& in, bool gradient, Results* out) const {
+    fastmaml::InnerUpdateArgs update;
+    update.momentum = update.second_moment = true;
+    update.clip_norm = 0.5;
+    const Index steps = variant_.steps;
+    for (Index c = 0; variant_.adaptive && c < kCoefficients; ++c) {
+      update.coefficients.push_back({in.coefficients.data() + c * steps, steps, false,
+                                     gradient ? out->coefficients.data() + c * steps : nullptr});
+    }
+    return update;
+  }
+
   Variant variant_;
   std::shared_ptr<fastmaml::Program> program_;
   fastmaml::ProgramSizes sizes_;
@@ -133,6 +154,7 @@ void check_equal(const Results& a, const Results& b, bool rates, const std::stri
   check(a.theta == b.theta, name + ": theta");
   check(a.phi == b.phi, name + ": phi");
   check(!rates || a.rates == b.rates, name + ": rates");
+  check(a.coefficients == b.coefficients, name + ": coefficients");
   check(a.adapted == b.adapted, name + ": adapted");
   check(a.predictions == b.predictions, name + ": predictions");
   check(a.stats == b.stats, name + ": stats");
@@ -146,6 +168,7 @@ void check_variant(const ProgramCase& c, const Variant& variant) {
   check_slope(meta, at, &Inputs::theta, got.theta, c, name + ": theta");
   check_slope(meta, at, &Inputs::phi, got.phi, c, name + ": phi");
   check_slope(meta, at, &Inputs::rates, got.rates, c, name + ": rates");
+  check_slope(meta, at, &Inputs::coefficients, got.coefficients, c, name + ": coefficients");
   const bool rates = variant.rate_steps > 0;
   for (int threads : {2, 3, 40}) {
     check_equal(meta.run(at, true, false, threads), got, rates,
@@ -212,6 +235,10 @@ int main() {
       check_variant(c, {"three steps with rates", 3, 3, false});
     }
     check_variant(c, {"two steps, squared error", 2, 1, true});
+  }
+  for (ProgramCase c : program_cases()) {
+    c.smooth = false;  // |gradient| has a bend at zero
+    if (c.classifies) check_variant(c, {"two adaptive steps", 2, 0, false, true});
   }
   check_in_place();
   check_first_order(program_cases()[1]);

@@ -10,12 +10,10 @@ from torch import Tensor, nn
 
 from fastmaml import checks
 from fastmaml.data.task_batch import TaskBatch
-from fastmaml.fused import FusedRates
 from fastmaml.inner import InnerOptimizer
 from fastmaml.learner import Learner
 from fastmaml.maml import MAML
 from fastmaml.program.layout import ParameterLayout
-from fastmaml.program.updates import FusedUpdate
 
 
 class _Classifier(nn.Module):
@@ -42,7 +40,6 @@ class ProtoMAML(MAML):
     Inner steps then adapt features and head, and meta-gradients flow through the prototypes.
 
     Doors 1 and 2: ``learner = proto.clone(tasks=T, support=(x, y))``, and then as with MAML.
-    Door 3 is door 2 written out.
 
     Args:
         features: from examples to embeddings ``[N, size]``.
@@ -100,17 +97,20 @@ class ProtoMAML(MAML):
         learner = super().clone(first_order, allow_unused, allow_nograd, tasks=tasks)
         x, y = support if tasks is not None else (support[0][None], support[1][None])
         checks.labels_in_range("support's labels", y, self.ways)
-        weight, bias = self._head(self._embedded(x), y)
-        parts = {"head.weight": weight, "head.bias": bias}
-        theta = learner.theta
-        rows = [
-            parts[slot.name].flatten(1)
-            if slot.name in parts
-            else theta.narrow(1, slot.offset, slot.size)
-            for slot in learner.layout.group(adapted=True)
-        ]
-        learner.set_theta(torch.cat(rows, 1))
+        learner.set_theta(self._with_heads(learner.theta, learner.layout, x, y))
         return learner
+
+    def _with_heads(self, rows: Tensor, layout: ParameterLayout, x: Tensor, y: Tensor) -> Tensor:
+        """``rows [T, P]`` with each task's head from its prototypes."""
+        weight, bias = self._head(self._embedded(x), y)
+        heads = {"head.weight": weight, "head.bias": bias}
+        parts = [
+            heads[slot.name].flatten(1)
+            if slot.name in heads
+            else rows.narrow(1, slot.offset, slot.size)
+            for slot in layout.group(adapted=True)
+        ]
+        return torch.cat(parts, 1)
 
     def _embedded(self, x: Tensor) -> Tensor:
         """Embeddings ``[T, N, size]`` before any step; running statistics stay as they are."""
@@ -128,16 +128,25 @@ class ProtoMAML(MAML):
         return 2 * prototypes, -prototypes.square().sum(-1)
 
     def learner_for(self, batch: TaskBatch, first_order: bool | None) -> Learner:
-        """See :meth:`fastmaml.MAML.learner_for`; prototypes are of the whole support set."""
-        x, y = batch.support_x, batch.support_y
-        if batch.minibatches is not None:
-            x, y = (t.transpose(0, 1).flatten(1, 2) for t in (x, y))
+        """See :meth:`fastmaml.MAML.learner_for`."""
         return self.clone(
-            first_order=first_order, allow_unused=True, tasks=batch.tasks, support=(x, y)
+            first_order=first_order,
+            allow_unused=True,
+            tasks=batch.tasks,
+            support=_whole_support(batch),
         )
 
-    def fused_rates(
-        self, layout: ParameterLayout, theta: Tensor, steps: int
-    ) -> FusedRates | FusedUpdate | None:
-        """None: tasks do not start alike."""
-        return None
+    def fused_start(self, layout: ParameterLayout, batch: TaskBatch) -> Tensor:
+        """See :meth:`fastmaml.MAML.fused_start`."""
+        x, y = _whole_support(batch)
+        checks.labels_in_range("support_y", y, self.ways)
+        rows = layout.pack(adapted=True).expand(batch.tasks, -1)
+        return self._with_heads(rows, layout, x, y)
+
+
+def _whole_support(batch: TaskBatch) -> tuple[Tensor, Tensor]:
+    """``[T, N, ...]`` and ``[T, N]``, of all mini-batches together."""
+    if batch.minibatches is None:
+        return batch.support_x, batch.support_y
+    x, y = (t.transpose(0, 1).flatten(1, 2) for t in (batch.support_x, batch.support_y))
+    return x, y

@@ -15,10 +15,11 @@ from fastmaml.program.updates import FusedUpdate
 class MetaStep:
     """One call of the fused meta-step: K inner steps, the query loss and the exact adjoint.
 
-    ``theta [P]``, ``phi [Q]``; support and query ``[T, N, ...]``, with ``minibatches`` the support
-    ``[B, T, N, ...]``, of which step k takes batch k modulo B. ``rates``: per-parameter factors
-    on ``rate``, ``[P]`` or ``[K, P]``, or None. ``update``: takes the inner steps instead of
-    ``rate`` and ``rates``; ``coefficients_gradient``: of which of its coefficients.
+    ``theta [P]``, or ``[T, P]`` where tasks do not start alike, ``phi [Q]``; support and query
+    ``[T, N, ...]``, with ``minibatches`` the support ``[B, T, N, ...]``, of which step k takes
+    batch k modulo B. ``rates``: per-parameter factors on ``rate``, ``[P]`` or ``[K, P]``, or None.
+    ``update``: takes the inner steps instead of ``rate`` and ``rates``; ``coefficients_gradient``:
+    of which of its coefficients.
     """
 
     theta: Tensor
@@ -44,7 +45,8 @@ class MetaStep:
 @dataclass
 class MetaStepResult:
     """``losses [T]``; means over tasks ``theta_grad [P]``, ``phi_grad [Q]``, ``rates_grad`` like
-    ``rates``, ``coefficient_grads`` like the coefficients (None where not asked for);
+    ``rates``, ``coefficient_grads`` like the coefficients (None where not asked for); where tasks
+    do not start alike, ``theta_grad [T, P]`` holds the summands of the mean;
     ``statistics [T, steps + 1, S]``; without a gradient also ``adapted [T, P]`` and
     ``predictions [T, N_query, ...]``.
     """

@@ -195,7 +195,7 @@ class CpuExecutor:
             statistics=self._statistics(x, tasks, call.steps + (qx is not None)),
         )
         if call.gradient:
-            result.theta_grad = torch.empty_like(theta)
+            result.theta_grad = torch.zeros_like(theta)
             result.phi_grad = torch.empty_like(phi) if call.shared_gradient else None
             if call.rates_gradient and call.rates is not None:
                 result.rates_grad = theta.new_empty(call.rates.shape)
@@ -213,6 +213,7 @@ class CpuExecutor:
         ]
         self._program.meta_step(
             theta=theta.data_ptr(),
+            theta_stride=theta.shape[1] if theta.ndim == 2 else 0,
             shared=phi.data_ptr(),
             buffers=flat.data_ptr(),
             support_x=x.data_ptr(),

@@ -145,7 +145,8 @@ class MetaGradient(Function):
     """The mean query loss of a fused meta-step, its gradient already computed with it.
 
     A node on the inner optimizer's ``coefficients`` and on the parameters themselves: packing them
-    needs no graph.
+    needs no graph. Where tasks start each on their own, on those starts instead of the parameters
+    that are adapted.
     """
 
     @staticmethod
@@ -155,9 +156,11 @@ class MetaGradient(Function):
         layout: ParameterLayout,
         rates: Tensor | None,
         coefficients: int,
+        start: Tensor | None,
         *tensors: Tensor,
     ) -> Tensor:
         ctx.result, ctx.layout, ctx.coefficients = result, layout, coefficients
+        ctx.own_starts = start is not None
         ctx.set_materialize_grads(False)
         return result.losses.mean()
 
@@ -173,16 +176,20 @@ class MetaGradient(Function):
         )
         own = [None if g is None else grad * g for g in r.coefficient_grads]
         own += [None] * (ctx.coefficients - len(own))
-        return None, None, rates, None, *own, *ctx.layout.unpack(theta, phi)
+        start, theta = (theta, None) if ctx.own_starts else (None, theta)
+        return None, None, rates, None, start, *own, *ctx.layout.unpack(theta, phi)
 
 
 def fused_meta_loss(
-    executor: Executor, layout: ParameterLayout, call: MetaStep
+    executor: Executor, layout: ParameterLayout, call: MetaStep, start: Tensor | None = None
 ) -> tuple[Tensor, MetaStepResult]:
-    """``(loss, result)``: the mean over tasks of the query loss, differentiable once."""
+    """``(loss, result)``: the mean over tasks of the query loss, differentiable once.
+
+    ``start``: ``call.theta [T, P]`` with its graph, where tasks do not start alike.
+    """
     result = executor.meta_step(call)
     if not call.gradient:
         return result.losses.mean(), result
     own = () if call.update is None else call.update.coefficients
     tensors = (*own, *layout.parameters)
-    return MetaGradient.apply(result, layout, call.rates, len(own), *tensors), result
+    return MetaGradient.apply(result, layout, call.rates, len(own), start, *tensors), result

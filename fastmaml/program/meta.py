@@ -93,7 +93,7 @@ def _supports(call: MetaStep) -> list[tuple[Tensor, Tensor]]:
 
 def _gradient_steps(call: MetaStep) -> FusedUpdate:
     """The rule whose steps are ``rate * rates``."""
-    rates = torch.ones_like(call.theta[:1]) if call.rates is None else call.rates
+    rates = call.theta.new_ones(1) if call.rates is None else call.rates
     return FusedUpdate(UpdateRule(), [call.rate * (rates if rates.ndim == 2 else rates[None])])
 
 
@@ -125,7 +125,7 @@ def _adjoint(
         )
         adjoint = adjoint + hvp
         gphi = gphi + phi_part if gphi is not None and phi_part is not None else gphi
-    result.theta_grad = adjoint.mean(0)
+    result.theta_grad = adjoint.mean(0) if call.theta.ndim == 1 else adjoint / tasks
     result.phi_grad = gphi / tasks if gphi is not None else None
     if call.update is not None:
         wanted = call.coefficients_gradient or [False] * len(update.coefficients)

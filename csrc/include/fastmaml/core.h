@@ -148,6 +148,7 @@ struct InnerUpdateArgs {
 // The inner learning rate of element i at step k is rate * rates[k][i].
 struct MetaStepArgs {
   const void* theta = nullptr;  // [sizes.theta], where every task starts
+  Index theta_stride = 0;       // elements from one task's start to the next; 0: all start alike
   const void* shared = nullptr;
   const void* buffers = nullptr;
   const void* support_x = nullptr;
@@ -166,9 +167,10 @@ struct MetaStepArgs {
   Index rate_steps = 1;                     // 1 (every step alike) or `steps`
   const InnerUpdateArgs* update = nullptr;  // takes the inner steps, instead of the rates
   void* losses = nullptr;                   // [tasks]
-  void* gtheta = nullptr;                   // [sizes.theta], mean over tasks
-  void* gshared = nullptr;                  // [sizes.shared], mean over tasks
-  void* grates = nullptr;                   // [rate_steps, sizes.theta], mean over tasks
+  // [sizes.theta], mean over tasks; with starts of their own [tasks, sizes.theta], its summands
+  void* gtheta = nullptr;
+  void* gshared = nullptr;      // [sizes.shared], mean over tasks
+  void* grates = nullptr;       // [rate_steps, sizes.theta], mean over tasks
   void* stats = nullptr;        // [tasks, steps (+ 1 with a query), sizes.stats], in call order
   void* adapted = nullptr;      // [tasks, sizes.theta]
   void* predictions = nullptr;  // [tasks, query_examples, *output]
