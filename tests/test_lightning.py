@@ -18,6 +18,7 @@ from torch.func import functional_call
 import fastmaml as l2l
 from fastmaml.algorithms import (
     LightningANIL,
+    LightningEpisodicModule,
     LightningMAML,
     LightningMetaOptNet,
     LightningPrototypicalNetworks,
@@ -109,6 +110,30 @@ def test_loss_and_gradients_of_one_task(kind) -> None:
         got = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
         for a, b in zip(got, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
+
+
+def test_a_module_of_ones_own_is_trained_by_adam_with_a_decay() -> None:
+    class Mean(LightningEpisodicModule):
+        def __init__(self, **options) -> None:
+            super().__init__(**options)
+            self.offset = nn.Parameter(torch.zeros(()))
+
+        def meta_learn(self, batch, batch_idx, ways, shots, queries):
+            loss = (batch[0].mean() - self.offset).square()
+            return loss, torch.tensor(float(ways))
+
+    module = Mean(lr=0.1, scheduler_step=2, scheduler_decay=0.5, **SIZES)
+    assert module.evaluate(task(), 0)[1] == WAYS
+    (optimizer,), (scheduler,) = module.configure_optimizers()
+    rates = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        module.meta_learn(task(), 0, WAYS, SHOTS, QUERIES)[0].backward()
+        optimizer.step()
+        rates.append(scheduler.get_last_lr()[0])
+        scheduler.step()
+    assert rates == [0.1, 0.1, 0.05, 0.05]
+    assert module.offset > 0.1  # towards the mean, near 1, at most a rate a step
 
 
 @pytest.mark.parametrize("kind", MODULES)

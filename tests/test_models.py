@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +18,15 @@ from fastmaml.vision.models import (
     CNN4Backbone,
     ConvBase,
     ConvBlock,
+    LinearBlock,
     MiniImagenetCNN,
     OmniglotCNN,
     OmniglotFC,
     ResNet12,
+    ResNet12Backbone,
+    WRN28Backbone,
     fc_init_,
+    get_pretrained_backbone,
     maml_init_,
 )
 from fastmaml.vision.models.resnet12 import DropBlock
@@ -71,6 +77,12 @@ def test_omniglot_fc_normalises_by_the_batch_alone() -> None:
     torch.testing.assert_close(net(x), expected)
     torch.testing.assert_close(net.eval()(x), expected)
     assert not list(net.buffers())
+
+
+def test_a_linear_block_is_linear_norm_relu() -> None:
+    net, x = nn.Sequential(LinearBlock(4, 3)).double(), torch.randn(5, 4).double()
+    h = linear(x, net.state_dict(), "0.linear")
+    torch.testing.assert_close(net(x), F.relu(batch_norm(h, net.state_dict(), "0", eps=1e-3)))
 
 
 def test_cnn4_pools_after_each_convolution() -> None:
@@ -218,6 +230,56 @@ def test_residual_networks_start_and_are_named_as_in_learn2learn() -> None:
     names = {name for name, _ in net.named_parameters()}
     assert {"features.layer2.0.shortcut.0.weight", "features.layer1.3.conv2.bias"} <= names
     assert "features.layer4.0.downsample.1.bias" in dict(ResNet12(5).named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "backbone", "width"), [(ResNet12, ResNet12Backbone, 640), (WRN28, WRN28Backbone, 640)]
+)
+def test_backbones_are_the_networks_features(make, backbone, width) -> None:
+    net, features = make(5).eval(), backbone().eval()
+    features.load_state_dict(net.features.state_dict())
+    x = torch.randn(2, 3, 84, 84)
+    with torch.no_grad():
+        y = features(x)
+        assert y.shape == (2, width)
+        torch.testing.assert_close(net.classifier(y), net(x))
+
+
+# --- weights that are published ---------------------------------------------------------------
+
+
+def test_pretrained_weights_are_read_from_their_file(tmp_path) -> None:
+    path = tmp_path / "pretrained_models" / "fc100" / "cnn4.pth"
+    path.parent.mkdir(parents=True)
+    trained = CNN4Backbone()
+    torch.save(trained.state_dict(), path)
+    x = torch.rand(2, 3, 32, 32)
+    loaded = get_pretrained_backbone("cnn4", "fc100", root=tmp_path)
+    torch.testing.assert_close(loaded(x), trained(x))
+    torch.save(nn.Linear(2, 2).state_dict(), path)
+    with pytest.raises(ValueError, match=r"cnn4\.pth does not hold the weights of cnn4"):
+        get_pretrained_backbone("cnn4", "fc100", "supervised", root=tmp_path)
+    path.write_bytes(pickle.dumps({"weight": Path.home}, protocol=2))
+    with pytest.raises(ValueError, match=r"cnn4\.pth does not hold the weights of cnn4"):
+        get_pretrained_backbone("cnn4", "fc100", root=tmp_path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"cnn4\.pth does not hold the weights of cnn4"):
+        get_pretrained_backbone("cnn4", "fc100", root=tmp_path)
+
+
+def test_pretrained_weights_are_fetched_where_they_are_asked_for(tmp_path, monkeypatch) -> None:
+    def fetch(source: str, folder: Path, name: str) -> None:
+        assert source == "https://zenodo.org/record/5651278/files/2mbq7efr.pth"
+        folder.mkdir(parents=True)
+        torch.save(CNN4Backbone().state_dict(), folder / name)
+
+    monkeypatch.setattr("fastmaml.vision.datasets.fetching.fetch", fetch)
+    with pytest.raises(FileNotFoundError, match=r"cnn4\.pth is missing; it comes from https://zen"):
+        get_pretrained_backbone("cnn4", "cifar-fs", root=tmp_path)
+    for _ in range(2):
+        get_pretrained_backbone("cnn4", "cifar-fs", root=tmp_path, download=True)
+    with pytest.raises(ValueError, match="got 'cnn4' on 'mini-imagenet', 'default'"):
+        get_pretrained_backbone("cnn4", "mini-imagenet", root=tmp_path)
 
 
 def test_dropped_squares_keep_the_mean() -> None:

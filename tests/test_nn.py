@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 
 import fastmaml as l2l
 from fastmaml.nn.metaoptnet import solve_bounded
+from fastmaml.nn.protonet import compute_prototypes
 
 
 def test_small_modules() -> None:
@@ -55,6 +56,16 @@ def test_kronecker_linear_is_its_product(psd, bias) -> None:
         layer(torch.zeros(4, 6).double())
 
 
+def test_kronecker_products_are_added_like_addmm() -> None:
+    a, b, x = (torch.randn(n, m).double() for n, m in ((4, 2), (3, 5), (2, 3)))
+    offset = torch.randn(4, 5).double()
+    vector = torch.kron(b.T.contiguous(), a) @ x.T.flatten()
+    expected = 2 * vector.view(5, 4).T + 3 * offset
+    torch.testing.assert_close(
+        l2l.nn.kronecker_addmm(a, b, x, offset, alpha=2.0, beta=3.0), expected
+    )
+
+
 def test_kronecker_cells_are_the_usual_ones() -> None:
     n, m = 2, 3
     x, h, c = (torch.randn(n, m).double() for _ in range(3))
@@ -73,6 +84,12 @@ def test_kronecker_cells_are_the_usual_ones() -> None:
     torch.testing.assert_close(new_c, cell_state)
     torch.testing.assert_close(y, expected)
     assert y is new_h
+
+
+def test_prototypes_are_in_the_order_of_labels() -> None:
+    support = torch.tensor([[1.0, 2.0], [5.0, 6.0], [3.0, 6.0]])
+    prototypes = compute_prototypes(support, torch.tensor([4, 1, 4]))
+    assert prototypes.tolist() == [[5.0, 6.0], [2.0, 4.0]]
 
 
 def test_prototypes_are_class_means() -> None:

@@ -16,6 +16,7 @@ from fastmaml.optim import (
     MetaCurvatureTransform,
     ModuleTransform,
     ParameterUpdate,
+    ReshapedTransform,
 )
 
 
@@ -56,6 +57,12 @@ def test_kronecker_transforms_are_linear_maps_of_the_gradient(shape) -> None:
     torch.testing.assert_close(transform(grad), expected)
     with pytest.raises(NotImplementedError, match=r"1, 2 or 4 dimensions .* \[2, 2, 2\]"):
         KroneckerTransform(KroneckerLinear)(torch.zeros(2, 2, 2))
+
+
+def test_a_transform_may_see_another_shape() -> None:
+    grad = torch.randn(2, 6)
+    turned = ReshapedTransform(l2l.nn.Lambda(lambda g: g.flip(0)), (4, 3))(grad)
+    torch.testing.assert_close(turned, grad.view(4, 3).flip(0).view(2, 6))
 
 
 def test_module_transforms_see_the_flat_gradient() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastmaml as l2l
 from fastmaml.data import (
+    DataDescription,
     FilteredMetaDataset,
     InfiniteIterator,
     MetaDataset,
@@ -28,7 +30,9 @@ from fastmaml.data.transforms import (
     LoadData,
     NWays,
     RemapLabels,
+    TaskTransform,
 )
+from fastmaml.data.utils import download_file, download_file_from_google_drive
 from fastmaml.vision.transforms import RandomClassRotation
 
 
@@ -95,6 +99,20 @@ def test_filtered_classes_may_be_drawn_from() -> None:
         x, y = Taskset(data, steps).sample()
         assert set(y.tolist()) < {1, 3, 4}
         assert torch.equal(x.long() // 4, y)
+
+
+def test_a_transform_of_ones_own_starts_from_every_example(numbers) -> None:
+    class Last(TaskTransform):
+        def __call__(self, task):
+            task = self.new_task() if task is None else task
+            return [*task[:-1], DataDescription(task[-1].index - 1)]
+
+    task = Last(numbers.dataset)(None)
+    assert [d.index for d in task] == [*range(65), 64]
+    task[0].transforms += [lambda i: i + 5, str]
+    assert task[0].load() == "5"
+    x, _ = Taskset(numbers, [Last(numbers), LoadData(numbers)]).sample()
+    assert x.tolist() == [*range(65), 64]
 
 
 def test_no_transforms_give_the_whole_data_set(numbers) -> None:
@@ -304,6 +322,25 @@ def test_an_iterator_without_end() -> None:
     assert [next(forever).tolist() for _ in range(3)] == [[0, 1], [2, 3], [0, 1]]
     with pytest.raises(ValueError, match="dataloader must have at least one item"):
         next(InfiniteIterator([]))
+
+
+def test_files_are_downloaded_to_where_they_are_wanted(tmp_path, monkeypatch) -> None:
+    sent = {"https://host/a.bin": b"contents"}
+    tools = "torchvision.datasets.utils."
+    monkeypatch.setattr(f"{tools}_get_redirect_url", lambda url, **_: url)
+    monkeypatch.setattr(
+        f"{tools}_urlretrieve", lambda url, place: Path(place).write_bytes(sent[url])
+    )
+    target = tmp_path / "new" / "own.bin"
+    download_file("https://host/a.bin", target, size=8)
+    assert target.read_bytes() == b"contents"
+    asked = []
+    monkeypatch.setattr(
+        f"{tools}download_file_from_google_drive",
+        lambda *args: asked.append(args),
+    )
+    download_file_from_google_drive("id7", str(target))
+    assert asked == [("id7", str(tmp_path / "new"), "own.bin")]
 
 
 def test_a_data_set_as_one_tensor() -> None:

@@ -6,6 +6,7 @@ Every network has ``.features`` and ``.classifier``.
 from fastmaml.vision.models.blocks import ConvBase, ConvBlock, LinearBlock, fc_init_, maml_init_
 from fastmaml.vision.models.cnn4 import CNN4, CNN4Backbone, MiniImagenetCNN
 from fastmaml.vision.models.omniglot import OmniglotCNN, OmniglotFC
+from fastmaml.vision.models.pretrained import get_pretrained_backbone
 from fastmaml.vision.models.resnet12 import ResNet12, ResNet12Backbone
 from fastmaml.vision.models.wrn28 import WRN28, WRN28Backbone
 
@@ -23,5 +24,6 @@ __all__ = [
     "ResNet12Backbone",
     "WRN28Backbone",
     "fc_init_",
+    "get_pretrained_backbone",
     "maml_init_",
 ]

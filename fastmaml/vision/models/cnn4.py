@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastmaml.vision.models.blocks import ConvBase, maml_init_
+from fastmaml.vision.models.blocks import ConvBase, ConvBlock, LinearBlock, fc_init_, maml_init_
+from fastmaml.vision.models.omniglot import OmniglotCNN, OmniglotFC
+
+__all__ = [  # as in learn2learn's file of this name
+    "CNN4",
+    "CNN4Backbone",
+    "ConvBase",
+    "ConvBlock",
+    "LinearBlock",
+    "MiniImagenetCNN",
+    "OmniglotCNN",
+    "OmniglotFC",
+    "fc_init_",
+    "maml_init_",
+]
 
 
 class CNN4Backbone(ConvBase):
