@@ -1,5 +1,7 @@
-// fastmaml._core: with bindings_sampler.cpp the only file that knows Python. Tensors arrive as
+// fastmaml._core: with the other bindings* the only file that knows Python. Tensors arrive as
 // data_ptr() integers.
+#include "bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,22 +10,13 @@
 
 #include "cpu/kernels.h"
 #include "fastmaml/core.h"
+#include "fastmaml/device.h"
 
 namespace py = pybind11;
 
 namespace fastmaml {
 
-void bind_sampler(py::module_& module);
-
 namespace {
-
-template <typename T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-const void* in(std::uintptr_t address) { return pointer<const void>(address); }
-void* out(std::uintptr_t address) { return pointer<void>(address); }
 
 Attribute attribute(const std::string& name, const py::handle& value) {
   if (py::isinstance<py::bool_>(value)) return value.cast<bool>();
@@ -193,7 +186,7 @@ py::dict info() {
   facts["isa"] = table.isa;
   facts["isas"] = runnable_isas();
   facts["lanes"] = table.lanes;
-  facts["cuda"] = false;
+  facts["cuda"] = cuda_kernels() != nullptr;
   return facts;
 }
 
@@ -254,6 +247,7 @@ PYBIND11_MODULE(_core, module) {
            py::arg("memory_budget_bytes") = std::size_t{1} << 30);
 
   bind_sampler(module);
+  bind_device(module);
   module.def("info", &info, "What was built, and what this processor runs.");
   module.def("same_bytes", &same_bytes, py::arg("a"), py::arg("b"), py::arg("count"), Unlocked(),
              "Whether two pieces of memory hold the same.");

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings.h"
 #include "cpu/program_memory.h"
 #include "fastmaml/core.h"
 
@@ -72,7 +73,7 @@ std::unique_ptr<EpisodeDrawer> make_drawer(std::uintptr_t images, const std::str
   }
   EpisodeSpec spec;
   spec.store.images = reinterpret_cast<const void*>(images);
-  spec.store.pixel = named("pixel", pixel, kPixels);
+  spec.store.pixel = pixel_named(pixel);
   spec.store.channels = channels;
   spec.store.plane = plane;
   spec.store.factors = factors.empty() ? nullptr : factors.data();
@@ -84,7 +85,7 @@ std::unique_ptr<EpisodeDrawer> make_drawer(std::uintptr_t images, const std::str
   spec.shots = shots;
   spec.queries = queries;
   spec.tasks = tasks;
-  spec.rotations = named("rotations", rotations, kRotations);
+  spec.rotations = rotations_named(rotations);
   spec.first_task = first_task;
   return std::make_unique<EpisodeDrawer>(spec);
 }
@@ -96,6 +97,9 @@ void draw(const EpisodeDrawer& drawer, std::uint64_t seed, std::uint64_t batch,
 }
 
 }  // namespace
+
+Pixel pixel_named(const std::string& name) { return named("pixel", name, kPixels); }
+Rotations rotations_named(const std::string& name) { return named("rotations", name, kRotations); }
 
 void bind_sampler(py::module_& module) {
   py::class_<BatchMemory>(module, "BatchMemory", py::buffer_protocol())

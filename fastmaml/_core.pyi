@@ -159,6 +159,41 @@ class EpisodeDrawer:
         self, seed: int, batch: int, support_x: int, query_x: int, threads: int = 1
     ) -> None: ...
 
+class Stream:
+    def __init__(self, handle: int = 0, device: int = 0, emulated_threads: int = 1) -> None: ...
+
+class DeviceKernels:
+    def shared_memory_limit(self, device: int) -> int: ...
+    def draw_episodes(
+        self,
+        *,
+        images: int,
+        pixel: str,
+        channels: int,
+        plane: int,
+        factors: int = 0,
+        shifts: int = 0,
+        members: int,
+        starts: int,
+        counts: int,
+        classes: int,
+        ways: int,
+        shots: int,
+        queries: int,
+        tasks: int,
+        rotations: str,
+        first_task: int,
+        support_x: int,
+        query_x: int,
+        seed: int = 0,
+        batch: int = 0,
+        place: int = 0,
+        stream: Stream,
+    ) -> None: ...
+
+cuda: DeviceKernels | None
+emulated: DeviceKernels
+
 def same_bytes(a: int, b: int, count: int) -> bool: ...
 def info() -> dict[str, Any]: ...
 def fma_peak(threads: int = 1) -> float: ...

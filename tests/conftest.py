@@ -16,6 +16,13 @@ except ImportError as error:
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 def poisoned(allocate):
     """Make `allocate` return NaN where it promises nothing, so that reading it shows."""
 

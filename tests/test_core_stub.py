@@ -4,11 +4,14 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 import fastmaml
 from fastmaml import _core
 
 STUB = ast.parse((Path(fastmaml.__file__).parent / "_core.pyi").read_text())
 FUNCTIONS = [node for node in STUB.body if isinstance(node, ast.FunctionDef)]
+VALUES = [node.target.id for node in STUB.body if isinstance(node, ast.AnnAssign)]
 CLASSES = {node.name: node for node in STUB.body if isinstance(node, ast.ClassDef)}
 
 
@@ -27,16 +30,18 @@ def documented_arguments(method):
 
 
 def test_the_stub_has_every_public_name():
-    assert {f.name for f in FUNCTIONS} | set(CLASSES) == {
+    assert {f.name for f in FUNCTIONS} | {*CLASSES, *VALUES} == {
         name for name in vars(_core) if not name.startswith("_")
     }
 
 
-def test_the_stub_has_every_method_with_its_arguments():
-    declared = members(CLASSES["Program"])
-    public = {name for name in vars(_core.Program) if not name.startswith("_")}
-    assert public | {"__init__"} == set(declared)
+@pytest.mark.parametrize("name", ["Program", "DeviceKernels", "EpisodeDrawer"])
+def test_the_stub_has_every_method_with_its_arguments(name):
+    native = getattr(_core, name)
+    declared = members(CLASSES[name])
+    public = {name for name in vars(native) if not name.startswith("_")}
+    assert public | {"__init__"} == {*declared, "__init__"}
     for name, function in declared.items():
-        method = getattr(_core.Program, name)
+        method = getattr(native, name)
         if callable(method):
             assert arguments(function) == documented_arguments(method), name

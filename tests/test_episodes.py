@@ -303,7 +303,7 @@ def test_global_random_state_is_neither_used_nor_changed() -> None:
     assert torch.equal(torch.get_rng_state(), before[0])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_a_gpu_draws_the_same_batches() -> None:
     here, there = sampler(rotations=True).sample(), sampler(rotations=True, device="cuda").sample()
     assert there.support_x.is_cuda

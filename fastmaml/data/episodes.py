@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastmaml.backends.device import kernels_for
 from fastmaml.data.ahead import Ahead
+from fastmaml.data.device_drawing import DeviceDrawing
 from fastmaml.data.drawing import EpisodePlan, NativeDrawing, ReferenceDrawing
 from fastmaml.data.packed import ClassIndex, PackedImages, pack
 from fastmaml.data.task_batch import TaskBatch
@@ -33,7 +35,8 @@ class EpisodeSampler:
     Batch i of a seed is always the same, on every backend and for any number of threads: the
     random numbers are a function of seed, batch index and task alone (see
     ``fastmaml.data.philox``), and :meth:`state_dict` is just seed and index. On the CPU a batch is
-    one native pass over the images.
+    one native pass over the images. On a GPU it is one kernel, and :meth:`sample` waits for
+    nothing; captured in a CUDA graph, it draws the next batch each time the graph is replayed.
 
     Args:
         dataset: a torch data set of ``(image, label)``, read once (see
@@ -54,7 +57,7 @@ class EpisodeSampler:
         mean: subtracted after scaling, one number or one per channel.
         std: divides after that, one number or one per channel.
         prefetch: draw the next batch on a thread of its own while this one is used: for loops
-            that compute something in between.
+            that compute something in between. On a GPU batches are drawn in the stream's order.
 
     Raises:
         TypeError: the images are neither uint8 nor float.
@@ -105,14 +108,16 @@ class EpisodeSampler:
             factor_and_shift=_affine(self.images, scale, mean, std),
             turned=_quarter_turns(self.images) if rotations else None,
         )
-        self._drawing = (NativeDrawing if self.images.is_cpu else ReferenceDrawing)(plan)
+        self._drawing = _drawing(plan)
         targets = [
             torch.arange(ways, device=self.images.device).repeat_interleave(n).repeat(tasks, 1)
             for n in (shots, queries)
         ]
+        self._targets = targets
         self._draw = partial(_draw_batch, self._drawing, targets)
         # beside a meta-step, on one thread: the step has the others
-        self._ahead = Ahead(partial(self._draw, 1)) if prefetch else None
+        ahead = prefetch and not isinstance(self._drawing, DeviceDrawing)
+        self._ahead = Ahead(partial(self._draw, 1)) if ahead else None
         self.load_state_dict({"seed": seed, "batch": 0})
 
     def __iter__(self) -> Iterator[TaskBatch]:
@@ -125,6 +130,8 @@ class EpisodeSampler:
 
     def sample(self) -> TaskBatch:
         """The next batch."""
+        if isinstance(self._drawing, DeviceDrawing):
+            return _with_labels(self._drawing.draw_next(), self._targets)
         key = (self._seed, self._batch)
         batch = self.batch(self._batch) if self._ahead is None else self._ahead.take(*key)
         self._batch += 1
@@ -141,6 +148,8 @@ class EpisodeSampler:
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream is: ``seed``, and ``batch``, the index of the next batch."""
+        if isinstance(self._drawing, DeviceDrawing):
+            return dict(zip(("seed", "batch"), self._drawing.place(), strict=True))
         return {"seed": self._seed, "batch": self._batch}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
@@ -156,16 +165,33 @@ class EpisodeSampler:
         for name, value in state.items():
             _check_int(name, value, 0, 2**64 - 1)
         self._seed, self._batch = state["seed"], state["batch"]
+        if isinstance(self._drawing, DeviceDrawing):
+            self._drawing.go_to(self._seed, self._batch)
+
+
+Drawing = NativeDrawing | DeviceDrawing | ReferenceDrawing
+
+
+def _drawing(plan: EpisodePlan) -> Drawing:
+    if plan.images.is_cpu:
+        return NativeDrawing(plan)
+    if kernels_for(plan.images.device) is None:
+        return ReferenceDrawing(plan)
+    return DeviceDrawing(plan)
 
 
 def _draw_batch(
-    drawing: NativeDrawing | ReferenceDrawing,
+    drawing: Drawing,
     targets: list[Tensor],
     threads: int,
     seed: int,
     batch: int,
 ) -> TaskBatch:
-    support_x, query_x = drawing.draw(seed, batch, threads)
+    return _with_labels(drawing.draw(seed, batch, threads), targets)
+
+
+def _with_labels(images: tuple[Tensor, Tensor], targets: list[Tensor]) -> TaskBatch:
+    support_x, query_x = images
     return TaskBatch(support_x, targets[0].clone(), query_x, targets[1].clone())
 
 

@@ -52,6 +52,13 @@ class TaskWords {
     return words_[used_++];
   }
 
+  // The next word is the one in this place of the sequence.
+  FASTMAML_EVERYWHERE void seek(std::int64_t place) {
+    counter_[0] = static_cast<std::uint32_t>(place / 4);
+    used_ = 4;
+    for (std::int64_t i = place % 4; i > 0; --i) next();
+  }
+
  private:
   std::uint64_t seed_;
   std::uint32_t counter_[4], words_[4] = {};

@@ -1,0 +1,27 @@
+// What the bindings share.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include "fastmaml/core.h"
+
+namespace fastmaml {
+
+void bind_sampler(pybind11::module_& module);
+void bind_device(pybind11::module_& module);
+
+template <typename T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+inline const void* in(std::uintptr_t address) { return pointer<const void>(address); }
+inline void* out(std::uintptr_t address) { return pointer<void>(address); }
+
+Pixel pixel_named(const std::string& name);
+Rotations rotations_named(const std::string& name);
+
+}  // namespace fastmaml

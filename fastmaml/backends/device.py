@@ -1,0 +1,44 @@
+"""The kernels of ``csrc/cuda`` for a device, and the stream they run on."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+
+from fastmaml import _core
+
+OLDEST_CAPABILITY = (8, 0)
+
+
+def kernels_for(device: torch.device) -> _core.DeviceKernels | None:
+    """The CUDA kernels, where they were built and run on ``device``; else None."""
+    if device.type != "cuda" or torch.version.cuda is None or _core.cuda is None:
+        return None
+    return _usable(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _usable(index: int) -> _core.DeviceKernels | None:
+    kernels = _core.cuda
+    if kernels is None or torch.cuda.get_device_capability(index) < OLDEST_CAPABILITY:
+        return None
+    try:
+        kernels.shared_memory_limit(index)
+    except RuntimeError as error:  # the driver is older than the toolkit that built them
+        warnings.warn(
+            f"fastmaml's CUDA kernels cannot run here ({error}); the same is computed with "
+            "PyTorch, slower. Update the driver, or reinstall fastmaml with an older CUDA toolkit",
+            stacklevel=3,
+        )
+        return None
+    return kernels
+
+
+def stream_on(device: torch.device, emulated_threads: int = 1) -> _core.Stream:
+    """PyTorch's current stream on ``device``; on the CPU, a team of so many threads."""
+    if device.type != "cuda":
+        return _core.Stream(emulated_threads=emulated_threads)
+    stream = torch.cuda.current_stream(device)
+    return _core.Stream(handle=stream.cuda_stream, device=stream.device_index)

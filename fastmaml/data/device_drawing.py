@@ -1,0 +1,109 @@
+"""Batches of episodes drawn by one kernel on the device that holds the images."""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmaml import _core
+from fastmaml.backends.device import kernels_for, stream_on
+from fastmaml.data.drawing import EpisodePlan
+
+
+class DeviceDrawing:
+    """One launch for each batch, and nothing that waits for the device.
+
+    The place in the stream (seed and batch index) is in the device's memory, and the kernel moves
+    it on: a CUDA graph that holds :meth:`draw_next` draws another batch each time it is replayed.
+    """
+
+    def __init__(self, plan: EpisodePlan, emulated_threads: int = 1) -> None:
+        images, device = plan.images, plan.images.device
+        kernels = _core.emulated if images.is_cpu else kernels_for(device)
+        if kernels is None:
+            raise RuntimeError(f"fastmaml's CUDA kernels do not run on {device}")
+        self._plan, self._kernels, self._emulated_threads = plan, kernels, emulated_threads
+        self._channels, self._plane = prod(images.shape[1:-2]), prod(images.shape[-2:])
+        self._in_two_bytes = images.element_size() == 2
+        self._dtype = plan.factor_and_shift[0].dtype
+        affine = ([], []) if self._in_two_bytes else plan.per_channel(self._channels)
+        self._factors, self._shifts = (
+            torch.tensor(numbers, dtype=self._dtype, device=device) for numbers in affine
+        )
+        counts = np.array([len(m) for m in plan.members])
+        self._members, self._starts, self._counts = (
+            torch.from_numpy(array).to(device)
+            for array in (np.concatenate(plan.members), np.cumsum(counts) - counts, counts)
+        )
+        self._place = torch.zeros(3, dtype=torch.int64, device=device)
+
+    def go_to(self, seed: int, batch: int) -> None:
+        """Batch ``batch`` of ``seed`` is the next one."""
+        self._place.copy_(torch.tensor([_signed(seed), _signed(batch), 0]))
+
+    def place(self) -> tuple[int, int]:
+        """Seed and batch index of the next batch; waits for the device."""
+        seed, batch, _ = self._place.tolist()
+        return seed % 2**64, batch % 2**64
+
+    def draw_next(self) -> tuple[Tensor, Tensor]:
+        """The next batch; see :meth:`fastmaml.data.drawing.ReferenceDrawing.draw`."""
+        return self._draw(place=self._place.data_ptr())
+
+    def draw(self, seed: int, batch: int, threads: int) -> tuple[Tensor, Tensor]:
+        """See :meth:`fastmaml.data.drawing.ReferenceDrawing.draw`."""
+        return self._draw(seed=seed, batch=batch)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restored, (self._plan, self._emulated_threads, *self.place())
+
+    def _draw(self, **which: int) -> tuple[Tensor, Tensor]:
+        plan = self._plan
+        images = plan.images
+        support, query = (
+            torch.empty(
+                (plan.tasks, plan.ways * n, *images.shape[1:]),
+                dtype=self._dtype,
+                device=images.device,
+            )
+            for n in (plan.shots, plan.queries)
+        )
+        self._kernels.draw_episodes(
+            images=images.data_ptr(),
+            pixel="two_bytes" if self._in_two_bytes else str(images.dtype).removeprefix("torch."),
+            channels=self._channels,
+            plane=self._plane,
+            factors=self._factors.data_ptr(),
+            shifts=self._shifts.data_ptr(),
+            members=self._members.data_ptr(),
+            starts=self._starts.data_ptr(),
+            counts=self._counts.data_ptr(),
+            classes=len(plan.members),
+            ways=plan.ways,
+            shots=plan.shots,
+            queries=plan.queries,
+            tasks=plan.tasks,
+            rotations=plan.rotations,
+            first_task=plan.first_task,
+            support_x=support.data_ptr(),
+            query_x=query.data_ptr(),
+            stream=stream_on(images.device, self._emulated_threads),
+            **which,
+        )
+        if self._in_two_bytes:
+            return plan.normalised(support), plan.normalised(query)
+        return support, query
+
+
+def _signed(word: int) -> int:
+    """A word of 64 bits as the tensor's integer."""
+    return word - 2**64 if word >= 2**63 else word
+
+
+def _restored(plan: EpisodePlan, emulated_threads: int, seed: int, batch: int) -> DeviceDrawing:
+    drawing = DeviceDrawing(plan, emulated_threads)
+    drawing.go_to(seed, batch)
+    return drawing
