@@ -16,6 +16,18 @@ namespace py = pybind11;
 
 namespace fastmaml {
 
+DType dtype_named(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "float64") return DType::kFloat64;
+  throw py::value_error("dtype must be 'float32' or 'float64', got '" + name + "'");
+}
+
+TaskLoss loss_named(const std::string& name) {
+  if (name == "cross_entropy") return TaskLoss::kCrossEntropy;
+  if (name == "mse") return TaskLoss::kMeanSquaredError;
+  throw py::value_error("loss must be 'cross_entropy' or 'mse', got '" + name + "'");
+}
+
 namespace {
 
 Attribute attribute(const std::string& name, const py::handle& value) {
@@ -48,18 +60,6 @@ OpSpec op_spec(const py::dict& dict) {
     }
   }
   return op;
-}
-
-DType dtype_named(const std::string& name) {
-  if (name == "float32") return DType::kFloat32;
-  if (name == "float64") return DType::kFloat64;
-  throw py::value_error("dtype must be 'float32' or 'float64', got '" + name + "'");
-}
-
-TaskLoss loss_named(const std::string& name) {
-  if (name == "cross_entropy") return TaskLoss::kCrossEntropy;
-  if (name == "mse") return TaskLoss::kMeanSquaredError;
-  throw py::value_error("loss must be 'cross_entropy' or 'mse', got '" + name + "'");
 }
 
 std::shared_ptr<Program> program(const std::string& dtype, std::vector<Shape> values,

@@ -21,6 +21,8 @@ T* pointer(std::uintptr_t address) {
 inline const void* in(std::uintptr_t address) { return pointer<const void>(address); }
 inline void* out(std::uintptr_t address) { return pointer<void>(address); }
 
+DType dtype_named(const std::string& name);
+TaskLoss loss_named(const std::string& name);
 Pixel pixel_named(const std::string& name);
 Rotations rotations_named(const std::string& name);
 

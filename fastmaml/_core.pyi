@@ -190,6 +190,82 @@ class DeviceKernels:
         place: int = 0,
         stream: Stream,
     ) -> None: ...
+    def update(
+        self,
+        *,
+        dtype: str,
+        theta: int,
+        theta_stride: int,
+        gradient: int,
+        rate: float = 1.0,
+        rates: int = 0,
+        per_parameter: bool = False,
+        moved: int,
+        tasks: int,
+        size: int,
+        stream: Stream,
+    ) -> None: ...
+    def update_adjoint(
+        self,
+        *,
+        dtype: str,
+        cotangent: int,
+        gradient: int,
+        rate: float = 1.0,
+        rates: int = 0,
+        per_parameter: bool = False,
+        dgradient: int = 0,
+        drates: int = 0,
+        tasks: int,
+        size: int,
+        stream: Stream,
+    ) -> None: ...
+
+class Mlp:
+    def __init__(
+        self,
+        kernels: DeviceKernels,
+        dtype: str,
+        layers: Sequence[tuple[int, int, int, int, str, float, float]],
+        theta_size: int,
+    ) -> None: ...
+    def shared_bytes(self, *, support_examples: int, query_examples: int) -> int: ...
+    def scratch_bytes(
+        self,
+        *,
+        tasks: int,
+        steps: int,
+        first_order: bool,
+        rate_steps: int,
+        gradient: bool,
+        rates_gradient: bool,
+    ) -> int: ...
+    def meta_step(
+        self,
+        *,
+        theta: int,
+        support_x: int,
+        support_y: int,
+        support_examples: int,
+        support_batches: int = 1,
+        query_x: int = 0,
+        query_y: int = 0,
+        query_examples: int = 0,
+        tasks: int,
+        steps: int,
+        loss: str,
+        first_order: bool = False,
+        rate: float,
+        rates: int = 0,
+        rate_steps: int = 1,
+        losses: int = 0,
+        gtheta: int = 0,
+        grates: int = 0,
+        adapted: int = 0,
+        predictions: int = 0,
+        scratch: int = 0,
+        stream: Stream,
+    ) -> None: ...
 
 cuda: DeviceKernels | None
 emulated: DeviceKernels

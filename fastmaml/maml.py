@@ -26,6 +26,7 @@ from fastmaml.fused import Adapted, FusedRates
 from fastmaml.inner import InnerOptimizer
 from fastmaml.learner import BaseLearner, Learner
 from fastmaml.losses import TaskLoss
+from fastmaml.program.gradient_step import gradient_step
 from fastmaml.program.layout import AdaptFilter, ParameterLayout
 from fastmaml.program.program import Program, ProgramCache, Signature, module_signature
 from fastmaml.program.theta import Theta
@@ -143,7 +144,7 @@ class MAML(BaseLearner):
         if self.inner is not None:
             return self.inner.step(learner, theta, gradient)
         if isinstance(self.lr, Tensor):
-            return theta.root - self.lr * gradient
+            return gradient_step(theta.root, gradient, self.lr)
         return torch.add(theta.root, gradient, alpha=-self.lr)  # whose backward is one product
 
     def fused_rates(

@@ -35,7 +35,7 @@ def test_the_stub_has_every_public_name():
     }
 
 
-@pytest.mark.parametrize("name", ["Program", "DeviceKernels", "EpisodeDrawer"])
+@pytest.mark.parametrize("name", ["Program", "EpisodeDrawer", "Stream", "DeviceKernels", "Mlp"])
 def test_the_stub_has_every_method_with_its_arguments(name):
     native = getattr(_core, name)
     declared = members(CLASSES[name])

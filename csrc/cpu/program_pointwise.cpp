@@ -1,33 +1,24 @@
 // Activations, sums and scalings: ops on elements, in whatever layout they find.
 #include <map>
 
+#include "cpu/activation_names.h"
 #include "cpu/program_ops.h"
 
 namespace fastmaml {
 
 namespace {
 
-Activation activation_named(const OpReader& reader, const std::string& name) {
-  static const std::map<std::string, Activation> names = {
-      {"relu", Activation::kRelu},         {"leaky_relu", Activation::kLeakyRelu},
-      {"elu", Activation::kElu},           {"selu", Activation::kSelu},
-      {"gelu", Activation::kGelu},         {"gelu_tanh", Activation::kGeluTanh},
-      {"silu", Activation::kSilu},         {"sigmoid", Activation::kSigmoid},
-      {"tanh", Activation::kTanh},         {"softplus", Activation::kSoftplus},
-      {"hardtanh", Activation::kHardtanh}, {"log_sigmoid", Activation::kLogSigmoid},
-      {"square", Activation::kSquare},     {"sin", Activation::kSin},
-      {"cos", Activation::kCos},           {"exp", Activation::kExp},
-  };
-  const auto found = names.find(name);
-  if (found == names.end()) reader.fail("function '" + name + "' is not known");
-  return found->second;
+Activation known_activation(const OpReader& reader, const std::string& name) {
+  const std::optional<Activation> found = activation_named(name);
+  if (!found) reader.fail("function '" + name + "' is not known");
+  return *found;
 }
 
 template <typename T>
 class ActivationOp final : public Op<T> {
  public:
   explicit ActivationOp(OpReader& reader)
-      : function_(activation_named(reader, reader.text("function"))),
+      : function_(known_activation(reader, reader.text("function"))),
         alpha_(static_cast<T>(reader.number("alpha"))),
         beta_(static_cast<T>(reader.number("beta"))) {
     reader.expect_output(reader.input(0));

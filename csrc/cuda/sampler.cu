@@ -3,8 +3,6 @@
 // would cost a launch, and the drawn positions a trip through memory.
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
-#include <string>
 
 #include "cuda/sampler.h"
 
@@ -87,19 +85,17 @@ struct DrawEpisodes {
   }
 };
 
-void require(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(std::string("draw_episodes: ") + message);
-}
+void expect(bool condition, const char* message) { require(condition, "draw_episodes", message); }
 
 template <typename In, typename Out>
 void draw_as(const EpisodeBatch& args, const Stream& stream) {
   const Index side = std::lround(std::sqrt(static_cast<double>(args.plane)));
-  require(args.rotations == Rotations::kNone || side * side == args.plane,
-          "images must be square where classes are rotated");
+  expect(args.rotations == Rotations::kNone || side * side == args.plane,
+         "images must be square where classes are rotated");
   const Index examples = args.shots + args.queries;
   const Index bytes = (1 + examples + std::max(args.ways, examples)) * Index{sizeof(Index)};
-  require(bytes <= shared_memory_limit(stream.device),
-          "ways, or shots + queries, are more than a block of the GPU can draw");
+  expect(bytes <= shared_memory_limit(stream.device),
+         "ways, or shots + queries, are more than a block of the GPU can draw");
   launch("draw_episodes", DrawEpisodes<In, Out>{args, side}, args.tasks * args.ways,
          static_cast<std::size_t>(bytes), stream);
 }
@@ -108,19 +104,19 @@ void draw_as(const EpisodeBatch& args, const Stream& stream) {
 
 void draw_episodes(const EpisodeBatch& args, const Stream& stream) {
   constexpr Index kMost = (Index{1} << 31) - 1;
-  require(args.images != nullptr, "images must not be null");
-  require(args.members != nullptr && args.starts != nullptr && args.counts != nullptr,
-          "members, starts and counts must not be null");
-  require(args.support_x != nullptr || args.shots == 0, "support_x must not be null");
-  require(args.query_x != nullptr || args.queries == 0, "query_x must not be null");
-  require(args.ways > 0 && args.tasks > 0 && args.shots >= 0 && args.queries >= 0,
-          "ways and tasks must be at least 1, shots and queries not negative");
-  require(args.tasks * args.ways <= kMost, "tasks * ways must be less than 2**31");
-  require(args.channels * args.plane * (args.shots + args.queries) <= kMost,
-          "the images of a class in a task must have fewer than 2**31 elements");
-  require(args.pixel != Pixel::kByte || args.factors != nullptr, "bytes must have factors");
-  require((args.factors == nullptr) == (args.shifts == nullptr),
-          "factors and shifts must come together");
+  expect(args.images != nullptr, "images must not be null");
+  expect(args.members != nullptr && args.starts != nullptr && args.counts != nullptr,
+         "members, starts and counts must not be null");
+  expect(args.support_x != nullptr || args.shots == 0, "support_x must not be null");
+  expect(args.query_x != nullptr || args.queries == 0, "query_x must not be null");
+  expect(args.ways > 0 && args.tasks > 0 && args.shots >= 0 && args.queries >= 0,
+         "ways and tasks must be at least 1, shots and queries not negative");
+  expect(args.tasks * args.ways <= kMost, "tasks * ways must be less than 2**31");
+  expect(args.channels * args.plane * (args.shots + args.queries) <= kMost,
+         "the images of a class in a task must have fewer than 2**31 elements");
+  expect(args.pixel != Pixel::kByte || args.factors != nullptr, "bytes must have factors");
+  expect((args.factors == nullptr) == (args.shifts == nullptr),
+         "factors and shifts must come together");
   switch (args.pixel) {
     case Pixel::kByte:
       return draw_as<std::uint8_t, float>(args, stream);

@@ -8,6 +8,9 @@
 // All threads of a team run it; `shared` is the block's own memory, aligned to 16 bytes.
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
 #include "fastmaml/device.h"
 
 #ifdef __CUDACC__
@@ -18,6 +21,11 @@
 
 namespace fastmaml {
 namespace FASTMAML_TEAM_NAMESPACE {
+
+// Of the arguments of the call `what`.
+inline void require(bool condition, const char* what, const char* message) {
+  if (!condition) throw std::invalid_argument(std::string(what) + ": " + message);
+}
 
 // a * b + c rounded twice, on any processor.
 FASTMAML_TEAM inline float scale_and_shift(float a, float b, float c) {

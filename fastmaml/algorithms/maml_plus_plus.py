@@ -26,6 +26,7 @@ from fastmaml.fused import FusedRates
 from fastmaml.learner import Learner
 from fastmaml.losses import TaskLoss, per_task
 from fastmaml.maml import MAML
+from fastmaml.program.gradient_step import gradient_step
 from fastmaml.program.layout import AdaptFilter, ParameterLayout
 from fastmaml.program.theta import Theta
 
@@ -89,7 +90,7 @@ class MAMLPlusPlus(MAML):
         """Theta <- theta - rates of this step * gradient."""
         layout, step = learner.layout, min(learner.steps_taken, len(self.lrs) - 1)
         rates = Theta.of_tensors(layout, self._spread(layout, step), theta.packing)
-        return theta.root - rates.root * gradient
+        return gradient_step(theta.root, gradient, rates.root)
 
     def fused_rates(self, layout: ParameterLayout, theta: Tensor, steps: int) -> FusedRates | None:
         """See :meth:`fastmaml.MAML.fused_rates`."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastmaml.fused import FusedRates
 from fastmaml.learner import Learner
 from fastmaml.maml import MAML
+from fastmaml.program.gradient_step import gradient_step
 from fastmaml.program.layout import AdaptFilter, ParameterLayout
 from fastmaml.program.theta import Theta
 from fastmaml.utils import update_module
@@ -59,7 +60,7 @@ class MetaSGD(MAML):
     def update(self, learner: Learner, theta: Theta, gradient: Tensor) -> Tensor:
         """Theta <- theta - rates * gradient."""
         rates = Theta.of_tensors(learner.layout, self._rates(learner.layout), theta.packing)
-        return theta.root - rates.root * gradient
+        return gradient_step(theta.root, gradient, rates.root)
 
     def fused_rates(self, layout: ParameterLayout, theta: Tensor, steps: int) -> FusedRates | None:
         """See :meth:`fastmaml.MAML.fused_rates`."""

@@ -19,6 +19,11 @@ def kernels_for(device: torch.device) -> _core.DeviceKernels | None:
     return _usable(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def kernels_or_emulated(device: torch.device) -> _core.DeviceKernels | None:
+    """The same; on the CPU, the same kernels compiled for the host, for tests."""
+    return _core.emulated if device.type == "cpu" else kernels_for(device)
+
+
 @functools.cache
 def _usable(index: int) -> _core.DeviceKernels | None:
     kernels = _core.cuda

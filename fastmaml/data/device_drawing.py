@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmaml import _core
-from fastmaml.backends.device import kernels_for, stream_on
+from fastmaml.backends.device import kernels_or_emulated, stream_on
 from fastmaml.data.drawing import EpisodePlan
 
 
@@ -22,11 +21,12 @@ class DeviceDrawing:
 
     def __init__(self, plan: EpisodePlan, emulated_threads: int = 1) -> None:
         images, device = plan.images, plan.images.device
-        kernels = _core.emulated if images.is_cpu else kernels_for(device)
+        kernels = kernels_or_emulated(device)
         if kernels is None:
             raise RuntimeError(f"fastmaml's CUDA kernels do not run on {device}")
         self._plan, self._kernels, self._emulated_threads = plan, kernels, emulated_threads
-        self._channels, self._plane = prod(images.shape[1:-2]), prod(images.shape[-2:])
+        shape = images.shape[1:]
+        self._channels, self._plane = prod(shape[:-2]), prod(shape[-2:])
         self._in_two_bytes = images.element_size() == 2
         self._dtype = plan.factor_and_shift[0].dtype
         affine = ([], []) if self._in_two_bytes else plan.per_channel(self._channels)

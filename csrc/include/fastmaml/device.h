@@ -40,10 +40,84 @@ struct EpisodeBatch {
   std::uint64_t* place = nullptr;
 };
 
+// An inner learning rate: rate, or rate * rates[0], or rate * rates[i] for parameter i.
+struct RateTerm {
+  double rate = 1;
+  const void* rates = nullptr;
+  bool per_parameter = false;
+};
+
+// moved = theta - rate * gradient, [tasks, size] each.
+struct UpdateStep {
+  DType dtype = DType::kFloat32;
+  const void* theta = nullptr;
+  Index theta_stride = 0;  // elements from one task to the next (0: all tasks share theta)
+  const void* gradient = nullptr;
+  RateTerm rate;
+  void* moved = nullptr;
+  Index tasks = 0, size = 0;
+};
+
+// Of a cotangent on `moved`: the cotangents on gradient, and on rates, one for each parameter,
+// summed over tasks. (That on theta is the cotangent itself.) Outputs may be null.
+struct UpdateAdjoint {
+  DType dtype = DType::kFloat32;
+  const void* cotangent = nullptr;  // [tasks, size]
+  const void* gradient = nullptr;
+  RateTerm rate;
+  void* dgradient = nullptr;  // [tasks, size]
+  void* drates = nullptr;     // [size]
+  Index tasks = 0, size = 0;
+};
+
+// y = f(W x + b); `weight` [out, in] and `bias` are places in theta.
+struct MlpLayer {
+  Index in = 0, out = 0;
+  Index weight = 0, bias = -1;  // no bias: -1
+  int activation = -1;          // an Activation of cpu/kernels.h; none: -1
+  double alpha = 0, beta = 0;
+};
+
+// MetaStepArgs for a chain of layers whose parameters are all adapted and fill theta.
+struct MlpMetaStep {
+  DType dtype = DType::kFloat32;
+  const MlpLayer* layers = nullptr;  // on the host, read during the call
+  Index depth = 0;
+  const void* theta = nullptr;  // [theta_size], where every task starts
+  Index theta_size = 0;
+  const void* support_x = nullptr;  // [support_batches, tasks, support_examples, in]
+  const void* support_y = nullptr;
+  Index support_examples = 0, support_batches = 1;
+  const void* query_x = nullptr;  // null: adaptation only; query_y null: predictions only
+  const void* query_y = nullptr;
+  Index query_examples = 0;
+  Index tasks = 0, steps = 1;
+  TaskLoss loss = TaskLoss::kMeanSquaredError;
+  bool first_order = false;
+  double rate = 0;
+  const void* rates = nullptr;  // [rate_steps, theta_size]; null: ones
+  Index rate_steps = 1;
+  bool gradient = false;        // gtheta is wanted
+  bool rates_gradient = false;  // grates is wanted, too
+  void* losses = nullptr;       // [tasks]
+  void* gtheta = nullptr;       // [theta_size], mean over tasks
+  void* grates = nullptr;       // [rate_steps, theta_size], mean over tasks
+  void* adapted = nullptr;      // [tasks, theta_size]
+  void* predictions = nullptr;  // [tasks, query_examples, out]
+  void* scratch = nullptr;      // mlp_scratch_bytes of this very call
+};
+
 struct DeviceKernels {
   Index (*shared_memory_limit)(int device);  // bytes that a block may have
 
   void (*draw_episodes)(const EpisodeBatch& batch, const Stream& stream);
+  void (*update)(const UpdateStep& step, const Stream& stream);
+  void (*update_adjoint)(const UpdateAdjoint& adjoint, const Stream& stream);
+
+  // What a call needs of a block's shared memory, and as scratch; data pointers do not matter.
+  Index (*mlp_shared_bytes)(const MlpMetaStep& step);
+  Index (*mlp_scratch_bytes)(const MlpMetaStep& step);
+  void (*mlp_meta_step)(const MlpMetaStep& step, const Stream& stream);
 };
 
 const DeviceKernels* cuda_kernels();  // null where the library was built without CUDA

@@ -1,0 +1,115 @@
+"""The inner gradient step with rates in tensors, for all tasks at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastmaml import _core
+from fastmaml.backends.device import kernels_for, stream_on
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+def gradient_step(theta: Tensor, gradient: Tensor, rates: Tensor) -> Tensor:
+    """``theta - rates * gradient``, differentiable in all three any number of times.
+
+    Args:
+        theta: ``[T, P]``.
+        gradient: ``[T, P]``.
+        rates: one for all parameters, or one for each: ``[1, P]`` or ``[P]``.
+
+    On a GPU this and its backward are one kernel each.
+    """
+    kernels = kernels_for(theta.device)
+    if kernels is None or not _fit(theta, gradient, rates):
+        return theta - rates * gradient
+    moved: Tensor = GradientStep.apply(kernels, theta, gradient, rates)
+    return moved
+
+
+def _fit(theta: Tensor, gradient: Tensor, rates: Tensor) -> bool:
+    tensors = (theta, gradient, rates)
+    return (
+        theta.shape == gradient.shape
+        and rates.numel() in (1, theta.shape[1])
+        and theta.numel() > 0
+        and theta.dtype in _DTYPES
+        and all(t.dtype == theta.dtype and t.device == theta.device for t in tensors)
+    )
+
+
+class GradientStep(Function):
+    """:func:`gradient_step` by the kernels of ``csrc/cuda/update.cu``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: _core.DeviceKernels, theta: Tensor, gradient: Tensor, rates: Tensor
+    ) -> Tensor:
+        ctx.kernels = kernels
+        ctx.save_for_backward(gradient, rates)
+        if theta.stride(1) != 1 and theta.shape[1] > 1:
+            theta = theta.contiguous()
+        gradient, moved = gradient.contiguous(), torch.empty_like(gradient).contiguous()
+        rates = rates.contiguous()
+        kernels.update(
+            theta=theta.data_ptr(),
+            theta_stride=theta.stride(0) if len(theta) > 1 else 0,
+            gradient=gradient.data_ptr(),
+            moved=moved.data_ptr(),
+            **_common(gradient, rates),
+        )
+        return moved
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, rates = ctx.saved_tensors
+        _, want_theta, want_gradient, want_rates = ctx.needs_input_grad
+        dtheta = cotangent if want_theta else None
+        dgradient = drates = None
+        if torch.is_grad_enabled():
+            dgradient = -rates * cotangent if want_gradient else None
+            drates = -(cotangent * gradient).sum_to_size(rates.shape) if want_rates else None
+        elif want_gradient or want_rates:
+            dgradient, drates = _adjoint(
+                ctx.kernels, cotangent, gradient, rates, ctx.needs_input_grad
+            )
+        return None, dtheta, dgradient, drates
+
+
+def _adjoint(
+    kernels: _core.DeviceKernels,
+    cotangent: Tensor,
+    gradient: Tensor,
+    rates: Tensor,
+    wants: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None]:
+    cotangent, gradient, flat = cotangent.contiguous(), gradient.contiguous(), rates.contiguous()
+    dgradient = torch.empty_like(gradient) if wants[2] else None
+    drates = gradient.new_empty(gradient.shape[1]) if wants[3] else None
+    kernels.update_adjoint(
+        cotangent=cotangent.data_ptr(),
+        gradient=gradient.data_ptr(),
+        dgradient=0 if dgradient is None else dgradient.data_ptr(),
+        drates=0 if drates is None else drates.data_ptr(),
+        **_common(gradient, flat),
+    )
+    if drates is not None:
+        drates = drates.sum() if rates.numel() == 1 else drates
+        drates = drates.view(rates.shape)
+    return dgradient, drates
+
+
+def _common(gradient: Tensor, rates: Tensor) -> dict[str, Any]:
+    tasks, size = gradient.shape
+    return {
+        "dtype": str(gradient.dtype).removeprefix("torch."),
+        "rates": rates.data_ptr(),
+        "per_parameter": rates.numel() > 1,
+        "tasks": tasks,
+        "size": size,
+        "stream": stream_on(gradient.device),
+    }
