@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 CORE_SOURCES := $(shell find csrc -type f)
 CLANG_FORMAT_SOURCES := $(filter %.h %.cpp %.cu %.cuh %.inc,$(CORE_SOURCES) $(wildcard bench/kernels/*))
 
-.PHONY: demo test lint format bench core-test sanitize clean
+.PHONY: demo test lint format bench core-test sanitize races cuda clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastmaml demo
@@ -43,6 +43,20 @@ sanitize: $(INSTALLED)
 	    -DFASTMAML_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+# The GPU's kernels on the host, teams of threads under the thread sanitizer.
+races: $(INSTALLED)
+	$(BIN)/cmake -S . -B build/races -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTMAML_TESTS=ON -DFASTMAML_PYTHON=OFF \
+	    -DFASTMAML_CUDA=0 -DFASTMAML_SANITIZE=thread
+	$(BIN)/cmake --build build/races --target cuda_tests
+	$(BIN)/ctest --test-dir build/races --output-on-failure -R '^cuda_'
+
+# The kernels for GPUs, compiled and linked by nvcc; fails where there is none.
+cuda: $(INSTALLED)
+	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	    -DCMAKE_BUILD_TYPE=Release -DFASTMAML_TESTS=ON -DFASTMAML_PYTHON=OFF -DFASTMAML_CUDA=1
+	$(BIN)/cmake --build build/cuda --target cuda_tests
 
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(CORE_SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -74,10 +74,12 @@ def test_on_a_gpu(rates, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("algorithm", [fastmaml.MetaSGD, fastmaml.MAML])
+@pytest.mark.parametrize("algorithm", [fastmaml.algorithms.MetaSGD, fastmaml.algorithms.MAML])
 def test_doors_on_a_gpu(algorithm):
     module = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-    maml = algorithm(module.double(), lr=torch.nn.Parameter(torch.tensor(0.1).double()).item())
+    maml = algorithm(module.double(), lr=0.1)
+    if algorithm is fastmaml.algorithms.MAML:
+        maml.lr = torch.nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
     x, y = torch.randn(4, 5, 3).double(), torch.randn(4, 5, 2).double()
     gradients = []
     for device in ("cpu", "cuda"):

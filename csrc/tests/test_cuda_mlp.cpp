@@ -47,7 +47,7 @@ class Problem {
       }
       layers_.push_back(layer);
     }
-    theta_ = random_values<double>(size_, 0.5);
+    theta_ = random_values<double>(size_, 0.3);
     rates_ = random_values<double>(std::max<Index>(c.rate_steps, 1) * size_, 0.3);
     const Index support = c.batches * c.tasks * c.support, query = c.tasks * c.query;
     support_x_ = random_values<double>(support * w.front());
@@ -115,7 +115,7 @@ class Problem {
     args->steps = c_.steps;
     args->loss = c_.loss;
     args->first_order = c_.first_order;
-    args->rate = 0.2;
+    args->rate = 0.05;
     args->rates = c_.rate_steps > 0 ? rates_.data() : nullptr;
     args->rate_steps = std::max<Index>(c_.rate_steps, 1);
   }

@@ -62,7 +62,7 @@ void check_update(const Problem<T>& p, int threads, const std::string& name) {
   kernels.update_adjoint({p.dtype(), p.cotangent.data(), p.gradient.data(), p.term(),
                           got_dgradient.data(), got_drates.data(), p.tasks, p.size},
                          stream);
-  check_close(got_moved, moved, 2, name + " update");
+  check_close(got_moved, moved, 2, name + " update", 1);
   check_close(got_dgradient, dgradient, 2, name + " adjoint, gradient");
   check_close(got_drates, drates, 8, name + " adjoint, rates", 1);
 

@@ -56,11 +56,11 @@ class MlpKernel:
         tasks = x.shape[1] if call.minibatches else len(x)
         support, query = _examples(call)
         result = MetaStepResult(losses=theta.new_zeros(tasks))
-        rates_gradient = call.gradient and call.rates_gradient and rates is not None
         if call.gradient:
             result.theta_grad = torch.empty_like(theta)
             result.phi_grad = torch.zeros_like(call.phi) if call.shared_gradient else None
-            result.rates_grad = torch.empty_like(rates) if rates_gradient else None
+            if call.rates_gradient and rates is not None:
+                result.rates_grad = torch.empty_like(rates)
         else:
             result.adapted = theta.new_empty(tasks, len(theta))
             if qx is not None:
@@ -74,7 +74,7 @@ class MlpKernel:
                 first_order=call.first_order,
                 rate_steps=rate_steps,
                 gradient=call.gradient,
-                rates_gradient=rates_gradient,
+                rates_gradient=result.rates_grad is not None,
             ),
             dtype=torch.uint8,
             device=theta.device,
