@@ -226,6 +226,7 @@ def test_what_does_not_fit_is_left_alone():
     assert kernel.runs(call)
     many = torch.randn(T, 400, 60)
     assert not kernel.runs(replace(call, query_x=many))  # too much work for one block
+    assert not kernel.runs(replace(call, theta=call.theta.repeat(T, 1)))  # starts of their own
     wide = problem_of_size(300)
     assert not wide[0].runs(wide[1])  # too much memory
 

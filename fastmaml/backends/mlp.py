@@ -36,7 +36,7 @@ class MlpKernel:
     def runs(self, call: MetaStep) -> bool:
         """Whether one block of the device has the memory for a task of ``call``, and the time."""
         kernels = kernels_or_emulated(call.theta.device)
-        if kernels is None or call.update is not None:
+        if kernels is None or call.update is not None or call.theta.ndim != 1:
             return False
         support, query = _examples(call)
         if max(support, query) * self._work > _MOST_WORK:
