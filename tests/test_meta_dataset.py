@@ -165,13 +165,13 @@ def test_a_union_numbers_the_classes_through() -> None:
         union[5]
 
 
-def test_a_filtered_data_set_keeps_labels_and_order() -> None:
+def test_a_filtered_data_set_goes_class_after_class() -> None:
     part = FilteredMetaDataset(Listed([3, 1, 3, 0, 1]), [1, 3])
     assert len(part) == 4
-    assert [part[i] for i in range(4)] == [(0, 3), (10, 1), (20, 3), (40, 1)]
-    assert part.labels == [3, 1]
-    assert part.labels_to_indices == {3: [0, 2], 1: [1, 3]}
-    assert [label for _, label in DataLoader(part, batch_size=None)] == [3, 1, 3, 1]
+    assert [part[i] for i in range(4)] == [(10, 1), (40, 1), (0, 3), (20, 3)]
+    assert part.labels == [1, 3]
+    assert part.labels_to_indices == {1: [0, 1], 3: [2, 3]}
+    assert [label for _, label in DataLoader(part, batch_size=None)] == [1, 1, 3, 3]
     with pytest.raises(ValueError, match="labels must be among the dataset's 3 labels, got 9"):
         FilteredMetaDataset(Listed([3, 1, 0]), [1, 9])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 
@@ -80,6 +81,16 @@ def test_a_seed_draws_the_tasks_of_learn2learn(name, numbers) -> None:
     for expected in LEARN2LEARN[name]:
         x, y = taskset.sample()
         assert (x.int().tolist(), y.tolist()) == expected
+
+
+def test_a_seed_draws_the_tasks_of_learn2learn_from_some_classes(numbers) -> None:
+    part = FilteredMetaDataset(numbers, [17, 170, 0, 68])
+    random.seed(4)
+    taskset = Taskset(part, recipe("fused", part))
+    assert [(x.int().tolist(), y.tolist()) for x, y in (taskset.sample(), taskset.sample())] == [
+        ([42, 11, 7, 62, 1, 34], [0, 0, 1, 1, 2, 2]),
+        ([9, 22, 21, 10, 23, 12], [0, 0, 2, 2, 1, 1]),
+    ]
 
 
 def test_fixed_tasks_are_drawn_once_as_by_learn2learn(numbers) -> None:
@@ -187,15 +198,20 @@ class Repeated(torch.utils.data.Dataset):
         return self.taskset.sample()
 
 
-def test_a_loader_reads_the_examples_of_each_task(numbers) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_reads_the_examples_of_each_task(workers, numbers) -> None:
     random.seed(1)
     taskset = Taskset(numbers, recipe("fused", numbers), num_tasks=4)
     sampler = TasksetSampler(taskset, shuffle=False)
-    loaded = [x.int().tolist() for x, _ in DataLoader(numbers, batch_sampler=sampler)]
-    assert loaded == [[d.index for d in taskset.sampled_descriptions[i]] for i in range(4)]
+    loader = DataLoader(numbers, batch_sampler=sampler, num_workers=workers)
+    for _ in range(2):
+        loaded = [x.int().tolist() for x, _ in loader]
+        assert loaded == [[d.index for d in taskset.sampled_descriptions[i]] for i in range(4)]
     assert len(sampler) == 4
-    endless = iter(TasksetSampler(Taskset(numbers, recipe("fused", numbers))))
-    assert [len(next(endless)) for _ in range(6)] == [6] * 6
+    endless = TasksetSampler(Taskset(numbers, recipe("fused", numbers)))
+    assert [len(indices) for indices in itertools.islice(endless, 6)] == [6] * 6
+    with pytest.raises(TypeError, match="tasks without end"):
+        len(endless)
 
 
 # --- batches ----------------------------------------------------------------------------------

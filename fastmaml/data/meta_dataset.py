@@ -156,11 +156,11 @@ class UnionMetaDataset(MetaDataset):
 
 
 class FilteredMetaDataset(MetaDataset):
-    """The examples of some classes, under their own labels and in their order.
+    """The examples of some classes, class after class, under their own labels.
 
     Args:
         dataset: a torch data set; made a :class:`MetaDataset` if it is none.
-        labels: the classes to keep.
+        labels: the classes to keep, in the order of their examples here.
 
     Raises:
         ValueError: the data set has no such label.
@@ -168,13 +168,13 @@ class FilteredMetaDataset(MetaDataset):
 
     def __init__(self, dataset: Dataset, labels: Iterable[Any]) -> None:
         self.dataset = dataset = as_meta_dataset(dataset)
-        kept = set(labels)
-        if unknown := kept - set(dataset.labels):
+        kept = dict.fromkeys(labels)
+        if unknown := [label for label in kept if label not in dataset.labels_to_indices]:
             raise ValueError(
                 f"labels must be among the dataset's {len(dataset.labels)} labels, "
-                f"got {sorted(unknown, key=str)[0]!r}"
+                f"got {unknown[0]!r}"
             )
-        self._indices = sorted(i for label in kept for i in dataset.labels_to_indices[label])
+        self._indices = [i for label in kept for i in dataset.labels_to_indices[label]]
         indices_to_labels = {
             new: dataset.indices_to_labels[old] for new, old in enumerate(self._indices)
         }

@@ -31,7 +31,9 @@ class TasksetSampler(Sampler[list[int]]):
         return [description.index for description in task_description]
 
     def __len__(self) -> int:
-        return len(self.taskset)
+        if self.taskset.num_tasks == -1:
+            raise TypeError("the sampler has no length: its taskset draws tasks without end")
+        return self.taskset.num_tasks
 
     def __iter__(self) -> Iterator[list[int]]:
         taskset = self.taskset
