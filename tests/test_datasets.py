@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import random
 import re
 import shutil
 from pathlib import Path
@@ -232,6 +233,24 @@ def test_truncated_files_are_named(tmp_path) -> None:
         data[0]
 
 
+def test_a_truncated_zip_is_named_and_not_half_unpacked(tmp_path) -> None:
+    write_omniglot(tmp_path, zipped=True)
+    archive = tmp_path / "omniglot-py" / "images_background.zip"
+    archive.write_bytes(archive.read_bytes()[:-30])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=re.escape(f"{archive} is damaged")):
+            datasets.FullOmniglot(tmp_path)
+    assert {p.suffix for p in archive.parent.iterdir()} == {".zip"}
+
+
+def test_a_truncated_download_is_named(server, tmp_path) -> None:
+    publish(write_aircraft, server, "fgvc-aircraft-2013b.tar.gz", "fgvc_aircraft")
+    archive = server / "fgvc-aircraft-2013b.tar.gz"
+    archive.write_bytes(archive.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"fgvc-aircraft-2013b\.tar\.gz is damaged"):
+        datasets.FGVCAircraft(tmp_path / "data", download=True)
+
+
 def test_labels_that_do_not_fit_are_refused(tmp_path) -> None:
     write_tiered_imagenet(tmp_path)
     labels = tmp_path / "tiered-imagenet" / "train_labels.pkl"
@@ -397,6 +416,21 @@ def test_omniglot_test_classes_are_held_out(tmp_path, monkeypatch) -> None:
     assert x.shape == (8, 1, 28, 28)
     assert x.min() >= 0
     assert x.max() <= 1
+
+
+def test_omniglot_is_read_once_for_a_device(tmp_path, monkeypatch) -> None:
+    write_omniglot(tmp_path)
+    monkeypatch.setattr(benchmarks, "SPLIT", (3, 1, 2))
+    random.seed(0)
+    read = benchmarks.get_tasksets("omniglot", 2, 4, 1, 2, root=tmp_path)
+    random.seed(0)
+    held = benchmarks.get_tasksets("omniglot", 2, 4, 1, 2, root=tmp_path, device="cpu")
+    random.seed(1)
+    expected = read.train.sample()
+    shutil.rmtree(tmp_path)
+    random.seed(1)
+    for a, b in zip(held.train.sample(), expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_unknown_benchmarks_are_refused(tmp_path) -> None:

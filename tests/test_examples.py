@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,6 +112,18 @@ def test_prototypes_classify_characters(drop_in) -> None:
 def test_learned_rates_descend_faster() -> None:
     fixed, learned = hypergradient.main(["--steps", "120"])
     assert learned < 0.8 * fixed
+
+
+def test_a_parameter_without_gradient_does_no_harm() -> None:
+    """learn2learn's scripts scale every ``p.grad`` afterwards, and fail where it is None."""
+    model = OmniglotCNN(5, hidden_size=4)
+    frozen = next(model.parameters()).requires_grad_(False)
+    before = frozen.clone()
+    arguments = ["omniglot", "--data", str(real_omniglot()), "--rounds", "1", *SMALL.split()]
+    frozen_recipe = replace(maml.RECIPES["omniglot"], network=lambda ways: model)
+    for drop_in in ([], ["--drop-in"]):
+        recipe.main({"omniglot": frozen_recipe}, [*arguments, *drop_in])
+    assert torch.equal(frozen, before)
 
 
 # --- one gradient -----------------------------------------------------------------------------

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import ToTensor
 
 import fastmaml as l2l
 from fastmaml.data import (
@@ -170,6 +173,23 @@ def test_the_old_name_warns_once(numbers, monkeypatch) -> None:
     with pytest.warns(UserWarning, match="now named Taskset"):
         taskset = TaskDataset(numbers, recipe("fused", numbers))
     assert len(taskset.sample()) == 2
+
+
+def test_each_class_is_turned_by_an_angle_of_its_own() -> None:
+    """learn2learn's RandomClassRotation turns all of a task by the angle drawn last."""
+    data = pictures()
+    turn = RandomClassRotation(data, [0, 90, 180, 270])
+    taskset = Taskset(data, [FusedNWaysKShots(data, n=3, k=3), LoadData(data), turn])
+    random.seed(0)
+    tasks = []
+    for _ in range(40):
+        x, y = taskset.sample()
+        corners = x.flatten(1).argmax(1)
+        by_class = {int(label): corners[y == label].unique() for label in y.unique()}
+        assert all(len(found) == 1 for found in by_class.values())
+        tasks.append({int(found) for found in by_class.values()})
+    assert set().union(*tasks) == {0, 3, 12, 15}
+    assert sum(len(corners) > 1 for corners in tasks) > 25  # expected: 15 of 16
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -384,6 +404,81 @@ def test_a_data_set_as_one_tensor() -> None:
 def test_impossible_tasks_are_refused(make, message, numbers) -> None:
     with pytest.raises(ValueError, match=message):
         make(numbers)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: [FusedNWaysKShots(d, 2, 6)], "class 0 has 3, got 6"),
+        (lambda d: [FusedNWaysKShots(d, 2, 6, filter_labels=[4, 9])], "class 4 has 5, got 6"),
+        (lambda d: [NWays(d, 2), KShots(d, 6)], "class 0 has 3, got 6"),
+        (lambda d: [FilterLabels(d, [4, 9]), NWays(d, 3)], "number of classes, 2, got 3"),
+        (lambda d: [FilterLabels(d, [4, 9]), FusedNWaysKShots(d, 2, 6)], "class 4 has 5, got 6"),
+        (lambda d: [KShots(d, 2), LoadData(d), KShots(d, 3)], "class 0 has 2, got 3"),
+        (lambda d: [NWays(d, 2), KShots(d, 2, True)], "class 8 has 0, got 2"),
+    ],
+)
+def test_impossible_tasks_are_refused_before_any_is_drawn(make, message) -> None:
+    """Classes with gaps between their numbers, of 3, 5 and 7 examples, and an empty one."""
+    members = {0: [0, 1, 2], 4: [3, 4, 5, 6, 7], 9: [*range(8, 15)]}
+    if "class 8" in message:
+        members[8] = []
+    data = MetaDataset(TensorDataset(torch.zeros(15), torch.zeros(15)), members)
+    random.seed(0)
+    before = random.getstate()
+    with pytest.raises(ValueError, match=message):
+        Taskset(data, make(data))
+    assert random.getstate() == before
+
+
+def test_possible_tasks_are_not_refused() -> None:
+    data = MetaDataset(TensorDataset(torch.arange(8.0), torch.tensor([0, 1, 1, 1, 2, 2, 2, 2])))
+
+    class Small(FusedNWaysKShots):
+        def new_task(self):
+            return [DataDescription(0)]
+
+    for steps in (
+        [FilterLabels(data, [1, 2]), NWays(data, 2), KShots(data, 3)],
+        [FusedNWaysKShots(data, 2, 3, filter_labels=[1, 2])],
+        [NWays(data, 3), KShots(data, 4, replacement=True)],
+        [lambda task: NWays(data, 3)(task)[:6], KShots(data, 1)],
+        [Small(data, 3, 5)],
+    ):
+        Taskset(data, [*steps, LoadData(data)]).sample()
+
+
+def pictures_in_folders(root: Path) -> ImageFolder:
+    for label in ("ant", "bee"):
+        (root / label).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (6, 6)).save(root / label / f"{i}.png")
+    return ImageFolder(str(root), transform=ToTensor(), loader=Image.open)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "grey", "wider"])
+def test_bad_pictures_are_named_with_their_file(damage, tmp_path) -> None:
+    folder = pictures_in_folders(tmp_path)
+    file = Path(folder.samples[2][0])
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:45])
+    else:
+        Image.new("L" if damage == "grey" else "RGB", (6 + (damage == "wider"), 6)).save(file)
+    data = MetaDataset(folder, labels_to_indices={"ant": [0, 1], "bee": [2, 3]})
+    taskset = Taskset(data, [FusedNWaysKShots(data, 2, 2), LoadData(data)])
+    shape = {"grey": [1, 6, 6], "wider": [3, 6, 7]}.get(damage)
+    message = "cannot be read" if shape is None else r"must be like image \d .*\[3, 6, 6\]"
+    with pytest.raises(ValueError, match=rf"image \d \(.*png\) {message}"):
+        taskset.sample()
+
+
+def test_other_failures_of_collating_are_passed_on(numbers) -> None:
+    def collate(examples):
+        raise RuntimeError("no such layout")
+
+    taskset = Taskset(numbers, recipe("fused", numbers), task_collate=collate)
+    with pytest.raises(RuntimeError, match="no such layout"):
+        taskset.sample()
 
 
 def test_out_of_range_and_added_tasksets_are_refused(numbers) -> None:

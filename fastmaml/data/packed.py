@@ -230,14 +230,14 @@ def _example(dataset: Dataset, i: int) -> tuple[NDArray[Any], Hashable]:
     try:
         image, label, *_ = dataset[i]
     except Exception as error:  # damaged files raise nearly anything
-        raise ValueError(f"{_name(dataset, i)} cannot be read: {error!r}") from error
+        raise ValueError(f"{example_name(dataset, i)} cannot be read: {error!r}") from error
     try:
         array = _as_array(image)
     except TypeError as error:
-        raise ValueError(f"{_name(dataset, i)}: {error}") from error
+        raise ValueError(f"{example_name(dataset, i)}: {error}") from error
     label = label.item() if hasattr(label, "item") else label
     if not isinstance(label, Hashable):
-        raise ValueError(f"{_name(dataset, i)} must have a single label, got {label!r}")
+        raise ValueError(f"{example_name(dataset, i)} must have a single label, got {label!r}")
     return array, label
 
 
@@ -266,15 +266,17 @@ def _picture(image: Image.Image) -> NDArray[Any]:
 def _check_alike(dataset: Dataset, i: int, image: NDArray[Any], first: NDArray[Any]) -> None:
     if image.shape != first.shape or image.dtype != first.dtype:
         raise ValueError(
-            f"{_name(dataset, i)} must be like the first, {list(first.shape)} of "
+            f"{example_name(dataset, i)} must be like the first, {list(first.shape)} of "
             f"{first.dtype}, got {list(image.shape)} of {image.dtype}; convert and resize all "
             "images alike in the dataset's transform"
         )
     if image.dtype.kind == "f" and not np.isfinite(image).all():
-        raise ValueError(f"{_name(dataset, i)} must hold finite values, it has NaN or infinity")
+        raise ValueError(
+            f"{example_name(dataset, i)} must hold finite values, it has NaN or infinity"
+        )
 
 
-def _name(dataset: Dataset, i: int) -> str:
+def example_name(dataset: Dataset, i: int) -> str:
     """With the file, where the data set has a list of files as torchvision's have."""
     inner = _inner(dataset)
     for attribute in ("samples", "_samples", "_image_files", "_images"):

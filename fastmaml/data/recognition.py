@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from fastmaml.data.meta_dataset import MetaDataset
 from fastmaml.data.packed import PackedImages, pack
 from fastmaml.data.rotation import RandomClassRotation
 from fastmaml.data.transforms import (
+    ClassSizes,
     ConsecutiveLabels,
     FilterLabels,
     FusedNWaysKShots,
@@ -84,16 +86,31 @@ def recognise(taskset: Taskset) -> Episodes | str:
     return _fixed_pictures(taskset.dataset) or _episodes(taskset.dataset, *drawn)
 
 
+def check_possible(transforms: Sequence[Any], dataset: MetaDataset) -> None:
+    """Look at the classes that tasks can have, as far as the transforms are known ones.
+
+    Raises:
+        ValueError: a class that may be drawn has too few examples, or there are too few classes.
+    """
+    sizes: ClassSizes = {c: len(indices) for c, indices in dataset.labels_to_indices.items()}
+    for transform in transforms:
+        if type(transform) not in _KNOWN or not _same_data(transform.dataset, dataset):
+            return
+        sizes = transform.possible(sizes)
+
+
+def _same_data(one: MetaDataset, other: MetaDataset) -> bool:
+    return one is other or (
+        type(one) is type(other) is MetaDataset and one.dataset is other.dataset
+    )
+
+
 def _unknown(transform: object, dataset: MetaDataset) -> str | None:
     name = type(transform).__name__
     if type(transform) not in _KNOWN:
         return f"{name} is not a known transform"
     assert isinstance(transform, TaskTransform)
-    mine = transform.dataset
-    same = mine is dataset or (
-        type(mine) is type(dataset) is MetaDataset and mine.dataset is dataset.dataset
-    )
-    if not same:
+    if not _same_data(transform.dataset, dataset):
         return f"{name} has another data set"
     if getattr(transform, "replacement", False):
         return f"{name} draws with replacement"

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from fastmaml.data.meta_dataset import MetaDataset, as_meta_dataset
-from fastmaml.data.recognition import Episodes, recognise
+from fastmaml.data.packed import example_name
+from fastmaml.data.recognition import Episodes, check_possible, recognise
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.data.transforms import DataDescription, TaskDescription, TaskTransform
 from fastmaml.data.utils import partition_task
@@ -38,7 +40,8 @@ class Taskset(Dataset):
         sampled_descriptions: the tasks drawn so far, by index.
 
     Raises:
-        ValueError: ``num_tasks`` is neither -1 nor positive.
+        ValueError: ``num_tasks`` is neither -1 nor positive; the transforms ask for more classes or
+            examples than there are (transforms of one's own are not looked into).
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class Taskset(Dataset):
         self.dataset: MetaDataset = as_meta_dataset(dataset)
         self.num_tasks = num_tasks
         self.task_transforms = task_transforms or [_AllExamples(self.dataset)]
+        if not callable(self.task_transforms):
+            check_possible(self.task_transforms, self.dataset)
         self.task_collate: Collate = default_collate if task_collate is None else task_collate
         self.sampled_descriptions: dict[int, TaskDescription] = {}
         self._task_id = 0
@@ -70,8 +75,36 @@ class Taskset(Dataset):
         return task
 
     def get_task(self, task_description: TaskDescription) -> Any:
-        """The data of a described task."""
-        return self.task_collate([description.load() for description in task_description])
+        """The data of a described task.
+
+        Raises:
+            ValueError: an example cannot be read, or the examples are not alike.
+        """
+        examples = [self._load(description) for description in task_description]
+        try:
+            return self.task_collate(examples)
+        except RuntimeError:
+            self._check_alike(task_description, examples)
+            raise
+
+    def _load(self, description: DataDescription) -> Any:
+        try:
+            return description.load()
+        except OSError as error:
+            name = example_name(self.dataset, description.index)
+            raise ValueError(f"{name} cannot be read: {error!r}") from error
+
+    def _check_alike(self, task: TaskDescription, examples: list[Any]) -> None:
+        if not all(isinstance(e, (tuple, list)) and isinstance(e[0], Tensor) for e in examples):
+            return
+        shapes = [list(example[0].shape) for example in examples]
+        for description, shape in zip(task, shapes, strict=True):
+            if shape != shapes[0]:
+                raise ValueError(
+                    f"{example_name(self.dataset, description.index)} must be like "
+                    f"{example_name(self.dataset, task[0].index)}, {shapes[0]}, got "
+                    f"{shape}; convert and resize all images alike in the dataset's transform"
+                )
 
     def sample(self) -> Any:
         """One of the tasks at random."""

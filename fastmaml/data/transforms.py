@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from fastmaml.data.meta_dataset import MetaDataset, as_meta_dataset
 
 TaskDescription = list["DataDescription"]
+ClassSizes = Mapping[Any, int]
 
 __all__ = [
     "ConsecutiveLabels",
@@ -64,6 +65,17 @@ class TaskTransform:
     def __call__(self, task: TaskDescription | None) -> TaskDescription:
         raise NotImplementedError
 
+    def possible(self, sizes: ClassSizes) -> ClassSizes:
+        """The classes that tasks may have after this transform, with their numbers of examples.
+
+        Args:
+            sizes: those that tasks may have before it.
+
+        Raises:
+            ValueError: some tasks would be impossible.
+        """
+        return sizes
+
     def label(self, description: DataDescription) -> Any:
         """The class of an example, as the data set has it."""
         return self.dataset.indices_to_labels[description.index]
@@ -98,6 +110,9 @@ class FilterLabels(TaskTransform):
     def __call__(self, task: TaskDescription | None) -> TaskDescription:
         task = self.new_task() if task is None else task
         return [d for d in task if self.label(d) in self._kept]
+
+    def possible(self, sizes: ClassSizes) -> ClassSizes:
+        return {label: size for label, size in sizes.items() if label in self._kept}
 
 
 class ConsecutiveLabels(TaskTransform):
@@ -166,6 +181,10 @@ class NWays(TaskTransform):
         kept = frozenset(random.sample(labels, k=self.n))
         return [d for d in task if self.label(d) in kept]
 
+    def possible(self, sizes: ClassSizes) -> ClassSizes:
+        _check_ways(self.n, len(sizes))
+        return sizes
+
 
 class KShots(TaskTransform):
     """Keep ``k`` examples of each class.
@@ -189,11 +208,16 @@ class KShots(TaskTransform):
             by_class[self.label(description)].append(description)
         return list(chain(*(self._draw(c, members) for c, members in by_class.items())))
 
+    def possible(self, sizes: ClassSizes) -> ClassSizes:
+        for label, size in sizes.items():
+            _check_shots(self.k, label, size, self.replacement)
+        return dict.fromkeys(sizes, self.k)
+
     def _draw(self, label: Any, members: TaskDescription) -> TaskDescription:
+        _check_shots(self.k, label, len(members), self.replacement)
         if self.replacement:
             drawn = random.choices(members, k=self.k)
             return [_copied(d) for d in drawn]
-        _check_shots(self.k, label, len(members))
         return random.sample(members, k=self.k)
 
 
@@ -230,9 +254,9 @@ class FusedNWaysKShots(TaskTransform):
 
     def _draw(self, label: Any) -> list[int]:
         members = self.dataset.labels_to_indices[label]
+        _check_shots(self.k, label, len(members), self.replacement)
         if self.replacement:
             return random.choices(members, k=self.k)
-        _check_shots(self.k, label, len(members))
         return random.sample(members, k=self.k)
 
     def __call__(self, task: TaskDescription | None) -> TaskDescription:
@@ -242,6 +266,11 @@ class FusedNWaysKShots(TaskTransform):
         task = [d for d in task if self.label(d) in kept]
         task = NWays(self.dataset, self.n)(task)
         return KShots(self.dataset, self.k, self.replacement)(task)
+
+    def possible(self, sizes: ClassSizes) -> ClassSizes:
+        kept = FilterLabels(self.dataset, self.filter_labels).possible(sizes)
+        drawn = NWays(self.dataset, self.n).possible(kept)
+        return KShots(self.dataset, self.k, self.replacement).possible(drawn)
 
 
 def distinct_labels(labels: Iterable[Any]) -> list[Any]:
@@ -277,8 +306,9 @@ def _check_ways(n: int, classes: int) -> None:
         )
 
 
-def _check_shots(k: int, label: Any, members: int) -> None:
-    if not 0 <= k <= members:
+def _check_shots(k: int, label: Any, members: int, replacement: bool) -> None:
+    most = k if replacement and members else members
+    if not 0 <= k <= most:
         raise ValueError(
             f"k must be at most the number of examples, but class {label!r} has {members}, got "
             f"{k}; ask for fewer, leave the class out, or draw with replacement=True"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import tarfile
+import zipfile
+import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote
@@ -36,13 +39,27 @@ def fetch(source: str, folder: Path, name: str | None = None) -> Path:
 
 
 def fetch_archive(source: str, folder: Path, name: str | None = None) -> None:
-    """:func:`fetch`, and unpack it in ``folder``: all of it or nothing. The archive is deleted."""
+    """:func:`fetch` and :func:`unpack` into ``folder``; the archive is deleted."""
     archive = fetch(source, folder, name)
-    with TemporaryDirectory(dir=folder) as unfinished:
-        extract_archive(str(archive), unfinished)
-        for entry in Path(unfinished).iterdir():
-            entry.rename(folder / entry.name)
+    unpack(archive)
     archive.unlink()
+
+
+def unpack(archive: Path) -> None:
+    """Unpack a zip or tar beside itself: all of it or nothing.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    with TemporaryDirectory(dir=archive.parent) as unfinished:
+        try:
+            extract_archive(str(archive), unfinished)
+        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
+            raise ValueError(
+                f"{archive} is damaged ({error}); delete it and fetch it again"
+            ) from error
+        for entry in Path(unfinished).iterdir():
+            entry.rename(archive.parent / entry.name)
 
 
 def published_md5(source: str) -> str | None:

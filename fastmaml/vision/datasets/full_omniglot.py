@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torchvision.datasets.utils import extract_archive
 
+from fastmaml.vision.datasets.fetching import unpack
 from fastmaml.vision.datasets.few_shot import FewShotImages, Transform
 from fastmaml.vision.datasets.omniglot import FOLDER, PARTS, SOURCE, fetch_part
 
@@ -46,7 +46,7 @@ class FullOmniglot(FewShotImages):
             if not folder.is_dir():
                 if not archive.is_file():
                     fetch_part(root / FOLDER, part, download)
-                extract_archive(str(archive), str(folder.parent))
+                unpack(archive)
             self.require(folder, f"{SOURCE}/{archive.name}")
             for character in sorted(folder.glob("*/character*")):
                 samples += [(str(file), classes) for file in sorted(character.glob("*.png"))]
