@@ -1,0 +1,100 @@
+"""The GPU backend: whole meta-gradients, and how it is chosen. Without a GPU its kernels run in
+Triton's interpreter on the CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import NETWORKS, classification, gradients, make
+from torch import Tensor, nn
+
+import fastmaml
+from fastmaml.losses import per_task
+from fastmaml.testing import relative_error, sequential_maml
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+QUICK = ["mlp", "mlp_norm", "mixer", "tied_unseen", "frozen", "max_pool"]
+CHOSEN = list(NETWORKS) if DEVICE == "cuda" or os.environ.get("FASTMAML_LARGE_TESTS") else QUICK
+
+
+@pytest.fixture(autouse=True)
+def gpu_backend(monkeypatch):
+    monkeypatch.setenv("FASTMAML_BACKEND", "gpu")
+    with fastmaml.precision("ieee"):
+        yield
+
+
+def problem(name: str) -> tuple[nn.Module, fastmaml.TaskBatch, dict[str, Tensor]]:
+    """A network in float32, a batch, and the meta-gradient in float64."""
+    module = make(name, torch.float32).to(DEVICE)
+    batch = classification(name, dtype=torch.float32, tasks=2)
+    exact = fastmaml.TaskBatch(*(t.double() if t.is_floating_point() else t for t in batch))
+    twin = copy.deepcopy(module).cpu().double()
+    _, expected = sequential_maml(twin, exact, 0.3, 2, F.cross_entropy)
+    return module, fastmaml.TaskBatch(*(t.to(DEVICE) for t in batch)), expected
+
+
+def error(module: nn.Module, expected: dict[str, Tensor]) -> float:
+    found = {name: g.double().cpu() for name, g in gradients(module).items() if name in expected}
+    return relative_error(found, expected)
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_the_fused_meta_gradient(name: str) -> None:
+    module, batch, expected = problem(name)
+    maml = fastmaml.MAML(module, lr=0.3, allow_unused=True)
+    maml.meta_loss(batch, steps=2).backward()
+    assert error(module, expected) < 1e-5
+    assert fastmaml.explain(maml, batch.support_x[0]).backend == "gpu"
+
+
+@pytest.mark.parametrize("tasks", [None, 2])
+def test_the_other_doors(tasks: int | None) -> None:
+    module, batch, expected = problem("mlp_norm")
+    maml = fastmaml.MAML(module, lr=0.3)
+    if tasks is None:
+        for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
+            learner = maml.clone()
+            for _ in range(2):
+                learner.adapt(F.cross_entropy(learner(support_x), support_y))
+            (F.cross_entropy(learner(query_x), query_y) / 2).backward()
+    else:
+        learner = maml.clone(tasks=tasks)
+        for _ in range(2):
+            learner.adapt(per_task(F.cross_entropy, learner(batch.support_x), batch.support_y))
+        per_task(F.cross_entropy, learner(batch.query_x), batch.query_y).mean().backward()
+    assert error(module, expected) < 1e-5
+
+
+def test_float64_runs_through_the_rules() -> None:
+    module, batch = make("mlp").to(DEVICE), classification("mlp", tasks=2)
+    _, expected = sequential_maml(copy.deepcopy(module).cpu(), batch, 0.3, 2, F.cross_entropy)
+    on_device = fastmaml.TaskBatch(*(t.to(DEVICE) for t in batch))
+    fastmaml.MAML(module, lr=0.3).meta_loss(on_device, steps=2).backward()
+    assert error(module, expected) < 1e-10
+
+
+def test_gradients_of_the_input() -> None:
+    """Where x has a gradient the first layer passes it on."""
+    module, batch, _ = problem("mlp_norm")
+    x = batch.support_x.clone().requires_grad_()
+    learner = fastmaml.MAML(module, lr=0.1).clone(tasks=2)
+    (found,) = torch.autograd.grad(learner(x).pow(2).sum(), x)
+    plain = batch.support_x.clone().requires_grad_()
+    outputs = [module(part) for part in plain]
+    (expected,) = torch.autograd.grad(sum(y.pow(2).sum() for y in outputs), plain)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the input is on the GPU")
+def test_on_the_cpu_it_wants_the_interpreter(monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match=r"the input is on cpu; move it to a CUDA device, or"):
+        fastmaml.MAML(nn.Linear(3, 2), lr=0.1).clone()(torch.randn(4, 3))

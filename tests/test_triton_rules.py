@@ -1,0 +1,126 @@
+"""The Triton kernels, in Triton's interpreter, against the rules in float64."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from rule_cases import CASES, Case
+from rule_checks import Problem
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from fastmaml.backends.precision import PRECISIONS, precision
+from fastmaml.backends.triton import LOSSES, RULES, conv2d, norm
+from fastmaml.rules import LOSSES as REFERENCE_LOSSES
+from fastmaml.rules import RULES as REFERENCE_RULES
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON_CASES = [
+    case
+    for cases in CASES.values()
+    for case in cases
+    if RULES[case.op.kind] is not REFERENCE_RULES[case.op.kind]
+]
+EVERY_SIZE = [(1, 1), (1, 4), (3, 1), (3, 4)]
+SIZES = EVERY_SIZE if os.environ.get("FASTMAML_LARGE_TESTS") else [(2, 3)]
+
+
+def results(p: Problem, rules: dict, directions: list[Tensor], dgy: Tensor) -> Iterator[Tensor]:
+    """What the four operations give, for directions of everything, of parts, and of nothing."""
+    case, rule = p.case, rules[p.case.op.kind]
+    leaves = [leaf.detach() for leaf in p.leaves]
+    params, inputs = p.split(leaves)
+    buffers = [None if b is None else p.buffers[b] for b in case.op.buffers]
+    y, saved = rule.forward(case.op, case.out_shape, params, buffers, inputs)
+    gy = p.gy.detach()
+    yield y
+    yield from p.join(rule.backward(case.op, params, inputs, saved, gy))
+    of_params = len(case.params)
+    for chosen, moving in (
+        (range(len(leaves)), dgy),
+        (range(of_params), dgy),
+        (range(of_params, len(leaves)), None),
+        ((), dgy),
+    ):
+        along = [d if i in chosen else None for i, d in enumerate(directions)]
+        dparams, dinputs = p.split(along)
+        dy, dsaved = rule.tangent(case.op, params, inputs, saved, dparams, dinputs)
+        yield torch.zeros_like(y) if dy is None else dy
+        found = rule.backward_tangent(
+            case.op, params, inputs, saved, gy, dparams, dinputs, dsaved, moving
+        )
+        yield from p.join(found)
+
+
+@pytest.mark.parametrize(("tasks", "examples"), SIZES)
+@pytest.mark.parametrize("case", TRITON_CASES, ids=str)
+@torch.no_grad()
+def test_against_the_rule(case: Case, tasks: int, examples: int) -> None:
+    exact = Problem(case, tasks, examples, torch.float64)
+    single = Problem(case, tasks, examples, torch.float32)
+    directions, dgy = [torch.randn_like(leaf) for leaf in exact.leaves], torch.randn_like(exact.gy)
+    single.leaves = [leaf.detach().float().to(DEVICE) for leaf in exact.leaves]
+    single.buffers = [b.float().to(DEVICE) for b in exact.buffers]
+    single.gy = exact.gy.detach().float().to(DEVICE)
+    rounded = [d.float().to(DEVICE) for d in directions]
+    with precision("ieee"):
+        found = list(results(single, RULES, rounded, dgy.float().to(DEVICE)))
+    expected = list(results(exact, REFERENCE_RULES, directions, dgy))
+    for got, want in zip(found, expected, strict=True):
+        scale = float(want.abs().max()) + 1
+        torch.testing.assert_close(got.double().cpu(), want, rtol=0, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 4, 5), (2, 7, 33)])
+def test_losses(name: str, shape: tuple[int, int, int]) -> None:
+    y, dy = torch.randn(*shape, dtype=torch.float64), torch.randn(*shape, dtype=torch.float64)
+    target = torch.randint(shape[-1], shape[:2]) if name == "cross_entropy" else torch.randn(*shape)
+    exact, rule = REFERENCE_LOSSES[name], LOSSES[name]
+    pairs = [
+        (rule.value(y.float(), target), exact.value(y, target)),
+        (rule.gradient(y.float(), target), exact.gradient(y, target)),
+        (rule.tangent(y.float(), target, dy.float()), exact.tangent(y, target, dy)),
+    ]
+    for got, want in pairs:
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_large_mean_does_not_drown_the_variance() -> None:
+    case = next(case for case in CASES["batch_norm"] if case.op.attrs["tracking"])
+    p = Problem(case, 2, 4, torch.float32)
+    gamma, beta, x = p.leaves[0], p.leaves[1], p.leaves[-1].detach() + 1000
+    rule = RULES["batch_norm"]
+    _, saved = rule.forward(case.op, case.out_shape, [gamma, beta], [None, None], [x])
+    expected = x.double().var([1, *range(3, x.ndim)])
+    torch.testing.assert_close(saved.batch_var_unbiased.double(), expected, rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("kind", ["conv2d", "batch_norm"])
+def test_long_sums_are_taken_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight gradients, statistics and the sums of norms, parts of unequal length."""
+    monkeypatch.setattr(conv2d, "_ROWS_PER_PART", 40)
+    monkeypatch.setattr(norm, "_PART_ROWS", 40)
+    case = next(c for c in CASES[kind] if c.name in ("strided", "2d"))
+    test_against_the_rule(case, 2, 12)
+
+
+def test_precisions() -> None:
+    from fastmaml.backends.precision import convolution_precision, linear_precision
+
+    allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    assert (convolution_precision(), linear_precision()) == tuple(
+        "tf32" if tf32 else "ieee" for tf32 in allowed
+    )
+    for name in PRECISIONS:
+        with precision(name), precision("ieee"):
+            assert convolution_precision() == "ieee"
+        with precision(name):
+            assert (convolution_precision(), linear_precision()) == (name, name)
+    with pytest.raises(ValueError, match=r"precision must be one of ieee, tf32, bf16, got 'fp8'"):
+        precision("fp8").__enter__()
