@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 CORE_SOURCES := $(shell find csrc -type f)
 CLANG_FORMAT_SOURCES := $(filter %.h %.cpp %.cu %.cuh %.inc,$(CORE_SOURCES) $(wildcard bench/kernels/*))
 
-.PHONY: demo test lint format bench core-test sanitize races cuda clean
+.PHONY: demo test lint format bench core-test sanitize races clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastmaml demo
@@ -40,7 +40,7 @@ core-test: $(INSTALLED)
 sanitize: $(INSTALLED)
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTMAML_TESTS=ON -DFASTMAML_PYTHON=OFF \
-	    -DFASTMAML_SANITIZE=ON
+	    -DFASTMAML_CUDA=0 -DFASTMAML_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
@@ -51,12 +51,6 @@ races: $(INSTALLED)
 	    -DFASTMAML_CUDA=0 -DFASTMAML_SANITIZE=thread
 	$(BIN)/cmake --build build/races --target cuda_tests
 	$(BIN)/ctest --test-dir build/races --output-on-failure -R '^cuda_'
-
-# The kernels for GPUs, compiled and linked by nvcc; fails where there is none.
-cuda: $(INSTALLED)
-	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-	    -DCMAKE_BUILD_TYPE=Release -DFASTMAML_TESTS=ON -DFASTMAML_PYTHON=OFF -DFASTMAML_CUDA=1
-	$(BIN)/cmake --build build/cuda --target cuda_tests
 
 $(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(CORE_SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -13,6 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fastmaml.backends.base import MetaStep, MetaStepResult
+from fastmaml.backends.graphs import MetaStepGraphs
+from fastmaml.backends.mlp import MlpKernel
 from fastmaml.backends.reference import ReferenceExecutor, State, Values
 from fastmaml.backends.triton import LOSSES, RULES
 from fastmaml.program.ir import Graph, Op, Slot, freeze
@@ -34,6 +37,21 @@ class GpuExecutor(ReferenceExecutor):
         if dtype == torch.float32:
             self.rules, self.losses = RULES, LOSSES
         self._without_input_gradient = _mark_first_ops(graph)
+        self._small = MlpKernel.of(graph, layout, dtype)
+        self.graphs = MetaStepGraphs()
+
+    def meta_step(self, call: MetaStep) -> MetaStepResult:
+        if not call.theta.is_cuda:
+            return super().meta_step(call)
+        with torch.cuda.device(call.theta.device):
+            if self._small is not None and self._small.runs(call):
+                return self._small.meta_step(call)
+            return self.graphs(call, super().meta_step)
+
+    def describe(self) -> str:
+        """How meta-steps run on a CUDA device."""
+        small = "" if self._small is None else "one kernel where a task fits into one block; "
+        return f"{small}CUDA graphs: {self.graphs.describe()}"
 
     def _ops(self, want_x: bool) -> Sequence[Op]:
         return self.graph.ops if want_x else self._without_input_gradient

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from fastmaml.backends.select import FallbackWarning
 from fastmaml.program.layout import ParameterLayout
-from fastmaml.program.program import NativeProgram, ProgramCache
+from fastmaml.program.program import NativeProgram, Program, ProgramCache
+
+if TYPE_CHECKING:
+    from fastmaml.maml import MAML
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a module runs. ``reason``: why there is no native program, or None."""
+    """How a module runs. ``reason``: why there is no native program, or None; ``meta_steps``: how
+    meta-steps run on a GPU, or None.
+    """
 
     module: str
     backend: str
@@ -22,6 +28,7 @@ class Plan:
     reason: str | None
     adapted: int
     shared: int
+    meta_steps: str | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -30,6 +37,8 @@ class Plan:
         ]
         if self.reason is not None:
             lines.append(f"  no native program: {self.reason}")
+        if self.meta_steps is not None:
+            lines.append(f"  meta-steps: {self.meta_steps}")
         lines += [f"  {i:3d}  {op}" for i, op in enumerate(self.ops)]
         return "\n".join(lines)
 
@@ -58,9 +67,18 @@ def explain(model: nn.Module, x: Tensor) -> Plan:
         reason=None if isinstance(program, NativeProgram) else program.reason,
         adapted=layout.theta_size,
         shared=layout.shared_size,
+        meta_steps=_meta_steps(maml, program),
     )
     print(plan)  # noqa: T201
     return plan
+
+
+def _meta_steps(maml: MAML, program: Program) -> str | None:
+    """By the program that ``maml`` ran last, if any: it knows what was captured so far."""
+    running = maml.programs.latest or program
+    executor = running.executor if isinstance(running, NativeProgram) else None
+    describe = getattr(executor, "describe", None)
+    return None if describe is None else str(describe())
 
 
 def _describe(program: NativeProgram, layout: ParameterLayout) -> tuple[str, ...]:

@@ -90,6 +90,11 @@ class ProgramCache:
     def __setstate__(self, state: dict[str, nn.Module]) -> None:
         type(self).__init__(self, **state)
 
+    @property
+    def latest(self) -> NativeProgram | None:
+        """The native program that ran last."""
+        return self._latest
+
     def start(self, layout: ParameterLayout) -> Theta:
         """The module's parameters, packed as the program that ran last reads them."""
         latest = self._latest
