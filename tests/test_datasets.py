@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import random
 import re
 import shutil
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 import pytest
 import torch
-import torchvision.datasets.utils
 from published_files import (
     SHORT,
     WRITERS,
@@ -37,7 +32,7 @@ from fastmaml.cli.data import DATA_SETS, verify
 from fastmaml.data import MetaDataset, Taskset
 from fastmaml.data.transforms import FusedNWaysKShots, LoadData, RemapLabels
 from fastmaml.vision import benchmarks, datasets
-from fastmaml.vision.datasets import fetching, few_shot
+from fastmaml.vision.datasets import few_shot
 from fastmaml.vision.datasets.few_shot import chosen_classes, meta_dataset_splits
 
 # --- reading them -----------------------------------------------------------------------------
@@ -243,123 +238,12 @@ def test_a_truncated_zip_is_named_and_not_half_unpacked(tmp_path) -> None:
     assert {p.suffix for p in archive.parent.iterdir()} == {".zip"}
 
 
-def test_a_truncated_download_is_named(server, tmp_path) -> None:
-    publish(write_aircraft, server, "fgvc-aircraft-2013b.tar.gz", "fgvc_aircraft")
-    archive = server / "fgvc-aircraft-2013b.tar.gz"
-    archive.write_bytes(archive.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"fgvc-aircraft-2013b\.tar\.gz is damaged"):
-        datasets.FGVCAircraft(tmp_path / "data", download=True)
-
-
 def test_labels_that_do_not_fit_are_refused(tmp_path) -> None:
     write_tiered_imagenet(tmp_path)
     labels = tmp_path / "tiered-imagenet" / "train_labels.pkl"
     dump({"label_specific": np.arange(7)}, labels)
     with pytest.raises(ValueError, match="must label the 8 images"):
         datasets.TieredImagenet(tmp_path)
-
-
-# --- downloads --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch) -> Path:
-    """A folder whose files can be downloaded, in Zenodo's place too, with their checksums."""
-    folder = tmp_path / "server"
-    folder.mkdir()
-    monkeypatch.setattr(
-        torchvision.datasets.utils,
-        "_urlretrieve",
-        lambda url, place: shutil.copy(folder / url.rsplit("/", 1)[1], place),
-    )
-    monkeypatch.setattr(torchvision.datasets.utils, "_get_redirect_url", lambda url, **_: url)
-
-    def record(url: str) -> io.BytesIO:
-        assert re.fullmatch(r"https://zenodo\.org/api/records/\d+", url)
-        listed = [
-            {"key": p.name, "checksum": f"md5:{hashlib.md5(p.read_bytes()).hexdigest()}"}
-            for p in folder.iterdir()
-        ]
-        return io.BytesIO(json.dumps({"files": listed}).encode())
-
-    monkeypatch.setattr(fetching, "urlopen", record)
-    return folder
-
-
-def publish(writer, server: Path, archive: str, inside: str = ".") -> None:
-    """The files that a writer writes, as the archive they are published in."""
-    writer(server / "files")
-    shutil.make_archive(
-        str(server / archive.split(".")[0]),
-        "zip" if archive.endswith("zip") else "gztar",
-        server / "files" / inside,
-    )
-    shutil.rmtree(server / "files")
-    (made,) = server.glob(archive.split(".")[0] + "*")
-    made.rename(server / archive)
-
-
-@pytest.mark.parametrize(
-    ("kind", "archive", "inside"),
-    [
-        (datasets.CIFARFS, "cifar100.zip", "cifarfs"),
-        (datasets.FC100, "fc100.zip", "."),
-        (datasets.CUBirds200, "CUB_200_2011.tgz", "cubirds200"),
-        (datasets.FGVCAircraft, "fgvc-aircraft-2013b.tar.gz", "fgvc_aircraft"),
-    ],
-)
-def test_archives_are_fetched_and_unpacked_once(kind, archive, inside, server, tmp_path) -> None:
-    publish(WRITERS[kind], server, archive, inside)
-    root = tmp_path / "data"
-    assert len(kind(root, download=True)) > 0
-    (server / archive).unlink()
-    kind(root, download=True)
-    assert not list(root.rglob("*.zip")) + list(root.rglob("*gz"))
-
-
-def test_fungi_come_in_two_archives(server, tmp_path) -> None:
-    write_fungi(server)
-    folder = server / "fgvc_fungi"
-    (server / "listings").mkdir()
-    for listing in ("train.json", "val.json"):
-        (folder / listing).rename(server / "listings" / listing)
-    for name, files in (
-        ("fungi_train_val", folder),
-        ("train_val_annotations", server / "listings"),
-    ):
-        made = shutil.make_archive(str(server / name), "gztar", files)
-        Path(made).rename(server / f"{name}.tgz")
-    assert len(datasets.FGVCFungi(tmp_path / "data", download=True)) == 1394
-
-
-def test_files_are_fetched_one_by_one(server, tmp_path) -> None:
-    write_mini_imagenet(server)
-    data = datasets.MiniImagenet(tmp_path / "data", "test", download=True)
-    assert data[0][0][0, 5, 5] == 20
-    write_quickdraw(server)
-    for file in (server / "quickdraw").iterdir():
-        file.rename(server / quote(file.name))
-    assert len(datasets.Quickdraw(tmp_path / "data", "test", download=True)) > 100
-    assert (tmp_path / "data" / "quickdraw" / "ice cream.npy").exists() == (
-        "ice cream" in chosen_classes("Quickdraw", "test")
-    )
-
-
-def test_a_file_with_another_checksum_is_refused(server, tmp_path, monkeypatch) -> None:
-    write_mini_imagenet(server)
-    monkeypatch.setattr(fetching, "published_md5", lambda source: "0" * 32)
-    with pytest.raises(RuntimeError, match="corrupted"):
-        datasets.MiniImagenet(tmp_path / "data", download=True)
-
-
-def test_published_checksums_are_known(server) -> None:
-    (server / "a.zip").write_bytes(b"contents")
-    published = fetching.published_md5("https://zenodo.org/record/12/files/a.zip")
-    assert published == hashlib.md5(b"contents").hexdigest()
-    with pytest.raises(ValueError, match=r"record/12 lists no MD5 of b\.zip; fetch https://zenodo"):
-        fetching.published_md5("https://zenodo.org/record/12/files/b.zip")
-    assert fetching.published_md5(datasets.DescribableTextures._source).startswith("fff73e50")
-    assert fetching.published_md5(datasets.FGVCAircraft._source) is None
 
 
 # --- benchmarks and the command ---------------------------------------------------------------

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
-from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import ToTensor
 
 import fastmaml as l2l
 from fastmaml.data import (
@@ -36,7 +32,6 @@ from fastmaml.data.transforms import (
     RemapLabels,
     TaskTransform,
 )
-from fastmaml.data.utils import download_file, download_file_from_google_drive
 from fastmaml.vision.transforms import RandomClassRotation
 
 
@@ -360,25 +355,6 @@ def test_an_iterator_without_end() -> None:
         next(InfiniteIterator([]))
 
 
-def test_files_are_downloaded_to_where_they_are_wanted(tmp_path, monkeypatch) -> None:
-    sent = {"https://host/a.bin": b"contents"}
-    tools = "torchvision.datasets.utils."
-    monkeypatch.setattr(f"{tools}_get_redirect_url", lambda url, **_: url)
-    monkeypatch.setattr(
-        f"{tools}_urlretrieve", lambda url, place: Path(place).write_bytes(sent[url])
-    )
-    target = tmp_path / "new" / "own.bin"
-    download_file("https://host/a.bin", target, size=8)
-    assert target.read_bytes() == b"contents"
-    asked = []
-    monkeypatch.setattr(
-        f"{tools}download_file_from_google_drive",
-        lambda *args: asked.append(args),
-    )
-    download_file_from_google_drive("id7", str(target))
-    assert asked == [("id7", str(tmp_path / "new"), "own.bin")]
-
-
 def test_a_data_set_as_one_tensor() -> None:
     base = TensorDataset(torch.randn(5, 2), torch.arange(5))
     base._bookkeeping_path = "somewhere"
@@ -387,89 +363,6 @@ def test_a_data_set_as_one_tensor() -> None:
     x, y = held[3]
     assert torch.equal(x, -base.tensors[0][3])
     assert y == 3
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda d: NWays(d, 7), "n must be from 1 to the number of classes, 6, got 7"),
-        (lambda d: FusedNWaysKShots(d, 3, filter_labels=[17, 51]), "classes, 2, got 3"),
-        (lambda d: FilterLabels(d, [17, 18]), "among the dataset's 6 classes, got 18"),
-        (lambda d: Taskset(d, num_tasks=0), "num_tasks must be -1 .* got 0"),
-        (lambda d: Taskset(d, [FusedNWaysKShots(d, 2, 40)]).sample(), "but class .* has"),
-        (lambda d: Taskset(d, [NWays(d, 2), KShots(d, 40)]).sample(), "but class .* has"),
-        (lambda d: Taskset(FilteredMetaDataset(d, [17]), [NWays(d, 7)]), "n must be from 1"),
-    ],
-)
-def test_impossible_tasks_are_refused(make, message, numbers) -> None:
-    with pytest.raises(ValueError, match=message):
-        make(numbers)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda d: [FusedNWaysKShots(d, 2, 6)], "class 0 has 3, got 6"),
-        (lambda d: [FusedNWaysKShots(d, 2, 6, filter_labels=[4, 9])], "class 4 has 5, got 6"),
-        (lambda d: [NWays(d, 2), KShots(d, 6)], "class 0 has 3, got 6"),
-        (lambda d: [FilterLabels(d, [4, 9]), NWays(d, 3)], "number of classes, 2, got 3"),
-        (lambda d: [FilterLabels(d, [4, 9]), FusedNWaysKShots(d, 2, 6)], "class 4 has 5, got 6"),
-        (lambda d: [KShots(d, 2), LoadData(d), KShots(d, 3)], "class 0 has 2, got 3"),
-        (lambda d: [NWays(d, 2), KShots(d, 2, True)], "class 8 has 0, got 2"),
-    ],
-)
-def test_impossible_tasks_are_refused_before_any_is_drawn(make, message) -> None:
-    """Classes with gaps between their numbers, of 3, 5 and 7 examples, and an empty one."""
-    members = {0: [0, 1, 2], 4: [3, 4, 5, 6, 7], 9: [*range(8, 15)]}
-    if "class 8" in message:
-        members[8] = []
-    data = MetaDataset(TensorDataset(torch.zeros(15), torch.zeros(15)), members)
-    random.seed(0)
-    before = random.getstate()
-    with pytest.raises(ValueError, match=message):
-        Taskset(data, make(data))
-    assert random.getstate() == before
-
-
-def test_possible_tasks_are_not_refused() -> None:
-    data = MetaDataset(TensorDataset(torch.arange(8.0), torch.tensor([0, 1, 1, 1, 2, 2, 2, 2])))
-
-    class Small(FusedNWaysKShots):
-        def new_task(self):
-            return [DataDescription(0)]
-
-    for steps in (
-        [FilterLabels(data, [1, 2]), NWays(data, 2), KShots(data, 3)],
-        [FusedNWaysKShots(data, 2, 3, filter_labels=[1, 2])],
-        [NWays(data, 3), KShots(data, 4, replacement=True)],
-        [lambda task: NWays(data, 3)(task)[:6], KShots(data, 1)],
-        [Small(data, 3, 5)],
-    ):
-        Taskset(data, [*steps, LoadData(data)]).sample()
-
-
-def pictures_in_folders(root: Path) -> ImageFolder:
-    for label in ("ant", "bee"):
-        (root / label).mkdir(parents=True)
-        for i in range(2):
-            Image.new("RGB", (6, 6)).save(root / label / f"{i}.png")
-    return ImageFolder(str(root), transform=ToTensor(), loader=Image.open)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "grey", "wider"])
-def test_bad_pictures_are_named_with_their_file(damage, tmp_path) -> None:
-    folder = pictures_in_folders(tmp_path)
-    file = Path(folder.samples[2][0])
-    if damage == "truncated":
-        file.write_bytes(file.read_bytes()[:45])
-    else:
-        Image.new("L" if damage == "grey" else "RGB", (6 + (damage == "wider"), 6)).save(file)
-    data = MetaDataset(folder, labels_to_indices={"ant": [0, 1], "bee": [2, 3]})
-    taskset = Taskset(data, [FusedNWaysKShots(data, 2, 2), LoadData(data)])
-    shape = {"grey": [1, 6, 6], "wider": [3, 6, 7]}.get(damage)
-    message = "cannot be read" if shape is None else r"must be like image \d .*\[3, 6, 6\]"
-    with pytest.raises(ValueError, match=rf"image \d \(.*png\) {message}"):
-        taskset.sample()
 
 
 def test_other_failures_of_collating_are_passed_on(numbers) -> None:

@@ -9,6 +9,7 @@ import pickle
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from torch.utils.data import Dataset
@@ -38,7 +39,7 @@ class MetaDataset(Dataset):
 
     Raises:
         TypeError: ``dataset`` is no torch data set.
-        ValueError: a label is not a single value.
+        ValueError: a label is not a single value, or an example cannot be read.
     """
 
     def __init__(
@@ -207,13 +208,42 @@ def checked_index(item: int, length: int) -> int:
     return item % length
 
 
+def inner_dataset(dataset: Dataset) -> Dataset:
+    """What a plain MetaDataset wraps; a filtered one or a union is a data set of its own."""
+    return dataset.dataset if type(dataset) is MetaDataset else dataset
+
+
+def example_name(dataset: Dataset, i: int) -> str:
+    """What messages call an example: with its file, where the data set lists files."""
+    inner = inner_dataset(dataset)
+    for attribute in ("samples", "_samples", "_image_files", "_images"):
+        files = getattr(inner, attribute, None)
+        if isinstance(files, list) and len(files) > i:
+            file = files[i][0] if isinstance(files[i], tuple) else files[i]
+            if isinstance(file, (str, Path)):
+                return f"image {i} ({file})"
+    return f"image {i}"
+
+
+def read_example(dataset: Dataset, index: int) -> Any:
+    """``dataset[index]``.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return dataset[index]
+    except OSError as error:
+        raise ValueError(f"{example_name(dataset, index)} cannot be read: {error!r}") from error
+
+
 def read_label(dataset: Dataset, index: int) -> Label:
     """The label of an example, as a plain value.
 
     Raises:
-        ValueError: it is not a single value.
+        ValueError: it is not a single value, or the example cannot be read.
     """
-    label = dataset[index][1]
+    label = read_example(dataset, index)[1]
     if hasattr(label, "item"):
         try:
             return label.item()

@@ -20,7 +20,12 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from fastmaml.data.fingerprint import Fingerprint
-from fastmaml.data.meta_dataset import MetaDataset, group_by_label
+from fastmaml.data.meta_dataset import (
+    MetaDataset,
+    example_name,
+    group_by_label,
+    inner_dataset,
+)
 from fastmaml.files import write_atomically
 
 ClassIndex = Mapping[Any, Sequence[int]]
@@ -80,7 +85,7 @@ def _cache_folder(dataset: Dataset, cache: str | Path | bool | None) -> Path | N
         return None
     if isinstance(cache, (str, Path)):
         return Path(cache)
-    inner = _inner(dataset)
+    inner = inner_dataset(dataset)
     root = getattr(inner, "root", None)
     if isinstance(root, (str, Path)) and Path(root).is_dir():
         # beside it, not inside: folders in an ImageFolder's root are classes
@@ -93,11 +98,6 @@ def _cache_folder(dataset: Dataset, cache: str | Path | bool | None) -> Path | N
             "pass cache=FOLDER"
         )
     return None
-
-
-def _inner(dataset: Dataset) -> Dataset:
-    """What a plain MetaDataset wraps; a filtered one or a union is a data set of its own."""
-    return dataset.dataset if type(dataset) is MetaDataset else dataset
 
 
 def _writable(folder: Path) -> bool:
@@ -141,7 +141,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _settings(dataset: Dataset) -> str:
     """The name of a kind of packed file, of which only the newest is kept: type and options."""
-    inner = _inner(dataset)
+    inner = inner_dataset(dataset)
     options = {
         name: value
         for name, value in vars(inner).items()
@@ -154,7 +154,7 @@ def _settings(dataset: Dataset) -> str:
 
 def _contents(dataset: Dataset) -> Fingerprint:
     fingerprint = Fingerprint()
-    fingerprint.add([_FORMAT, _inner(dataset)])
+    fingerprint.add([_FORMAT, inner_dataset(dataset)])
     length = len(dataset)  # type: ignore[arg-type]
     for i in sorted({int(k) for k in np.linspace(0, length - 1, min(length, _SAMPLED))}):
         fingerprint.add(_example(dataset, i))
@@ -274,15 +274,3 @@ def _check_alike(dataset: Dataset, i: int, image: NDArray[Any], first: NDArray[A
         raise ValueError(
             f"{example_name(dataset, i)} must hold finite values, it has NaN or infinity"
         )
-
-
-def example_name(dataset: Dataset, i: int) -> str:
-    """With the file, where the data set has a list of files as torchvision's have."""
-    inner = _inner(dataset)
-    for attribute in ("samples", "_samples", "_image_files", "_images"):
-        files = getattr(inner, attribute, None)
-        if isinstance(files, list) and len(files) > i:
-            file = files[i][0] if isinstance(files[i], tuple) else files[i]
-            if isinstance(file, (str, Path)):
-                return f"image {i} ({file})"
-    return f"image {i}"

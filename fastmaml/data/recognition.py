@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from fastmaml.data.episodes import EpisodeSampler
-from fastmaml.data.meta_dataset import MetaDataset
+from fastmaml.data.meta_dataset import MetaDataset, read_example
 from fastmaml.data.packed import PackedImages, pack
 from fastmaml.data.rotation import RandomClassRotation
 from fastmaml.data.transforms import (
@@ -173,7 +173,7 @@ def _episodes(
 def _fixed_pictures(dataset: MetaDataset) -> str | None:
     """A reason where reading an example twice does not give the same floating-point tensor."""
     for i in range(0, len(dataset), max(1, len(dataset) // _READ_TWICE)):
-        first, again = dataset[i][0], dataset[i][0]
+        first, again = (read_example(dataset, i)[0] for _ in range(2))
         if not isinstance(first, Tensor) or not first.is_floating_point():
             return "the examples are no floating-point tensors"
         if not torch.equal(first, again):

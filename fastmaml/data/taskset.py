@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from fastmaml.data.meta_dataset import MetaDataset, as_meta_dataset
-from fastmaml.data.packed import example_name
+from fastmaml.data.meta_dataset import MetaDataset, as_meta_dataset, example_name
 from fastmaml.data.recognition import Episodes, check_possible, recognise
 from fastmaml.data.task_batch import TaskBatch
-from fastmaml.data.transforms import DataDescription, TaskDescription, TaskTransform
+from fastmaml.data.transforms import DataDescription, LoadData, TaskDescription
 from fastmaml.data.utils import partition_task
 from fastmaml.utils.config import warn_once
 
@@ -55,7 +54,7 @@ class Taskset(Dataset):
             raise ValueError(f"num_tasks must be -1 (without end) or 1 or more, got {num_tasks}")
         self.dataset: MetaDataset = as_meta_dataset(dataset)
         self.num_tasks = num_tasks
-        self.task_transforms = task_transforms or [_AllExamples(self.dataset)]
+        self.task_transforms = task_transforms or [LoadData(self.dataset)]
         if not callable(self.task_transforms):
             check_possible(self.task_transforms, self.dataset)
         self.task_collate: Collate = default_collate if task_collate is None else task_collate
@@ -80,19 +79,12 @@ class Taskset(Dataset):
         Raises:
             ValueError: an example cannot be read, or the examples are not alike.
         """
-        examples = [self._load(description) for description in task_description]
+        examples = [description.load() for description in task_description]
         try:
             return self.task_collate(examples)
         except RuntimeError:
             self._check_alike(task_description, examples)
             raise
-
-    def _load(self, description: DataDescription) -> Any:
-        try:
-            return description.load()
-        except OSError as error:
-            name = example_name(self.dataset, description.index)
-            raise ValueError(f"{name} cannot be read: {error!r}") from error
 
     def _check_alike(self, task: TaskDescription, examples: list[Any]) -> None:
         if not all(isinstance(e, (tuple, list)) and isinstance(e[0], Tensor) for e in examples):
@@ -202,14 +194,6 @@ class TaskDataset(Taskset):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         warn_once("TaskDataset is now named Taskset; the old name does the same.")
         super().__init__(*args, **kwargs)
-
-
-class _AllExamples(TaskTransform):
-    def __call__(self, task: TaskDescription | None) -> TaskDescription:
-        task = self.new_task()
-        for description in task:
-            description.transforms.append(self.dataset.__getitem__)
-        return task
 
 
 def _split(x: Any, y: Any, shots: int | None) -> tuple[Any, Any, Any, Any]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from fastmaml.data.meta_dataset import MetaDataset, as_meta_dataset
+from fastmaml.data.meta_dataset import MetaDataset, as_meta_dataset, read_example
 
 TaskDescription = list["DataDescription"]
 ClassSizes = Mapping[Any, int]
@@ -87,7 +88,7 @@ class LoadData(TaskTransform):
     def __call__(self, task: TaskDescription | None) -> TaskDescription:
         task = self.new_task() if task is None else task
         for description in task:
-            description.transforms.append(self.dataset.__getitem__)
+            description.transforms.append(partial(read_example, self.dataset))
         return task
 
 
