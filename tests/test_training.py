@@ -232,6 +232,22 @@ def test_a_second_signal_stops_at_once(tmp_path, trainer):
     assert load_checkpoint(path).iteration == 0
 
 
+@pytest.mark.parametrize("algorithm", ["anil", "meta-sgd"])
+def test_other_algorithms_learn_and_resume(tmp_path, algorithm):
+    recipe = replace(RECIPE, algorithm=algorithm)
+    straight, halves = (Trainer(recipe, *make_data()) for _ in range(2))
+    start = [p.detach().clone() for p in straight.maml.parameters()]
+    train(straight, 6, progress=False)
+    train(halves, 3, progress=False)
+    save_checkpoint(tmp_path / "run.pt", halves)
+    resumed = load_checkpoint(tmp_path / "run.pt")
+    train(resumed, 6, progress=False)
+    assert_same(resumed, straight)
+    assert not torch.equal(start[-1], list(straight.maml.parameters())[-1])
+    for one, other in zip(straight.maml.parameters(), resumed.maml.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_crash_saves_the_last_whole_state(tmp_path, trainer, monkeypatch):
     path = tmp_path / "run.pt"
     meta_loss = trainer.maml.meta_loss
@@ -305,3 +321,5 @@ def test_a_file_that_is_no_checkpoint(tmp_path, content):
 def test_unknown_names_in_a_recipe():
     with pytest.raises(ValueError, match="model must be one of cnn, fc, got 'vit'"):
         Recipe(model="vit").build_model()
+    with pytest.raises(ValueError, match="algorithm must be one of maml, anil, meta-sgd, got"):
+        Recipe(algorithm="foo").wrap(torch.nn.Linear(2, 2))

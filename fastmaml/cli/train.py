@@ -10,7 +10,7 @@ from pathlib import Path
 from fastmaml.cli.evaluate import report
 from fastmaml.cli.options import Verbs, add_threads, positive, positive_float, set_threads
 from fastmaml.training import Recipe, Trainer, load_checkpoint, load_data, save_checkpoint, train
-from fastmaml.training.recipe import DATASETS, MODELS
+from fastmaml.training.recipe import ALGORITHMS, DATASETS, MODELS
 
 EPILOG = """\
 The defaults are the MAML paper's for Omniglot. Ctrl-C writes the checkpoint and stops; the same
@@ -67,6 +67,9 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         dest="rotations",
         action="store_false",
         help="do not turn training classes by multiples of 90 degrees",
+    )
+    group.add_argument(
+        "--algorithm", choices=tuple(ALGORITHMS), help=f"(default {Recipe.algorithm})"
     )
     group.add_argument("--model", choices=MODELS, help=f"(default {Recipe.model})")
 

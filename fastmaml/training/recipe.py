@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from fastmaml.algorithms import ANIL, MAML, MetaSGD
 from fastmaml.data import EpisodeSampler
 from fastmaml.vision.datasets import ImageClasses, Split, load_omniglot, split_omniglot
 from fastmaml.vision.glyphs import load_glyphs, split_glyphs
@@ -14,6 +15,7 @@ from fastmaml.vision.models import OmniglotCNN, OmniglotFC
 
 DATASETS = ("omniglot", "glyphs")
 MODELS = ("cnn", "fc")
+ALGORITHMS: dict[str, type[MAML]] = {"maml": MAML, "anil": ANIL, "meta-sgd": MetaSGD}
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Recipe:
     first_order: bool = False
     rotations: bool = True
     model: str = "cnn"
+    algorithm: str = "maml"
     seed: int = 0
 
     def build_model(self) -> nn.Module:
@@ -46,6 +49,13 @@ class Recipe:
         if self.model == "fc":
             return OmniglotFC(28 * 28, self.ways)
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {self.model!r}")
+
+    def wrap(self, model: nn.Module) -> MAML:
+        """The network in the recipe's algorithm, with its inner learning rate."""
+        if self.algorithm not in ALGORITHMS:
+            names = ", ".join(ALGORITHMS)
+            raise ValueError(f"algorithm must be one of {names}, got {self.algorithm!r}")
+        return ALGORITHMS[self.algorithm](model, lr=self.inner_lr, first_order=self.first_order)
 
     def episodes(
         self, data: ImageClasses, classes: list[int], tasks: int, rotations: bool

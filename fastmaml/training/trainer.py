@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmaml.maml import MAML
 from fastmaml.training.evaluation import Evaluation, accuracies, evaluate
 from fastmaml.training.recipe import Recipe
 from fastmaml.vision.datasets import ImageClasses, Split
@@ -34,7 +33,7 @@ class Trainer:
         self.root = root  # the folder the data came from, for checkpoints
         torch.manual_seed(recipe.seed)
         self.model = recipe.build_model()
-        self.maml = MAML(self.model, lr=recipe.inner_lr, first_order=recipe.first_order)
+        self.maml = recipe.wrap(self.model)
         self.optimizer = torch.optim.Adam(self.maml.parameters(), lr=recipe.lr)
         self.sampler = recipe.episodes(data, split.train, recipe.meta_batch, recipe.rotations)
         self.iteration = 0
@@ -86,7 +85,7 @@ class Trainer:
         """Everything that decides how the run goes on."""
         return {
             "iteration": self.iteration,
-            "model": self.model.state_dict(),
+            "model": self.maml.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "sampler": self.sampler.state_dict(),
             "random": _random_state(),
@@ -96,7 +95,7 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from `state()` of a trainer with the same recipe."""
         self.iteration = state["iteration"]
-        self.model.load_state_dict(state["model"])
+        self.maml.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.sampler.load_state_dict(state["sampler"])
         _set_random_state(state["random"])
