@@ -119,6 +119,7 @@ def test_train_resume_and_evaluate_omniglot(omniglot, capsys):
 def test_the_options_reach_the_recipe(omniglot):
     options = "--ways 3 --queries 1 --inner-lr 0.1 --steps 2 --test-steps 4 --lr 0.01 --seed 7"
     flags = ["--first-order", "--no-rotations", "--model", "fc", "--validate-every", "1"]
+    flags += ["--algorithm", "anil"]
     command = ["train", "omniglot", "--data", str(omniglot), *TINY, *options.split(), *flags]
     assert main([*command, "--iterations", "1", "--test-tasks", "2"]) == 0
     trainer = load_checkpoint("omniglot-3way-1shot.pt")
@@ -135,6 +136,7 @@ def test_the_options_reach_the_recipe(omniglot):
         "first_order": True,
         "rotations": False,
         "model": "fc",
+        "algorithm": "anil",
         "seed": 7,
     }
     assert trainer.history[0]["iteration"] == 1
