@@ -66,7 +66,7 @@ def table(records: list[Record], source: Path) -> str:
     rows.append(["**door 3 over the loop**", *(speedup(by, case) for case in cases)])
     rows.append(["**of the FMA peak**", *(share_of_peak(by.get(("door3", c))) for c in cases)])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([*lines, "", caption(records[0], source)])
+    return "\n".join([*lines, "", caption(records, source)])
 
 
 def cell(record: Record | None) -> str:
@@ -95,13 +95,14 @@ def share_of_peak(record: Record | None) -> str:
     return f"{100 * record['peak_fraction']:.0f} %"
 
 
-def caption(record: Record, source: Path) -> str:
-    machine = record["environment"]
+def caption(records: list[Record], source: Path) -> str:
+    machine = records[0]["environment"]
+    commits = ", ".join(dict.fromkeys(r["environment"]["commit"] for r in records))
     peers = ", ".join(f"{name} {version}" for name, version in machine["peers"].items())
     return (
         f"Medians, exact second order, float32, {machine['threads']} threads of {machine['cpu']} "
         f"({machine['isa']}, measured FMA peak {machine['peak_gflops']:.0f} GFLOP/s); "
-        f"torch {machine['torch']}{', ' + peers if peers else ''}; commit {machine['commit']}. "
+        f"torch {machine['torch']}{', ' + peers if peers else ''}; commit {commits}. "
         "*wrong*: the gradient does not agree with the float64 oracle, so its time is not shown. "
         f"Percentiles, memory and compile times: `{source.resolve().relative_to(ROOT)}`."
     )
