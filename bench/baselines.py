@@ -58,7 +58,7 @@ def eager(case: Case, dtype: torch.dtype) -> Step:
 
     def step() -> list[Tensor]:
         model.zero_grad()
-        total = torch.zeros((), dtype=dtype)
+        total = torch.zeros((), dtype=dtype, device=case.device)
         for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
             learner = clone_module(model)
             for _ in range(case.steps):
@@ -145,7 +145,18 @@ def vmapped_primitive(case: Case, dtype: torch.dtype) -> Step:
     return functional_step(functional_meta_gradient(case, model), model, case.batch(dtype))
 
 
-def compiled(case: Case, dtype: torch.dtype) -> Step:
+def compiled(case: Case, dtype: torch.dtype, mode: str | None = None) -> Step:
     model = with_primitive_norms(case.model(dtype))
-    meta_gradient = torch.compile(functional_meta_gradient(case, model))
+    meta_gradient = torch.compile(functional_meta_gradient(case, model), mode=mode)
     return functional_step(meta_gradient, model, case.batch(dtype))
+
+
+def compiled_with_graphs(case: Case, dtype: torch.dtype) -> Step:
+    """On a GPU, in CUDA graphs."""
+    step = compiled(case, dtype, mode="reduce-overhead")
+
+    def marked() -> list[Tensor]:
+        torch.compiler.cudagraph_mark_step_begin()
+        return step()
+
+    return marked

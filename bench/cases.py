@@ -36,6 +36,7 @@ class Case:
     ways: int = 5
     regression: bool = False
     seed: int = 0
+    device: str = "cpu"
 
     @property
     def loss(self) -> Callable[[Tensor, Tensor], Tensor]:
@@ -45,7 +46,7 @@ class Case:
         """The net in training mode; the float64 one holds the float32 one's values."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return self.net().to(dtype).train()
+            return self.net().to(self.device, dtype).train()
 
     def batch(self, dtype: torch.dtype = torch.float32) -> TaskBatch:
         """Random tasks; the float64 ones hold the float32 ones' values."""
@@ -53,8 +54,8 @@ class Case:
         draw = self._draw_sines if self.regression else self._draw_images
         support, query = (draw(n, generator) for n in (self.support, self.query))
         x, y = zip(support, query, strict=True)
-        x = [t.to(dtype) for t in x]
-        y = [t.to(dtype) if self.regression else t for t in y]
+        x = [t.to(self.device, dtype) for t in x]
+        y = [t.to(self.device, dtype if self.regression else t.dtype) for t in y]
         return TaskBatch(x[0], y[0], x[1], y[1])
 
     def _draw_sines(self, examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -90,7 +91,8 @@ CASES = {
 
 
 def oracle(case: Case) -> list[Tensor]:
-    """The meta-gradient in float64 by double backward, in the order of `model.parameters()`.
+    """The meta-gradient in float64 by double backward, in the order of `model.parameters()`; on the
+    CPU, wherever the case is.
 
     One task at a time, so that no more than one task's graph is in memory.
     """
@@ -101,12 +103,13 @@ def oracle(case: Case) -> list[Tensor]:
         _, grads = sequential_maml(model, task, case.lr, case.steps, case.loss)
         for sum_, g in zip(total, grads.values(), strict=True):
             sum_ += g / case.tasks
-    return total
+    return [t.cpu() for t in total]
 
 
 def relative_error(grads: list[Tensor], reference: list[Tensor]) -> float:
     """|grads - reference| / |reference| over all parameters together; NaN counts as infinite."""
-    error = testing.relative_error(dict(enumerate(grads)), dict(enumerate(reference)))
+    here = [g.cpu() for g in grads]
+    error = testing.relative_error(dict(enumerate(here)), dict(enumerate(reference)))
     return error if error == error else float("inf")
 
 
@@ -141,7 +144,7 @@ def _forward_flop(case: Case) -> tuple[float, float]:
     for module in model.modules():
         module.register_forward_hook(count)
     with torch.no_grad():
-        model(torch.zeros(2, *case.shape))
+        model(torch.zeros(2, *case.shape, device=case.device))
     return counts[0], sum(counts[1:])
 
 

@@ -18,6 +18,7 @@ class Contender:
     label: str
     builder: str
     ours: bool = False
+    only_on: str | None = None  # a kind of device
 
     def build(self, *args: object) -> Step:
         module, function = self.builder.split(":")
@@ -40,6 +41,12 @@ CONTENDERS = {
             "vmap-norm", "torch.func vmap, primitive norm", "bench.baselines:vmapped_primitive"
         ),
         Contender("compile", "compiled vmap, primitive norm", "bench.baselines:compiled"),
+        Contender(
+            "compile-graphs",
+            "compiled vmap with CUDA graphs",
+            "bench.baselines:compiled_with_graphs",
+            only_on="cuda",
+        ),
         Contender("jax", "JAX jit(vmap)", "bench.jax_peer:jax"),
     )
 }

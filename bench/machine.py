@@ -14,11 +14,11 @@ _PEAK_TRIES = 7  # a neighbour that holds a core for a moment must not lower it
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def environment(threads: int) -> dict[str, object]:
+def environment(threads: int, device: str = "cpu") -> dict[str, object]:
     import fastmaml._core as core
 
     info = core.info()
-    return {
+    return _accelerator(device) | {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": threads,
@@ -31,6 +31,12 @@ def environment(threads: int) -> dict[str, object]:
         "variables": {k: v for k, v in os.environ.items() if k.startswith(("FASTMAML_", "OMP_"))},
         "peak_gflops": round(max(core.fma_peak(threads) for _ in range(_PEAK_TRIES)), 1),
     }
+
+
+def _accelerator(device: str) -> dict[str, object]:
+    if device == "cpu":
+        return {}
+    return {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
 
 
 def commit() -> str:

@@ -28,6 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--budget", type=float, default=1.0, help="seconds per round and contender")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--tf32", action="store_true", help="products of float32 on a GPU in TF32, for everybody"
+    )
     parser.add_argument("--output", type=Path, help="JSONL file (default: bench/results/...)")
     parser.add_argument("--quick", action="store_true", help="small cases, a minute or two")
 
@@ -37,22 +41,27 @@ def comma_list(text: str) -> list[str]:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    cases, contenders = arguments.cases or list(CASES), arguments.against or list(CONTENDERS)
+    device = arguments.device
+    runnable = [c.name for c in CONTENDERS.values() if c.only_on in (None, device)]
+    cases, contenders = arguments.cases or list(CASES), arguments.against or runnable
     rounds, budget = arguments.rounds, arguments.budget
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    output = arguments.output or RESULTS / f"run-{stamp}.jsonl"
+    output = arguments.output or RESULTS / f"{'run' if device == 'cpu' else device}-{stamp}.jsonl"
     if arguments.quick:
         cases, contenders = arguments.cases or QUICK_CASES, arguments.against or QUICK_CONTENDERS
         rounds, budget, output = 5, 0.2, arguments.output or RESULTS / "quick.jsonl"
     check_names(cases, CASES)
     check_names(contenders, CONTENDERS)
-    machine = environment(arguments.threads)
+    machine = environment(arguments.threads, device)
     print_environment(machine)
     output.parent.mkdir(parents=True, exist_ok=True)
     failed = False
     with output.open("w") as file:
         for case in cases:
-            jobs = [Job(name, case, threads=arguments.threads) for name in contenders]
+            jobs = [
+                Job(name, case, {}, arguments.threads, device=device, tf32=arguments.tf32)
+                for name in contenders
+            ]
             for record in measure(jobs, rounds, budget, machine):
                 file.write(json.dumps({"run": stamp, **record, "environment": machine}) + "\n")
                 file.flush()
@@ -72,7 +81,7 @@ def measure(
     jobs: list[Job], rounds: int, budget_s: float, machine: dict[str, object]
 ) -> Iterator[dict[str, object]]:
     """Gate and time jobs on one case; one record each, printed as it is made."""
-    case = CASES[jobs[0].case].resized(**jobs[0].changes)
+    case = jobs[0].sized_case()
     gflop = useful_gflop(case)
     print(
         f"\n{case.name}: {case.tasks} tasks x ({case.support}, {case.query}), "
@@ -93,12 +102,13 @@ def measure(
         record = {
             "case": job.case,
             "changes": job.changes,
+            "tf32": job.tf32,
             "contender": job.contender,
             "gflop": gflop,
             **vars(worker.gate),
             **percentiles(samples),
         }
-        if samples:
+        if samples and job.device == "cpu":
             record["peak_fraction"] = gflop / record["p50_s"] / machine["peak_gflops"]
         print_record(record)
         yield record
@@ -116,8 +126,9 @@ def percentiles(samples: list[float]) -> dict[str, object]:
 
 def print_environment(machine: dict[str, object]) -> None:
     dirty = " with uncommitted changes" if machine["dirty"] else ""
+    device = f"{machine['device']}, CUDA {machine['cuda']}; " if "device" in machine else ""
     print(
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, "
+        f"{device}{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, "
         f"FMA peak {machine['peak_gflops']:.0f} GFLOP/s; torch {machine['torch']}; "
         f"commit {machine['commit']}{dirty}"
     )
@@ -129,8 +140,11 @@ def print_record(record: dict[str, object]) -> None:
         print(f"  {label:36s} {record['status'].upper()}: {record['reason']}")
         return
     p20, p50, p80 = (1e3 * record[key] for key in ("p20_s", "p50_s", "p80_s"))
+    rate = record["gflop"] / record["p50_s"]
+    share = f"{100 * record['peak_fraction']:5.1f} % of peak" if "peak_fraction" in record else ""
+    memory = record["peak_device_memory_mb"] or record["peak_memory_mb"]
     print(
         f"  {label:36s} {p50:9.3f} ms  ({p20:.3f} .. {p80:.3f})  "
-        f"{100 * record['peak_fraction']:5.1f} % of peak  {record['peak_memory_mb']:7.1f} MB  "
+        f"{share or f'{rate:7.0f} GFLOP/s'}  {memory:7.1f} MB  "
         f"first call {record['first_call_s']:.2f} s  error {record['error64'] or 0:.0e}"
     )

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 EXACT = 1e-8  # float64, against the oracle: below this only rounding is left
 SAME = 0.5  # float32, the very step that is timed: flipped units cost anyone a few per cent
 CLOSE = 1e-3  # float32, the median over seeds of one task and one step, where few units flip
+TF32_CLOSE = 5e-2  # the same with 10 bits of mantissa for 23
 SEEDS = 5
+WARM_UP = 3  # steps on a GPU: graphs are captured at the second or third
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,14 @@ class Job:
     threads: int = 1
     package: str | None = None  # a folder whose fastmaml is used instead of the installed one
     gated: bool = True
+    device: str = "cpu"
+    tf32: bool = False  # products of float32 in TF32, where the device has it
+
+    def sized_case(self) -> Case:
+        """The case with this job's sizes, on its device."""
+        from bench.cases import CASES
+
+        return replace(CASES[self.case].resized(**self.changes), device=self.device)
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,7 @@ class Gate:
     first_call_s: float | None = None
     steady_s: float | None = None
     peak_memory_mb: float | None = None
+    peak_device_memory_mb: float | None = None
     backend: str | None = None  # what fastmaml says it runs the net with
 
 
@@ -90,6 +101,7 @@ def _main(job: Job, oracle: list[torch.Tensor] | None, connection: Connection) -
     if job.package is not None:
         sys.path.insert(0, job.package)
     torch.set_num_threads(job.threads)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = job.tf32
     try:
         step, gate = _prepare(job, oracle)
     except ImportError as error:
@@ -104,16 +116,19 @@ def _main(job: Job, oracle: list[torch.Tensor] | None, connection: Connection) -
 
 
 def _prepare(job: Job, oracle: list[torch.Tensor] | None) -> tuple[Step, Gate]:
-    from bench.cases import CASES, relative_error
+    from bench.cases import relative_error
 
     if job.package is not None:
         _check_package(job.package)
-    case = CASES[job.case].resized(**job.changes)
+    case = job.sized_case()
     build = CONTENDERS[job.contender].build
-    build(CASES["sine"].resized(tasks=1, support=2, query=2), torch.float32)()  # imports
+    tiny = replace(job, case="sine", changes={"tasks": 1, "support": 2, "query": 2})
+    build(tiny.sized_case(), torch.float32)()  # imports
     step = build(case, torch.float32)
-    before = memory_mb("VmRSS")
+    before, device_before = memory_mb("VmRSS"), device_memory_mb()
     (first_call_s,) = _timed(step, 0.0)
+    for _ in range(0 if job.device == "cpu" else WARM_UP):
+        step()
     reset_peak_memory()
     (steady_s,) = _timed(step, 0.0)
     peak = memory_mb("VmHWM") - before
@@ -123,6 +138,7 @@ def _prepare(job: Job, oracle: list[torch.Tensor] | None) -> tuple[Step, Gate]:
         first_call_s=first_call_s,
         steady_s=steady_s,
         peak_memory_mb=peak,
+        peak_device_memory_mb=None if job.device == "cpu" else device_memory_mb() - device_before,
         backend=backend,
     )
     if oracle is None:
@@ -131,7 +147,8 @@ def _prepare(job: Job, oracle: list[torch.Tensor] | None) -> tuple[Step, Gate]:
     error64 = relative_error(build(case, torch.float64)(), oracle)
     small32 = _small_error(job.contender, case) if CONTENDERS[job.contender].ours else None
     gate = replace(gate, error32=error32, error64=error64, small32=small32)
-    if error64 <= EXACT and error32 <= SAME and (small32 or 0.0) <= CLOSE:
+    close = TF32_CLOSE if job.tf32 else CLOSE
+    if error64 <= EXACT and error32 <= SAME and (small32 or 0.0) <= close:
         return step, gate
     reason = f"off by {error64:.1e} in float64, {error32:.1e} in float32"
     if small32 is not None:
@@ -170,10 +187,17 @@ def _timed(step: Step, budget_s: float) -> list[float]:
     while True:
         start = time.perf_counter()
         step()
+        finish()
         stop = time.perf_counter()
         times.append(stop - start)
         if stop >= end:
             return times
+
+
+def finish() -> None:
+    """Wait for the device."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _first_line(error: Exception) -> str:
@@ -187,6 +211,13 @@ def memory_mb(field_name: str) -> float:
     return int(match.group(1)) / 1024 if match else float("nan")
 
 
+def device_memory_mb() -> float:
+    """The peak of this process's memory on the GPU, in MB."""
+    return torch.cuda.max_memory_reserved() / 2**20 if torch.cuda.is_initialized() else 0.0
+
+
 def reset_peak_memory() -> None:
     """Forget the peak so far: imports and compilation are not the step's memory."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
     Path("/proc/self/clear_refs").write_text("5")
