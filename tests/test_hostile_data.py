@@ -13,7 +13,13 @@ from torch.utils.data import TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import ToTensor
 
-from fastmaml.data import DataDescription, FilteredMetaDataset, MetaDataset, Taskset
+from fastmaml.data import (
+    DataDescription,
+    FilteredMetaDataset,
+    MetaDataset,
+    OnDeviceDataset,
+    Taskset,
+)
 from fastmaml.data.transforms import (
     FilterLabels,
     FusedNWaysKShots,
@@ -118,6 +124,8 @@ def test_bad_pictures_are_named_with_their_file(damage, tmp_path) -> None:
         Taskset(data, steps).sample()
     with pytest.raises(ValueError, match=re.escape(f"image 2 ({file})")):
         next(Taskset(data, steps).batches(tasks=2))
+    with pytest.raises(ValueError, match=re.escape(f"image 2 ({file})")):
+        OnDeviceDataset(folder)
     if shape is None:
         with pytest.raises(ValueError, match=re.escape(f"image 2 ({file}) cannot be read")):
             MetaDataset(folder)

@@ -166,7 +166,7 @@ def test_a_failure_leaves_the_packed_file_as_it_was(tmp_path, monkeypatch) -> No
     pack(folder, progress=False)
     before = kept(tmp_path / "data")
     Image.fromarray(np.zeros((6, 7, 3), np.uint8)).save(folder.samples[5][0])
-    with pytest.raises(ValueError, match=r"image 5 .* must be like the first"):
+    with pytest.raises(ValueError, match=r"image 5 .* must be like image 0"):
         pack(folder, progress=False)
     assert kept(tmp_path / "data") == before
 
@@ -229,9 +229,9 @@ def test_labels_may_be_words_with_gaps() -> None:
 
 
 BAD = {
-    "image 1 must be like the first, [2, 3] of float32, got [2, 4] of float32": (
+    "image 1 must be like image 0, [2, 3] of float32, got [2, 4] of float32": (
         (torch.zeros(2, 3), 0), (torch.zeros(2, 4), 0)),
-    "image 1 must be like the first, [1, 4, 4] of uint8, got [3, 4, 4] of uint8": (
+    "image 1 must be like image 0, [1, 4, 4] of uint8, got [3, 4, 4] of uint8": (
         (Image.new("L", (4, 4)), 0), (Image.new("RGB", (4, 4)), 0)),
     "image 1 must hold finite values, it has NaN or infinity": (
         (torch.zeros(2), 0), (torch.tensor([0.0, float("nan")]), 0)),

@@ -225,6 +225,19 @@ def example_name(dataset: Dataset, i: int) -> str:
     return f"image {i}"
 
 
+def check_alike(dataset: Dataset, index: int, got: str, first: int, expected: str) -> None:
+    """Examples of a block must be like its first one; ``got`` and ``expected`` describe them.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if got != expected:
+        raise ValueError(
+            f"{example_name(dataset, index)} must be like {example_name(dataset, first)}, "
+            f"{expected}, got {got}; convert and resize all images alike in the dataset's transform"
+        )
+
+
 def read_example(dataset: Dataset, index: int) -> Any:
     """``dataset[index]``.
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from fastmaml.data.fingerprint import Fingerprint
 from fastmaml.data.meta_dataset import (
     MetaDataset,
+    check_alike,
     example_name,
     group_by_label,
     inner_dataset,
@@ -222,7 +223,7 @@ def _examples(dataset: Dataset, progress: bool) -> Iterator[tuple[NDArray[Any], 
     bar = tqdm(range(count), desc="packing", unit="image", disable=not progress, leave=False)
     for i in bar:
         image, label = _example(dataset, i)
-        _check_alike(dataset, i, image, first)
+        _check(dataset, i, image, first)
         yield image, label
 
 
@@ -263,14 +264,13 @@ def _picture(image: Image.Image) -> NDArray[Any]:
     return array.transpose(2, 0, 1) if array.ndim == 3 else array[None]
 
 
-def _check_alike(dataset: Dataset, i: int, image: NDArray[Any], first: NDArray[Any]) -> None:
-    if image.shape != first.shape or image.dtype != first.dtype:
-        raise ValueError(
-            f"{example_name(dataset, i)} must be like the first, {list(first.shape)} of "
-            f"{first.dtype}, got {list(image.shape)} of {image.dtype}; convert and resize all "
-            "images alike in the dataset's transform"
-        )
+def _check(dataset: Dataset, i: int, image: NDArray[Any], first: NDArray[Any]) -> None:
+    check_alike(dataset, i, _described(image), 0, _described(first))
     if image.dtype.kind == "f" and not np.isfinite(image).all():
         raise ValueError(
             f"{example_name(dataset, i)} must hold finite values, it has NaN or infinity"
         )
+
+
+def _described(image: NDArray[Any]) -> str:
+    return f"{list(image.shape)} of {image.dtype}"

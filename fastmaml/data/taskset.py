@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from fastmaml.data.meta_dataset import MetaDataset, as_meta_dataset, example_name
+from fastmaml.data.meta_dataset import MetaDataset, as_meta_dataset, check_alike
 from fastmaml.data.recognition import Episodes, check_possible, recognise
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.data.transforms import DataDescription, LoadData, TaskDescription
@@ -89,14 +89,10 @@ class Taskset(Dataset):
     def _check_alike(self, task: TaskDescription, examples: list[Any]) -> None:
         if not all(isinstance(e, (tuple, list)) and isinstance(e[0], Tensor) for e in examples):
             return
-        shapes = [list(example[0].shape) for example in examples]
-        for description, shape in zip(task, shapes, strict=True):
-            if shape != shapes[0]:
-                raise ValueError(
-                    f"{example_name(self.dataset, description.index)} must be like "
-                    f"{example_name(self.dataset, task[0].index)}, {shapes[0]}, got "
-                    f"{shape}; convert and resize all images alike in the dataset's transform"
-                )
+        first = task[0].index
+        for description, (x, *_) in zip(task, examples, strict=True):
+            expected = str(list(examples[0][0].shape))
+            check_alike(self.dataset, description.index, str(list(x.shape)), first, expected)
 
     def sample(self) -> Any:
         """One of the tasks at random."""

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.datasets.utils import download_url
 
+from fastmaml.data.meta_dataset import check_alike, read_example
+
 
 def partition_task(
     data: Tensor, labels: Tensor, shots: int = 1
@@ -81,6 +83,9 @@ class OnDeviceDataset(TensorDataset):
         dataset: of ``(x, y)``, x tensors of one shape, y numbers.
         device: None: where the examples are.
         transform: applied to x whenever an example is asked for.
+
+    Raises:
+        ValueError: an example cannot be read, or has another shape than the first.
     """
 
     def __init__(
@@ -89,7 +94,9 @@ class OnDeviceDataset(TensorDataset):
         device: torch.device | str | None = None,
         transform: Callable[[Tensor], Any] | None = None,
     ) -> None:
-        pairs = [dataset[i] for i in range(len(dataset))]  # type: ignore[arg-type]
+        pairs = [read_example(dataset, i) for i in range(len(dataset))]  # type: ignore[arg-type]
+        for i, (x, _) in enumerate(pairs):
+            check_alike(dataset, i, str(list(x.shape)), 0, str(list(pairs[0][0].shape)))
         data, labels = torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
         if device is not None:
             data, labels = data.to(device), labels.to(device)
