@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,12 @@ class GpuExecutor(ReferenceExecutor):
         self._without_input_gradient = _mark_first_ops(graph)
         self._small = MlpKernel.of(graph, layout, dtype)
         self.graphs = MetaStepGraphs()
+
+    def forward(
+        self, theta: Tensor, phi: Tensor, buffers: Sequence[Tensor], x: Tensor, *, keep: bool = True
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        with torch.cuda.device_of(x):  # where Triton launches; autograd sees to the other passes
+            return super().forward(theta, phi, buffers, x, keep=keep)
 
     def meta_step(self, call: MetaStep) -> MetaStepResult:
         if not call.theta.is_cuda:
