@@ -16,14 +16,14 @@ part() {
   [ "${PIPESTATUS[0]}" -eq 0 ] || failed+=("$2")
 }
 
-# Elsewhere than in the source tree, so that the installed package is what is tested.
 tests=$(mktemp -d)
 trap 'rm -rf "$tests"' EXIT
 cp tests/*.py "$tests"
 
-part 150 build 'FASTMAML_CUDA=1 python3 -m pip install --no-build-isolation --no-deps --quiet .'
+# In place: the benchmarks run from the source tree, which needs the native core beside it.
+part 150 build 'FASTMAML_CUDA=1 python3 -m pip install --no-build-isolation --no-deps --quiet -e .'
 part 20 info 'cd / && python3 -m fastmaml info'
-part 120 tests "cd '$tests' && python3 -m pytest -q -p no:cacheprovider test_gpu.py \
+part 120 tests "cd '$tests' && python3 -m pytest -q -p no:cacheprovider test_doors_on_gpu.py test_gpu.py \
   test_triton_rules.py test_device_drawing.py test_gradient_step.py test_mlp_kernel.py test_graphs.py"
 
 bench='python3 -m bench run --device cuda'
@@ -36,8 +36,13 @@ part 30 bench-tf32 "$bench --cases omni51 --tf32 --rounds 3 --budget 0.5 \
 part 40 bench-mini "$bench --cases mini51 --rounds 2 --budget 0.5 \
   --against door3,eager --output '$out/cuda-mini.jsonl'"
 if command -v compute-sanitizer >/dev/null; then
-  part 40 sanitizer "cd '$tests' && compute-sanitizer --error-exitcode 9 \
-    python3 -m pytest -q -p no:cacheprovider -m gpu test_gradient_step.py test_device_drawing.py"
+  for tool in memcheck racecheck; do
+    part 25 "sanitizer-$tool" "cd '$tests' && compute-sanitizer --tool $tool --error-exitcode 9 \
+      python3 -m pytest -q -x -p no:cacheprovider -m gpu test_gradient_step.py test_mlp_kernel.py \
+      test_device_drawing.py -k 'sine or each or bytes'"
+  done
+else
+  echo "NOT CHECKED: there is no compute-sanitizer"
 fi
 
 printf '\n=== [%4d s] failed: %s\n' "$SECONDS" "${failed[*]:-nothing}"

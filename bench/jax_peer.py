@@ -16,10 +16,12 @@ def jax(case: Case, dtype: torch.dtype) -> Step:
     import jax.numpy as jnp
 
     jx.config.update("jax_enable_x64", True)
+    tf32 = torch.backends.cudnn.allow_tf32  # set for everybody
+    jx.config.update("jax_default_matmul_precision", "tensorfloat32" if tf32 else "float32")
     model = case.model(dtype)
     apply = network(model, case.batch(dtype).support_x[0])
-    theta = [jnp.asarray(p.detach().numpy()) for p in model.parameters()]
-    batch = [jnp.asarray(t.numpy()) for t in case.batch(dtype)]
+    theta = [jnp.asarray(p.detach().cpu().numpy()) for p in model.parameters()]
+    batch = [jnp.asarray(t.cpu().numpy()) for t in case.batch(dtype)]
 
     def loss(theta: list, x: object, y: object) -> object:
         out = apply(theta, x)

@@ -1,0 +1,88 @@
+"""Whole meta-gradients on a GPU, through all doors, against double backward in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastmaml
+from fastmaml.testing import relative_error, sequential_maml
+
+T, WAYS = 3, 4
+
+
+def small_net() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, WAYS))
+
+
+def conv_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.SiLU(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(6, 8, 3, stride=2, bias=False),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(8, WAYS),
+    )
+
+
+def losses(y: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(y.transpose(1, 2), labels, reduction="none").mean(1)
+
+
+def drop_in(maml: fastmaml.MAML, batch: fastmaml.TaskBatch, steps: int) -> Tensor:
+    total = torch.zeros((), device="cuda")
+    for x, y, qx, qy in zip(*batch, strict=True):
+        learner = maml.clone()
+        for _ in range(steps):
+            learner.adapt(F.cross_entropy(learner(x), y))
+        total = total + F.cross_entropy(learner(qx), qy) / T
+    return total
+
+
+def batched(maml: fastmaml.MAML, batch: fastmaml.TaskBatch, steps: int) -> Tensor:
+    learner = maml.clone(tasks=T)
+    for _ in range(steps):
+        learner.adapt(losses(learner(batch.support_x), batch.support_y))
+    return losses(learner(batch.query_x), batch.query_y).mean()
+
+
+def fused(maml: fastmaml.MAML, batch: fastmaml.TaskBatch, steps: int) -> Tensor:
+    return maml.meta_loss(batch, steps=steps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("door", [drop_in, batched, fused])
+@pytest.mark.parametrize("net", [small_net, conv_net])
+@pytest.mark.parametrize(
+    ("dtype", "precision", "tolerance"),
+    [
+        (torch.float64, "ieee", 1e-9),
+        (torch.float32, "ieee", 1e-4),
+        (torch.float32, "tf32", 2e-2),
+        (torch.float32, "bf16", 2e-1),
+    ],
+)
+def test_doors(net, door, dtype, precision, tolerance):
+    module = net().to("cuda", dtype)
+    maml = fastmaml.MAML(module, lr=0.05)
+    labels = torch.arange(WAYS, device="cuda").repeat(T, 2)
+    for _ in range(4):  # as it is, captured, replayed
+        x, qx = torch.randn(2, T, 2 * WAYS, 1, 8, 8, device="cuda", dtype=dtype)
+        batch = fastmaml.TaskBatch(x, labels, qx, labels)
+        exact = net().to("cuda", torch.float64)
+        exact.load_state_dict(module.state_dict())
+        in_double = fastmaml.TaskBatch(x.double(), labels, qx.double(), labels)
+        _, expected = sequential_maml(exact, in_double, 0.05, 2)
+        maml.zero_grad()
+        with fastmaml.precision(precision):
+            door(maml, batch, 2).backward()
+        found = {name: p.grad for name, p in module.named_parameters()}
+        assert relative_error(found, expected) < tolerance
+        with torch.no_grad():
+            for p in module.parameters():
+                p += 0.1 * torch.randn_like(p)
