@@ -29,6 +29,10 @@ from fastmaml.program.capture import capture
 from fastmaml.program.layout import ParameterLayout
 
 TYPES = {torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+OPTIONS = ("num_warps", "num_stages")
+SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes that a block may use
+
+Path = tuple[int, ...]
 
 
 def mlp() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
@@ -45,30 +49,56 @@ def cnn() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
     return net, torch.randn(2, 5, 1, 28, 28), F.cross_entropy
 
 
-def compile_launches(target: GPUTarget) -> dict[tuple[object, ...], int]:
-    """Have every launch compiled instead; by variant, the size of the binary so far."""
-    done: dict[tuple[object, ...], int] = {}
+class Launch:
+    """A kernel with all that decides how it is compiled, specialised as the launcher does."""
+
+    def __init__(self, kernel: JITFunction[Any], values: dict[str, Any]) -> None:
+        self.kernel = kernel
+        self.options = {name: values.pop(name) for name in OPTIONS if name in values}
+        self.constants: dict[Path, Any] = {}
+        self.attributes: dict[Path, Any] = {}
+        self.signature = {
+            p.name: self._type(values[p.name], (p.num,), constant=p.is_constexpr)
+            for p in kernel.params
+        }
+
+    def _type(self, value: Any, path: Path, *, constant: bool = False) -> Any:
+        """One is a constant, and so is what is absent; of multiples of 16 that is known."""
+        if constant or value is None or (isinstance(value, int) and value == 1):
+            self.constants[path] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(self._type(v, (*path, i)) for i, v in enumerate(value))
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            self.attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, Tensor):
+            return TYPES[value.dtype]
+        return "i32" if isinstance(value, int) else "fp32"
+
+    def key(self) -> str:
+        return repr((self.kernel.fn.__name__, self.signature, self.constants, self.attributes))
+
+    def compile(self, target: GPUTarget) -> int:
+        """The size of the binary."""
+        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+        compiled = triton.compile(source, target=target, options=self.options)
+        name, shared = self.kernel.fn.__name__, compiled.metadata.shared
+        if shared > SHARED_MEMORY[target.arch]:
+            raise RuntimeError(f"{name} needs {shared} bytes of shared memory: {self.key()}")
+        return len(compiled.asm["cubin"])
+
+
+def compile_launches(target: GPUTarget) -> dict[str, tuple[str, int]]:
+    """Have every launch compiled instead; by variant, the kernel and its binary's size."""
+    done: dict[str, tuple[str, int]] = {}
 
     def run(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        values = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        constants = {p.name: values[p.name] for p in self.params if p.is_constexpr}
-        signature = {
-            name: "constexpr" if name in constants else kind_of(value)
-            for name, value in values.items()
-        }
-        key = (self.fn.__name__, *signature.values(), *constants.values())
-        if key not in done:
-            source = ASTSource(fn=self, signature=signature, constexprs=constants)
-            done[key] = len(triton.compile(source, target=target).asm["cubin"])
+        launch = Launch(self, dict(zip(self.arg_names, args, strict=False)) | kwargs)
+        if launch.key() not in done:
+            done[launch.key()] = self.fn.__name__, launch.compile(target)
 
     JITFunction.run = run
     return done
-
-
-def kind_of(value: object) -> str:
-    if isinstance(value, Tensor):
-        return TYPES[value.dtype]
-    return "i32" if isinstance(value, int) else "fp32"
 
 
 def meta_step(net: nn.Module, x: Tensor, loss: Callable[..., Tensor]) -> None:
@@ -87,8 +117,8 @@ def main(capability: int, names: list[str]) -> None:
         for arithmetic in ("ieee", "tf32", "bf16"):
             with precision(arithmetic):
                 meta_step(*globals()[name]())
-    for key, size in done.items():
-        sys.stdout.write(f"{key[0]} {size}\n")
+    for name, size in done.values():
+        sys.stdout.write(f"{name} {size}\n")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,22 @@ def test_gradients_of_the_input() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_backward_pass_is_as_precise_as_its_forward_pass() -> None:
+    """Autograd runs it elsewhere and later, where another precision may be set."""
+    torch.manual_seed(3)
+    module, x = nn.Linear(40, 7).to(DEVICE), torch.randn(1, 5, 40, device=DEVICE)
+    x.requires_grad_()
+
+    def gradient(forward: str, backward: str) -> Tensor:
+        with fastmaml.precision(forward):
+            y = fastmaml.MAML(module, lr=0.1).clone(tasks=1)(x)
+        with fastmaml.precision(backward):
+            return torch.autograd.grad(y.pow(2).sum(), x)[0]
+
+    assert torch.equal(gradient("ieee", "bf16"), gradient("ieee", "ieee"))
+    assert not torch.equal(gradient("bf16", "bf16"), gradient("ieee", "ieee"))
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="the input is on the GPU")
 def test_on_the_cpu_it_wants_the_interpreter(monkeypatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")

@@ -10,8 +10,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 KERNELS = {
     "matmul_kernel",
-    "convolution_kernel",
-    "weight_gradient_kernel",
+    "product_kernel",
+    "input_grad_kernel",
+    "weight_grad_kernel",
     "moments_kernel",
     "normalise_kernel",
     "sums_kernel",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -13,11 +13,19 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fastmaml.backends.precision import PRECISIONS, precision
-from fastmaml.backends.triton import LOSSES, RULES, conv2d, norm
+from fastmaml.backends.precision import (
+    PRECISIONS,
+    convolution_precision,
+    linear_precision,
+    precision,
+)
+from fastmaml.backends.triton import LOSSES, norm
+from fastmaml.backends.triton import rules as triton_rules
 from fastmaml.rules import LOSSES as REFERENCE_LOSSES
 from fastmaml.rules import RULES as REFERENCE_RULES
+from fastmaml.rules import Rule
 
+RULES = triton_rules("ieee", "ieee")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON_CASES = [
     case
@@ -29,7 +37,9 @@ EVERY_SIZE = [(1, 1), (1, 4), (3, 1), (3, 4)]
 SIZES = EVERY_SIZE if os.environ.get("FASTMAML_LARGE_TESTS") else [(2, 3)]
 
 
-def results(p: Problem, rules: dict, directions: list[Tensor], dgy: Tensor) -> Iterator[Tensor]:
+def results(
+    p: Problem, rules: Mapping[str, Rule], directions: list[Tensor], dgy: Tensor
+) -> Iterator[Tensor]:
     """What the four operations give, for directions of everything, of parts, and of nothing."""
     case, rule = p.case, rules[p.case.op.kind]
     leaves = [leaf.detach() for leaf in p.leaves]
@@ -60,6 +70,19 @@ def results(p: Problem, rules: dict, directions: list[Tensor], dgy: Tensor) -> I
 @pytest.mark.parametrize("case", TRITON_CASES, ids=str)
 @torch.no_grad()
 def test_against_the_rule(case: Case, tasks: int, examples: int) -> None:
+    check(case, tasks, examples, RULES, 2e-5)
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("tf32", 5e-3), ("bf16", 4e-2)])
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+@torch.no_grad()
+def test_lower_precision(kind: str, name: str, tolerance: float) -> None:
+    check(CASES[kind][0], 2, 3, triton_rules(name, name), tolerance)
+
+
+def check(
+    case: Case, tasks: int, examples: int, rules: Mapping[str, Rule], tolerance: float
+) -> None:
     exact = Problem(case, tasks, examples, torch.float64)
     single = Problem(case, tasks, examples, torch.float32)
     directions, dgy = [torch.randn_like(leaf) for leaf in exact.leaves], torch.randn_like(exact.gy)
@@ -67,12 +90,11 @@ def test_against_the_rule(case: Case, tasks: int, examples: int) -> None:
     single.buffers = [b.float().to(DEVICE) for b in exact.buffers]
     single.gy = exact.gy.detach().float().to(DEVICE)
     rounded = [d.float().to(DEVICE) for d in directions]
-    with precision("ieee"):
-        found = list(results(single, RULES, rounded, dgy.float().to(DEVICE)))
+    found = list(results(single, rules, rounded, dgy.float().to(DEVICE)))
     expected = list(results(exact, REFERENCE_RULES, directions, dgy))
     for got, want in zip(found, expected, strict=True):
         scale = float(want.abs().max()) + 1
-        torch.testing.assert_close(got.double().cpu(), want, rtol=0, atol=2e-5 * scale)
+        torch.testing.assert_close(got.double().cpu(), want, rtol=0, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "mse"])
@@ -90,6 +112,15 @@ def test_losses(name: str, shape: tuple[int, int, int]) -> None:
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("label", [-1, 5])
+def test_a_label_out_of_range_is_noticed(label: int) -> None:
+    """Without a look at the labels, for which the host would have to wait."""
+    y, labels = torch.randn(2, 3, 5, device=DEVICE), torch.zeros(2, 3, dtype=torch.int64)
+    labels[1, 2] = label
+    value = LOSSES["cross_entropy"].value(y, labels.to(DEVICE))
+    assert value.isnan().tolist() == [False, True]
+
+
 @torch.no_grad()
 def test_a_large_mean_does_not_drown_the_variance() -> None:
     case = next(case for case in CASES["batch_norm"] if case.op.attrs["tracking"])
@@ -102,21 +133,19 @@ def test_a_large_mean_does_not_drown_the_variance() -> None:
 
 
 @pytest.mark.parametrize("kind", ["conv2d", "batch_norm"])
+@torch.no_grad()
 def test_long_sums_are_taken_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weight gradients, statistics and the sums of norms, parts of unequal length."""
-    monkeypatch.setattr(conv2d, "_ROWS_PER_PART", 40)
+    """Weight gradients over 144 positions, statistics and sums of norms; unequal parts."""
     monkeypatch.setattr(norm, "_PART_ROWS", 40)
     case = next(c for c in CASES[kind] if c.name in ("strided", "2d"))
-    test_against_the_rule(case, 2, 12)
+    check(case, 2, 12, RULES, 2e-5)
 
 
 def test_precisions() -> None:
-    from fastmaml.backends.precision import convolution_precision, linear_precision
-
-    allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    assert (convolution_precision(), linear_precision()) == tuple(
-        "tf32" if tf32 else "ieee" for tf32 in allowed
-    )
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        assert (convolution_precision(), linear_precision()) == ("tf32", "ieee")
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        assert convolution_precision() == "ieee"
     for name in PRECISIONS:
         with precision(name), precision("ieee"):
             assert convolution_precision() == "ieee"

@@ -7,7 +7,7 @@ float32 on CUDA devices; other dtypes run through the reference rules on the dev
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +17,13 @@ from torch import Tensor
 from fastmaml.backends.base import MetaStep, MetaStepResult
 from fastmaml.backends.graphs import MetaStepGraphs
 from fastmaml.backends.mlp import MlpKernel
-from fastmaml.backends.reference import ReferenceExecutor, State, Values
-from fastmaml.backends.triton import LOSSES, RULES
-from fastmaml.program.ir import Graph, Op, Slot, freeze
+from fastmaml.backends.precision import convolution_precision, linear_precision
+from fastmaml.backends.reference import ReferenceExecutor
+from fastmaml.backends.triton import LOSSES, rules
+from fastmaml.program.ir import Graph, Op, freeze
 from fastmaml.program.layout import ParameterLayout
+from fastmaml.rules import LOSSES as REFERENCE_LOSSES
+from fastmaml.rules import Rule
 
 
 def interpreted() -> bool:
@@ -35,11 +38,16 @@ class GpuExecutor(ReferenceExecutor):
 
     def __init__(self, graph: Graph, layout: ParameterLayout, dtype: torch.dtype) -> None:
         super().__init__(graph, layout)
-        if dtype == torch.float32:
-            self.rules, self.losses = RULES, LOSSES
+        self._kernels = dtype == torch.float32
+        self.losses = LOSSES if self._kernels else REFERENCE_LOSSES
         self._without_input_gradient = _mark_first_ops(graph)
         self._small = MlpKernel.of(graph, layout, dtype)
         self.graphs = MetaStepGraphs()
+
+    def rules(self) -> Mapping[str, Rule]:
+        if self._kernels:
+            return rules(convolution_precision(), linear_precision())
+        return super().rules()
 
     def forward(
         self, theta: Tensor, phi: Tensor, buffers: Sequence[Tensor], x: Tensor, *, keep: bool = True
@@ -50,7 +58,7 @@ class GpuExecutor(ReferenceExecutor):
     def meta_step(self, call: MetaStep) -> MetaStepResult:
         if not call.theta.is_cuda:
             return super().meta_step(call)
-        with torch.cuda.device(call.theta.device):
+        with torch.cuda.device_of(call.theta):
             if self._small is not None and self._small.runs(call):
                 return self._small.meta_step(call)
             return self.graphs(call, super().meta_step)
@@ -62,24 +70,6 @@ class GpuExecutor(ReferenceExecutor):
 
     def _ops(self, want_x: bool) -> Sequence[Op]:
         return self.graph.ops if want_x else self._without_input_gradient
-
-    def _gradients(
-        self,
-        state: State,
-        gvalues: Values,
-        gparams: list[tuple[Slot, Tensor]],
-        want_phi: bool,
-        want_x: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        gtheta = state.theta.new_zeros(state.theta.shape)
-        gphi = torch.zeros_like(state.phi)
-        for slot, grad in gparams:
-            if slot.adapted:
-                gtheta[:, slot.offset : slot.offset + slot.size] += grad.flatten(1)
-            elif want_phi:
-                gphi[slot.offset : slot.offset + slot.size] += grad.flatten(1).sum(0)
-        gx = gvalues.get(0, torch.zeros_like(state.values[0])) if want_x else None
-        return gtheta, gphi if want_phi else None, gx
 
 
 def _mark_first_ops(graph: Graph) -> tuple[Op, ...]:

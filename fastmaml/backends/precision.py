@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from typing import Any
 
 import torch
 
 PRECISIONS = ("ieee", "tf32", "bf16")
 
-_chosen: ContextVar[str | None] = ContextVar("fastmaml_precision", default=None)
+_chosen: str | None = None  # of the process: autograd runs backward passes in its own threads
 
 
 @contextmanager
@@ -19,7 +19,8 @@ def precision(name: str) -> Iterator[None]:
 
     Outside of it they follow PyTorch's own switches: ``torch.backends.cudnn`` for convolutions
     (TF32 by default), ``torch.backends.cuda.matmul`` for linear layers (IEEE by default). On the
-    CPU arithmetic is always IEEE.
+    CPU arithmetic is always IEEE. A backward pass, and derivatives of it, are as precise as the
+    forward pass that they belong to. The setting is the process's, as PyTorch's are.
 
     Args:
         name: ``"ieee"``: float32 as it is; ``"tf32"``: factors rounded to 10 bits of mantissa;
@@ -28,24 +29,33 @@ def precision(name: str) -> Iterator[None]:
     Raises:
         ValueError: ``name`` is none of these.
     """
+    global _chosen
     if name not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
-    token = _chosen.set(name)
+    before, _chosen = _chosen, name
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _chosen = before
 
 
 def convolution_precision() -> str:
     """What convolutions use now."""
-    return _chosen.get() or _as_torch(torch.backends.cudnn.allow_tf32)
+    return _chosen or _as_torch(torch.backends.cudnn, "conv")
 
 
 def linear_precision() -> str:
     """What linear layers use now."""
-    return _chosen.get() or _as_torch(torch.backends.cuda.matmul.allow_tf32)
+    return _chosen or _as_torch(torch.backends.cuda, "matmul")
 
 
-def _as_torch(allow_tf32: bool) -> str:
-    return "tf32" if allow_tf32 else "ieee"
+def _as_torch(backend: Any, operation: str) -> str:
+    """PyTorch's setting. Since 2.9 each operation has one, "none" defers to what is above it, and
+    the older switches may refuse to be read.
+    """
+    holders = (getattr(backend, operation, None), backend, torch.backends)
+    settings = [getattr(holder, "fp32_precision", None) for holder in holders]
+    if settings[0] is None:
+        switch = backend if operation == "conv" else backend.matmul
+        return "tf32" if switch.allow_tf32 else "ieee"
+    return next((name for name in settings if name in PRECISIONS), "ieee")

@@ -30,6 +30,7 @@ class State:
     values: Values
     params: list[list[Tensor | None]]
     saved: list[Any]
+    rules: Mapping[str, Rule]
 
 
 @dataclass
@@ -44,24 +45,28 @@ class ReferenceExecutor:
 
     name = "reference"
     packed = None
-    rules: Mapping[str, Rule] = RULES
     losses: Mapping[str, LossRule] = LOSSES
 
     def __init__(self, graph: Graph, layout: ParameterLayout) -> None:
         self.graph = graph
+        self._layout = layout
         self._slots = [layout.slots[layout.aliases[name]] for name in graph.parameters]
+
+    def rules(self) -> Mapping[str, Rule]:
+        """Those of a forward pass, and of all that follows from it."""
+        return RULES
 
     def forward(
         self, theta: Tensor, phi: Tensor, buffers: Sequence[Tensor], x: Tensor, *, keep: bool = True
     ) -> tuple[Tensor, Tensor | None, Any]:
-        state = State(phi, theta, {0: x}, [], [])
+        state = State(phi, theta, {0: x}, [], [], self.rules())
         statistics: list[Tensor] = []
         for op in self.graph.ops:
             params = [self._param(p, theta, phi) for p in op.params]
             read = [None if b is None else buffers[b] for b in op.buffers]
             inputs = [state.values[v] for v in op.inputs]
             shape = self.graph.values[op.output]
-            y, saved = self.rules[op.kind].forward(op, shape, params, read, inputs)
+            y, saved = state.rules[op.kind].forward(op, shape, params, read, inputs)
             state.values[op.output] = y
             state.params.append(params)
             state.saved.append(saved)
@@ -79,7 +84,7 @@ class ReferenceExecutor:
             if op.output in gvalues:
                 inputs = [state.values[v] for v in op.inputs]
                 args = (op, state.params[i], inputs, state.saved[i], gvalues[op.output])
-                self._collect(op, self.rules[op.kind].backward(*args), gvalues, gparams)
+                self._collect(op, state.rules[op.kind].backward(*args), gvalues, gparams)
         return (*self._gradients(state, gvalues, gparams, want_phi, want_x), gvalues)
 
     def tangent(
@@ -91,7 +96,7 @@ class ReferenceExecutor:
             inputs = [state.values[v] for v in op.inputs]
             dinputs = [tangent.values.get(v) for v in op.inputs]
             args = (op, state.params[i], inputs, state.saved[i], dparams, dinputs)
-            dy, saved = self.rules[op.kind].tangent(*args)
+            dy, saved = state.rules[op.kind].tangent(*args)
             if dy is not None:
                 tangent.values[op.output] = dy
             tangent.params.append(dparams)
@@ -114,7 +119,7 @@ class ReferenceExecutor:
         dgparams: list[tuple[Slot, Tensor]] = []
         for i, op in reversed(list(enumerate(self._ops(want_x)))):
             if op.output in gradient:
-                found = self.rules[op.kind].backward_tangent(
+                found = state.rules[op.kind].backward_tangent(
                     op,
                     state.params[i],
                     [state.values[v] for v in op.inputs],
@@ -171,20 +176,17 @@ class ReferenceExecutor:
         want_phi: bool,
         want_x: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        tasks = len(state.theta)
-        gtheta = state.theta.new_zeros(tasks, state.theta.shape[1])
-        gphi = state.phi.new_zeros(tasks, len(state.phi))
-        for slot, grad in gparams:
-            flat = grad.reshape(tasks, slot.size)
-            if slot.adapted:
-                gtheta = _add(gtheta, slot, flat)
-            elif want_phi:
-                gphi = _add(gphi, slot, flat)
+        gtheta = self._rows(gparams, state.theta, adapted=True)
+        gphi = self._rows(gparams, state.theta, adapted=False).sum(0) if want_phi else None
         gx = gvalues.get(0, torch.zeros_like(state.values[0])) if want_x else None
-        return gtheta, gphi.sum(0) if want_phi else None, gx
+        return gtheta, gphi, gx
 
-
-def _add(total: Tensor, slot: Slot, part: Tensor) -> Tensor:
-    """``total`` with ``part`` added in the slot's columns, out of place."""
-    index = slice(slot.offset, slot.offset + slot.size)
-    return total.slice_scatter(total[:, index] + part, 1, index.start, index.stop)
+    def _rows(self, gparams: list[tuple[Slot, Tensor]], theta: Tensor, *, adapted: bool) -> Tensor:
+        """A group's gradients side by side, ``[T, P]`` or ``[T, Q]``; zero where there is none."""
+        found: dict[Slot, Tensor] = {}
+        for slot, grad in gparams:
+            flat = grad.reshape(len(theta), slot.size)
+            found[slot] = found[slot] + flat if slot in found else flat
+        slots = list(self._layout.group(adapted=adapted))
+        rows = [found[s] if s in found else theta.new_zeros(len(theta), s.size) for s in slots]
+        return torch.cat(rows, 1) if rows else theta.new_zeros(len(theta), 0)

@@ -4,18 +4,28 @@ The stems are those of ``fastmaml/rules``. What is not here (views, sums of valu
 windows, normalisation by given statistics) runs through the reference rules, on the device too.
 """
 
-from fastmaml.backends.triton import activation, conv2d, linear, norm, pool
+from collections.abc import Mapping
+from functools import cache
+
+from fastmaml.backends.triton import activation, norm, pool
+from fastmaml.backends.triton.conv2d import Conv2d
+from fastmaml.backends.triton.linear import Linear
 from fastmaml.backends.triton.loss import LOSSES
 from fastmaml.rules import RULES as REFERENCE_RULES
 from fastmaml.rules import Rule
 
-RULES: dict[str, Rule] = {
-    **REFERENCE_RULES,
-    **linear.RULES,
-    **conv2d.RULES,
-    **norm.RULES,
-    **activation.RULES,
-    **pool.RULES,
-}
 
-__all__ = ["LOSSES", "RULES"]
+@cache
+def rules(convolution: str, linear: str) -> Mapping[str, Rule]:
+    """The table whose convolutions and linear layers multiply in these precisions."""
+    return {
+        **REFERENCE_RULES,
+        **norm.RULES,
+        **activation.RULES,
+        **pool.RULES,
+        "conv2d": Conv2d(convolution),
+        "linear": Linear(linear),
+    }
+
+
+__all__ = ["LOSSES", "rules"]

@@ -1,4 +1,7 @@
-"""Ops linear in the input and in the weight: the four operations, products fused in pairs."""
+"""Ops linear in the input and in the weight: at most two launches an operation.
+
+Where the product rule gives two products, one kernel sums both in the same accumulator.
+"""
 
 from __future__ import annotations
 
@@ -11,96 +14,92 @@ from torch import Tensor
 from fastmaml.program.ir import Op, Shape
 from fastmaml.rules.base import Grads, Tensors
 
-Pair = tuple[Tensor, Tensor]
+Pairs = list[tuple[Tensor, Tensor]]
 
 
-class FusedBilinearRule(ABC):
-    """y = B(x, w) + bias. A subclass sums one or two products in one launch.
+class Bilinear(ABC):
+    """y = sum of B(x, w) over one or two pairs, plus a bias. A subclass gives the kernels."""
 
-    The derivative of a product is two products of the same shapes: their tiles meet in the same
-    accumulators.
-    """
-
-    @abstractmethod
-    def products(self, op: Op, pairs: Sequence[Pair], bias: Tensor | None, shape: Shape) -> Tensor:
-        """The sum of B(x, w) over pairs, plus the bias; ``shape [T, N, ...]`` is the result's."""
+    def __init__(self, precision: str) -> None:
+        self.precision = precision
 
     @abstractmethod
-    def input_grads(self, op: Op, pairs: Sequence[Pair], like: Tensor) -> Tensor:
-        """The sum over pairs (gy, w) of B's adjoint in x; like ``like``."""
+    def product(self, op: Op, out_shape: Shape, pairs: Pairs, bias: Tensor | None) -> Tensor:
+        """B over pairs ``(x, w)``, plus the bias ``[T, C]``."""
 
     @abstractmethod
-    def weight_grads(self, op: Op, pairs: Sequence[Pair], like: Tensor) -> Tensor:
-        """The sum over pairs (x, gy) of B's adjoint in w; like ``like``."""
+    def input_grad(self, op: Op, pairs: Pairs, like: Tensor) -> Tensor:
+        """The gradient with respect to an input like ``like``, over pairs ``(gy, w)``."""
 
     @abstractmethod
-    def bias_grad(self, gy: Tensor) -> Tensor:
-        """The sum of gy over all that the bias is broadcast to."""
+    def weight_grad(
+        self, op: Op, pairs: Pairs, like: Tensor, *, bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradient with respect to a weight like ``like``, over pairs ``(gy, x)``; with
+        ``bias`` also the bias's, of the first gy alone.
+        """
 
     @abstractmethod
-    def broadcast(self, bias: Tensor, shape: Shape) -> Tensor:
-        """``bias [T, C]`` expanded to ``shape``."""
+    def broadcast(self, bias: Tensor, tasks_examples: Shape, out_shape: Shape) -> Tensor:
+        """``bias [T, C]`` as an output."""
 
     def forward(
         self, op: Op, out_shape: Shape, params: Tensors, buffers: Tensors, inputs: Sequence[Tensor]
-    ) -> tuple[Tensor, Any]:
-        (weight, bias), x = params, inputs[0]
-        assert weight is not None
-        shape = (*x.shape[:2], *out_shape)
-        return self.products(op, [(x, weight)], bias, shape), shape
+    ) -> tuple[Tensor, Shape]:
+        return self.product(op, out_shape, _pairs((inputs[0], params[0])), params[1]), out_shape
 
     def backward(
-        self, op: Op, params: Tensors, inputs: Sequence[Tensor], saved: Any, gy: Tensor
+        self, op: Op, params: Tensors, inputs: Sequence[Tensor], saved: Shape, gy: Tensor
     ) -> Grads:
-        (weight, bias), x = params, inputs[0]
+        weight, bias = params
         assert weight is not None
-        gweight = self.weight_grads(op, [(x, gy)], weight)
-        gbias = None if bias is None else self.bias_grad(gy)
-        gx = self.input_grads(op, [(gy, weight)], x) if _input_matters(op) else None
-        return [gweight, gbias], [gx]
+        found = self.weight_grad(op, [(gy, inputs[0])], weight, bias=bias is not None)
+        return [*found], [self._input_grad(op, [(gy, weight)], inputs[0])]
 
     def tangent(
         self,
         op: Op,
         params: Tensors,
         inputs: Sequence[Tensor],
-        saved: Any,
+        saved: Shape,
         dparams: Tensors,
         dinputs: Tensors,
-    ) -> tuple[Tensor | None, Any]:
+    ) -> tuple[Tensor | None, None]:
         dweight, dbias = dparams
         pairs = _pairs((dinputs[0], params[0]), (inputs[0], dweight))
         if pairs:
-            return self.products(op, pairs, dbias, saved), None
-        return (None if dbias is None else self.broadcast(dbias, saved)), None
+            return self.product(op, saved, pairs, dbias), None
+        if dbias is None:
+            return None, None
+        return self.broadcast(dbias, tuple(inputs[0].shape[:2]), saved), None
 
     def backward_tangent(
         self,
         op: Op,
         params: Tensors,
         inputs: Sequence[Tensor],
-        saved: Any,
+        saved: Shape,
         gy: Tensor,
         dparams: Tensors,
         dinputs: Tensors,
         dsaved: Any,
         dgy: Tensor | None,
     ) -> Grads:
-        (weight, bias), dweight = params, dparams[0]
-        x, dx = inputs[0], dinputs[0]
+        weight, bias = params
         assert weight is not None
-        of_weight = _pairs((dx, gy), (x, dgy))
-        of_input = _pairs((dgy, weight), (gy, dweight)) if _input_matters(op) else []
-        dgweight = self.weight_grads(op, of_weight, weight) if of_weight else None
-        dgbias = None if bias is None or dgy is None else self.bias_grad(dgy)
-        return [dgweight, dgbias], [self.input_grads(op, of_input, x) if of_input else None]
+        dgweight, dgbias = None, None
+        pairs = _pairs((dgy, inputs[0]), (gy, dinputs[0]))
+        if pairs:
+            wanted = bias is not None and dgy is not None
+            dgweight, dgbias = self.weight_grad(op, pairs, weight, bias=wanted)
+        dgx = self._input_grad(op, _pairs((dgy, weight), (gy, dparams[0])), inputs[0])
+        return [dgweight, dgbias], [dgx]
+
+    def _input_grad(self, op: Op, pairs: Pairs, like: Tensor) -> Tensor | None:
+        wanted = op.attrs.get("input_gradient", True)
+        return self.input_grad(op, pairs, like) if pairs and wanted else None
 
 
-def _pairs(*pairs: tuple[Tensor | None, Tensor | None]) -> list[Pair]:
+def _pairs(*pairs: tuple[Tensor | None, Tensor | None]) -> Pairs:
+    """Those that are not zero."""
     return [(a, b) for a, b in pairs if a is not None and b is not None]
-
-
-def _input_matters(op: Op) -> bool:
-    """False where nothing before the op has a parameter, and nobody asked for x's gradient."""
-    matters: bool = op.attrs.get("input_gradient", True)
-    return matters

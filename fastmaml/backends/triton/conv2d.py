@@ -1,260 +1,373 @@
-"""``conv2d``: implicit matrix products with each task's own weights; no patches in memory.
+"""``conv2d`` with each task's own weights, as implicit matrix products.
 
-Rows are positions of images, and the inner axis runs over (kernel tap, channel) pairs: a tile of
-the patch matrix is loaded from the image itself. The input gradient is the same product with the
-position map turned round; the weight gradient has the patches as columns and sums over rows, in a
-fixed number of parts that are added up afterwards, so that results do not depend on scheduling.
+Forward, input gradient and weight gradient are products of matrices that exist nowhere: a block of
+one is gathered when it is multiplied. Their inner axis k runs over (tap, channel), channels
+fastest, which are side by side in memory. ``WINDOW``: kernel, stride, padding, dilation, each
+(height, width).
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmaml.backends.precision import convolution_precision
-from fastmaml.backends.triton.bilinear import FusedBilinearRule, Pair
-from fastmaml.backends.triton.tiles import multiply_tiles, tile
+from fastmaml.backends.triton.bilinear import Bilinear, Pairs
+from fastmaml.backends.triton.linear import added
+from fastmaml.backends.triton.products import choose_blocks, dot, dot_precision
+from fastmaml.backends.triton.tiles import aligned, new_channels_last
 from fastmaml.program.ir import Op, Shape
-from fastmaml.rules.base import Rule
-
-_ROWS_PER_PART = 4096  # of a weight gradient: enough to be worth a program
-_INNER = 32
 
 
 @triton.jit
-def _source(
-    position, tap, size, STRIDE: tl.constexpr, PAD: tl.constexpr, DILATION: tl.constexpr,
-    TURNED: tl.constexpr,
-):  # fmt: skip
-    """Where along one axis a tap of the kernel looks, and whether that is inside the image."""
-    if TURNED:
-        reach = position + PAD - tap * DILATION
-        source = reach // STRIDE
-        inside = (reach >= 0) & (reach % STRIDE == 0) & (source < size)
-    else:
-        source = position * STRIDE - PAD + tap * DILATION
-        inside = (source >= 0) & (source < size)
-    return source, inside
+def _patches(pixel, k, sizes, strides, CHANNELS: tl.constexpr, WINDOW: tl.constexpr):
+    """Where element k of the window of each output pixel lies in x, and whether it does."""
+    KH, KW, SH, SW, PH, PW, DH, DW = WINDOW
+    images, H, W, OH, OW = sizes
+    image, position = pixel // (OH * OW), pixel % (OH * OW)
+    channel, tap = k % CHANNELS, k // CHANNELS
+    h = ((position // OW) * SH - PH)[:, None] + ((tap // KW) * DH)[None, :]
+    w = ((position % OW) * SW - PW)[:, None] + ((tap % KW) * DW)[None, :]
+    inside = (image < images)[:, None] & (tap < KH * KW)[None, :]
+    inside = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    start = (image * strides[1])[:, None] + (channel * strides[2])[None, :]
+    return start + h * strides[3] + w * strides[4], inside
 
 
 @triton.jit
-def _patches(
-    image, row, k, rows, inner, channels, height, width, out_height, out_width,
-    s_n, s_c, s_h, s_w,
-    KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, TURNED: tl.constexpr,
-):  # fmt: skip
-    """A tile of the patch matrix: ``row`` and ``k`` are a column and a row of indices."""
-    tap, channel = k // channels, k % channels
-    h, inside_h = _source((row // out_width) % out_height, tap // KW, height, SH, PH, DH, TURNED)
-    w, inside_w = _source(row % out_width, tap % KW, width, SW, PW, DW, TURNED)
-    place = (row // (out_width * out_height)) * s_n + h * s_h + w * s_w + channel * s_c
-    inside = inside_h & inside_w & (row < rows) & (k < inner)
-    return tl.load(image + place, mask=inside, other=0.0)
+def _pixels(pixel, channel, sizes, strides, CHANNELS: tl.constexpr):
+    """Where channels of output pixels lie, and whether they do."""
+    images, OH, OW = sizes[0], sizes[3], sizes[4]
+    image, position = pixel // (OH * OW), pixel % (OH * OW)
+    start = image * strides[1] + (position // OW) * strides[3] + (position % OW) * strides[4]
+    inside = (image < images)[:, None] & (channel < CHANNELS)[None, :]
+    return start[:, None] + (channel * strides[2])[None, :], inside
 
 
 @triton.jit
-def _add_convolution(
-    total, image, weight, row, column, rows, inner, channels, outputs,
-    height, width, out_height, out_width, s_n, s_c, s_h, s_w, sw_tap, sw_in, sw_out,
-    KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, TURNED: tl.constexpr, BK: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    for start in range(0, inner, BK):
-        k = start + tl.arange(0, BK)
-        patch = _patches(
-            image, row[:, None], k[None, :], rows, inner, channels, height, width,
-            out_height, out_width, s_n, s_c, s_h, s_w, KW, SH, SW, PH, PW, DH, DW, TURNED,
-        )  # fmt: skip
-        place = (k // channels) * sw_tap + (k % channels) * sw_in
-        values = tl.load(
-            weight + place[:, None] + column[None, :] * sw_out,
-            mask=(k[:, None] < inner) & (column[None, :] < outputs),
-            other=0.0,
-        )
-        total = multiply_tiles(patch, values, total, P)
-    return total
-
-
-@triton.jit
-def convolution_kernel(
-    image, weight, image2, weight2, bias, out,
-    rows, inner, channels, outputs, height, width, out_height, out_width,
-    s_t, s_n, s_c, s_h, s_w, s2_t, s2_n, s2_c, s2_h, s2_w,
-    sw_t, sw_tap, sw_in, sw_out, sw2_t, sw2_tap, sw2_in, sw2_out, sb_t, sb_c,
-    KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, TURNED: tl.constexpr, DUAL: tl.constexpr,
-    BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    """Into ``[T, rows, outputs]``: patches times weights, once or twice, plus bias."""
-    task = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    column = tl.program_id(1) * BN + tl.arange(0, BN)
-    total = tl.zeros((BM, BN), dtype=tl.float32)
-    total = _add_convolution(
-        total, image + task * s_t, weight + task * sw_t, row, column, rows, inner, channels,
-        outputs, height, width, out_height, out_width, s_n, s_c, s_h, s_w, sw_tap, sw_in, sw_out,
-        KW, SH, SW, PH, PW, DH, DW, TURNED, BK, P,
-    )  # fmt: skip
-    if DUAL:
-        total = _add_convolution(
-            total, image2 + task * s2_t, weight2 + task * sw2_t, row, column, rows, inner, channels,
-            outputs, height, width, out_height, out_width, s2_n, s2_c, s2_h, s2_w,
-            sw2_tap, sw2_in, sw2_out, KW, SH, SW, PH, PW, DH, DW, TURNED, BK, P,
-        )  # fmt: skip
-    if BIAS:
-        shift = tl.load(bias + task * sb_t + column * sb_c, mask=column < outputs, other=0.0)
-        total += shift[None, :]
-    inside = (row[:, None] < rows) & (column[None, :] < outputs)
-    place = (task * rows + row[:, None]) * outputs + column[None, :]
-    tl.store(out + place, total, mask=inside)
-
-
-@triton.jit
-def _add_outer(
-    total, image, gy, out_channel, k, first, last, rows, inner, channels, outputs,
-    height, width, out_height, out_width, s_n, s_c, s_h, s_w, sg_n, sg_c, sg_h, sg_w,
-    KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, BR: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    for start in range(first, last, BR):
-        row = start + tl.arange(0, BR)
-        patch = _patches(
-            image, row[:, None], k[None, :], last, inner, channels, height, width,
-            out_height, out_width, s_n, s_c, s_h, s_w, KW, SH, SW, PH, PW, DH, DW, False,
-        )  # fmt: skip
-        place = (row // (out_width * out_height)) * sg_n
-        place += ((row // out_width) % out_height) * sg_h + (row % out_width) * sg_w
-        values = tl.load(
-            gy + place[None, :] + out_channel[:, None] * sg_c,
-            mask=(row[None, :] < last) & (out_channel[:, None] < outputs),
-            other=0.0,
-        )
-        total = multiply_tiles(values, patch, total, P)
-    return total
-
-
-@triton.jit
-def weight_gradient_kernel(
-    image, gy, image2, gy2, out,
-    rows, inner, channels, outputs, taps, rows_per_part,
-    height, width, out_height, out_width,
-    s_t, s_n, s_c, s_h, s_w, s2_t, s2_n, s2_c, s2_h, s2_w,
-    sg_t, sg_n, sg_c, sg_h, sg_w, sg2_t, sg2_n, sg2_c, sg2_h, sg2_w,
-    KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr, DUAL: tl.constexpr, PARTS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    """Into ``[T, parts, O, C, taps]``: gy transposed times patches, over some of the rows."""
-    part, task = tl.program_id(2) % PARTS, (tl.program_id(2) // PARTS).to(tl.int64)
-    out_channel = tl.program_id(0) * BM + tl.arange(0, BM)
-    k = tl.program_id(1) * BN + tl.arange(0, BN)
-    first = part * rows_per_part
-    last = tl.minimum(first + rows_per_part, rows)
-    total = tl.zeros((BM, BN), dtype=tl.float32)
-    total = _add_outer(
-        total, image + task * s_t, gy + task * sg_t, out_channel, k, first, last, rows, inner,
-        channels, outputs, height, width, out_height, out_width, s_n, s_c, s_h, s_w,
-        sg_n, sg_c, sg_h, sg_w, KW, SH, SW, PH, PW, DH, DW, BR, P,
-    )  # fmt: skip
-    if DUAL:
-        total = _add_outer(
-            total, image2 + task * s2_t, gy2 + task * sg2_t, out_channel, k, first, last, rows,
-            inner, channels, outputs, height, width, out_height, out_width, s2_n, s2_c, s2_h, s2_w,
-            sg2_n, sg2_c, sg2_h, sg2_w, KW, SH, SW, PH, PW, DH, DW, BR, P,
-        )  # fmt: skip
-    inside = (out_channel[:, None] < outputs) & (k[None, :] < inner)
-    place = (task * PARTS + part) * outputs + out_channel[:, None]
-    place = place * inner + (k[None, :] % channels) * taps + k[None, :] // channels
-    tl.store(out + place, total, mask=inside)
-
-
-class Conv2d(FusedBilinearRule):
-    """x ``[T, N, C, H, W]``, weight ``[T, O, C, kh, kw]``, bias ``[T, O]``; results are kept with
-    the channels innermost.
+def product_kernel(
+    x,
+    w,
+    x2,
+    w2,
+    bias,
+    y,
+    sizes,
+    x_strides,
+    w_strides,
+    second_strides,
+    bias_stride,
+    y_strides,
+    CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """Y = x * w + x2 * w2 + bias: pixels by output channels. Second operands have the strides of
+    the first but for those of the tasks, ``second_strides``.
     """
-
-    def products(self, op: Op, pairs: Sequence[Pair], bias: Tensor | None, shape: Shape) -> Tensor:
-        weights = [(x, _Weight(w, turned=False)) for x, w in pairs]
-        return _convolve(op, weights, bias, shape, turned=False)
-
-    def input_grads(self, op: Op, pairs: Sequence[Pair], like: Tensor) -> Tensor:
-        weights = [(gy, _Weight(w, turned=True)) for gy, w in pairs]
-        return _convolve(op, weights, None, tuple(like.shape), turned=True)
-
-    def weight_grads(self, op: Op, pairs: Sequence[Pair], like: Tensor) -> Tensor:
-        tasks, outputs, channels, kh, kw = like.shape
-        (x, gy), (x2, gy2) = pairs[0], pairs[-1]
-        rows, inner = gy.shape[1] * gy.shape[3] * gy.shape[4], channels * kh * kw
-        parts = triton.cdiv(rows, _ROWS_PER_PART)
-        out = x.new_empty(tasks, parts, *like.shape[1:])
-        bm, bn = tile(outputs), tile(inner)
-        weight_gradient_kernel[(triton.cdiv(outputs, bm), triton.cdiv(inner, bn), parts * tasks)](
-            x, gy, x2, gy2, out,
-            rows, inner, channels, outputs, kh * kw, triton.cdiv(rows, parts),
-            x.shape[3], x.shape[4], gy.shape[3], gy.shape[4],
-            *x.stride(), *x2.stride(), *gy.stride(), *gy2.stride(),
-            **_geometry(op, kw), DUAL=len(pairs) == 2, PARTS=parts,
-            BM=bm, BN=bn, BR=tile(rows, _INNER), P=convolution_precision(),
-        )  # fmt: skip
-        return out.sum(1) if parts > 1 else out[:, 0]
-
-    def bias_grad(self, gy: Tensor) -> Tensor:
-        return gy.sum((1, 3, 4))
-
-    def broadcast(self, bias: Tensor, shape: Shape) -> Tensor:
-        return bias[:, None, :, None, None].expand(shape)
+    KH: tl.constexpr = WINDOW[0]
+    KW: tl.constexpr = WINDOW[1]
+    tile, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    across: tl.constexpr = (OUT_CHANNELS + COLUMNS - 1) // COLUMNS
+    pixel = (tile // across) * ROWS + tl.arange(0, ROWS)
+    out = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, KH * KW * CHANNELS, INNER):
+        k = start + tl.arange(0, INNER)
+        channel, tap = k % CHANNELS, k // CHANNELS
+        at, inside = _patches(pixel, k, sizes, x_strides, CHANNELS, WINDOW)
+        row = channel * w_strides[2] + (tap // KW) * w_strides[3] + (tap % KW) * w_strides[4]
+        there = row[:, None] + (out * w_strides[1])[None, :]
+        exists = (tap < KH * KW)[:, None] & (out < OUT_CHANNELS)[None, :]
+        left = tl.load(x + task * x_strides[0] + at, inside, other=0.0)
+        right = tl.load(w + task * w_strides[0] + there, exists, other=0.0)
+        acc = dot(left, right, acc, PRECISION)
+        if x2 is not None:
+            left = tl.load(x2 + task * second_strides[0] + at, inside, other=0.0)
+            right = tl.load(w2 + task * second_strides[1] + there, exists, other=0.0)
+            acc = dot(left, right, acc, PRECISION)
+    if bias is not None:
+        acc += tl.load(bias + task * bias_stride + out, out < OUT_CHANNELS, other=0.0)[None, :]
+    at, inside = _pixels(pixel, out, sizes, y_strides, OUT_CHANNELS)
+    tl.store(y + task * y_strides[0] + at, acc, inside)
 
 
-class _Weight:
-    """A task's weights as ``[taps, in, out]``, whichever way round: a pointer and its strides."""
+@triton.jit
+def input_grad_kernel(
+    g,
+    w,
+    g2,
+    w2,
+    gx,
+    sizes,
+    g_strides,
+    w_strides,
+    second_strides,
+    gx_strides,
+    CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PHASES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """Input pixels by channels; k runs over (tap, output channel).
 
-    def __init__(self, w: Tensor, *, turned: bool) -> None:
-        # one copy of shared weights is enough; the axis that is loaded in vectors goes last
-        shared = w.stride(0) == 0
-        taps = (w[:1] if shared else w).flatten(3).permute(0, 3, *((1, 2) if turned else (2, 1)))
-        self.tensor = taps.contiguous()
-        self.channels, self.outputs = self.tensor.shape[2:]
-        self.kernel_width = w.shape[-1]
-        self.strides = (0 if shared else self.tensor.stride(0), *self.tensor.stride()[1:])
+    A tap reaches an input pixel only where the stride divides their distance. So the pixels of
+    one phase (their place modulo the stride) share their taps, and no others are visited.
+    """
+    KH, KW, SH, SW, PH, PW, DH, DW = WINDOW
+    PHASES_H, PHASES_W = PHASES
+    images, H, W, OH, OW = sizes
+    tile, task, phase = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    phase_h, phase_w = phase // PHASES_W, phase % PHASES_W
+    rows, columns = tl.cdiv(H, PHASES_H), tl.cdiv(W, PHASES_W)
+    across: tl.constexpr = (CHANNELS + COLUMNS - 1) // COLUMNS
+    pixel = (tile // across) * ROWS + tl.arange(0, ROWS)
+    image, position = pixel // (rows * columns), pixel % (rows * columns)
+    h = (position // columns) * PHASES_H + phase_h
+    v = (position % columns) * PHASES_W + phase_w
+    exists = (image < images) & (h < H) & (v < W)
+    channel = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
+    first_h, first_w = (phase_h + PH) % PHASES_H, (phase_w + PW) % PHASES_W
+    taps_h, taps_w = tl.cdiv(KH - first_h, PHASES_H), tl.cdiv(KW - first_w, PHASES_W)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, taps_h * taps_w * OUT_CHANNELS, INNER):
+        k = start + tl.arange(0, INNER)
+        out, tap = k % OUT_CHANNELS, k // OUT_CHANNELS
+        r, s = first_h + (tap // taps_w) * PHASES_H, first_w + (tap % taps_w) * PHASES_W
+        down, right = (h + PH)[:, None] - (r * DH)[None, :], (v + PW)[:, None] - (s * DW)[None, :]
+        inside = exists[:, None] & (tap < taps_h * taps_w)[None, :]
+        inside = inside & (down >= 0) & (down < OH * SH) & (right >= 0) & (right < OW * SW)
+        inside = inside & (down % SH == 0) & (right % SW == 0)
+        at = (image * g_strides[1])[:, None] + (out * g_strides[2])[None, :]
+        at += (down // SH) * g_strides[3] + (right // SW) * g_strides[4]
+        row = out * w_strides[1] + r * w_strides[3] + s * w_strides[4]
+        there = row[:, None] + (channel * w_strides[2])[None, :]
+        known = (tap < taps_h * taps_w)[:, None] & (channel < CHANNELS)[None, :]
+        a = tl.load(g + task * g_strides[0] + at, inside, other=0.0)
+        b = tl.load(w + task * w_strides[0] + there, known, other=0.0)
+        acc = dot(a, b, acc, PRECISION)
+        if g2 is not None:
+            a = tl.load(g2 + task * second_strides[0] + at, inside, other=0.0)
+            b = tl.load(w2 + task * second_strides[1] + there, known, other=0.0)
+            acc = dot(a, b, acc, PRECISION)
+    start = image * gx_strides[1] + h * gx_strides[3] + v * gx_strides[4]
+    at = start[:, None] + (channel * gx_strides[2])[None, :]
+    tl.store(gx + task * gx_strides[0] + at, acc, exists[:, None] & (channel < CHANNELS)[None, :])
 
 
-def _convolve(
-    op: Op,
-    pairs: Sequence[tuple[Tensor, _Weight]],
-    bias: Tensor | None,
-    shape: Shape,
-    *,
-    turned: bool,
-) -> Tensor:
-    """Convolutions into a tensor of ``shape [T, N, channels, h, w]``."""
-    (x, w), (x2, w2) = pairs[0], pairs[-1]
-    tasks, examples, _, height, width = shape
-    rows, inner = examples * height * width, w.tensor.shape[1] * w.channels
-    out = x.new_empty(tasks, examples, height, width, w.outputs)
-    shift = out if bias is None else bias
-    bm, bn = tile(rows), tile(w.outputs)
-    convolution_kernel[(triton.cdiv(rows, bm), triton.cdiv(w.outputs, bn), tasks)](
-        x, w.tensor, x2, w2.tensor, shift, out,
-        rows, inner, w.channels, w.outputs, x.shape[3], x.shape[4], height, width,
-        *x.stride(), *x2.stride(), *w.strides, *w2.strides, shift.stride(0), shift.stride(1),
-        **_geometry(op, w.kernel_width), TURNED=turned,
-        DUAL=len(pairs) == 2, BIAS=bias is not None,
-        BM=bm, BN=bn, BK=tile(inner, _INNER), P=convolution_precision(),
-    )  # fmt: skip
-    return out.permute(0, 1, 4, 2, 3)
+@triton.jit
+def weight_grad_kernel(
+    g,
+    x,
+    g2,
+    x2,
+    sums,
+    gw,
+    tasks,
+    sizes,
+    g_strides,
+    x_strides,
+    second_strides,
+    gw_strides,
+    CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """Gw ``[SPLITS, T, ...]``: output channels by (tap, channel), each split over its part of the
+    pixels; sums ``[SPLITS, T, O]``: the bias's gradient of g alone.
+    """
+    KH: tl.constexpr = WINDOW[0]
+    KW: tl.constexpr = WINDOW[1]
+    tile, task, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    across: tl.constexpr = (KH * KW * CHANNELS + COLUMNS - 1) // COLUMNS
+    out = (tile // across) * ROWS + tl.arange(0, ROWS)
+    k = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
+    pixels = sizes[0] * sizes[3] * sizes[4]
+    part = tl.cdiv(tl.cdiv(pixels, SPLITS), INNER) * INNER
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    out_sums = tl.zeros((ROWS,), tl.float32)
+    for start in range(split * part, tl.minimum((split + 1) * part, pixels), INNER):
+        pixel = start + tl.arange(0, INNER)
+        there, known = _pixels(pixel, out, sizes, g_strides, OUT_CHANNELS)
+        at, inside = _patches(pixel, k, sizes, x_strides, CHANNELS, WINDOW)
+        a = tl.trans(tl.load(g + task * g_strides[0] + there, known, other=0.0))
+        b = tl.load(x + task * x_strides[0] + at, inside, other=0.0)
+        acc = dot(a, b, acc, PRECISION)
+        if sums is not None:
+            out_sums += tl.sum(a, 1)
+        if g2 is not None:
+            a = tl.trans(tl.load(g2 + task * second_strides[0] + there, known, other=0.0))
+            b = tl.load(x2 + task * second_strides[1] + at, inside, other=0.0)
+            acc = dot(a, b, acc, PRECISION)
+    channel, tap = k % CHANNELS, k // CHANNELS
+    column = channel * gw_strides[3] + (tap // KW) * gw_strides[4] + (tap % KW) * gw_strides[5]
+    at = (out * gw_strides[2])[:, None] + column[None, :]
+    exists = (out < OUT_CHANNELS)[:, None] & (tap < KH * KW)[None, :]
+    tl.store(gw + split * gw_strides[0] + task * gw_strides[1] + at, acc, exists)
+    if sums is not None:
+        row = (split * tasks + task) * OUT_CHANNELS + out
+        tl.store(sums + row, out_sums, (out < OUT_CHANNELS) & (tile % across == 0))
 
 
-def _geometry(op: Op, kernel_width: int) -> dict[str, int]:
-    names = ("S", "P", "D")
-    pairs = [op.attrs[name] for name in ("stride", "padding", "dilation")]
-    sizes = {"KW": kernel_width}
-    for name, pair in zip(names, pairs, strict=True):
-        sizes[f"{name}H"], sizes[f"{name}W"] = pair
-    return sizes
+def _window(op: Op, weight: Tensor) -> tuple[int, ...]:
+    a = op.attrs
+    return (*weight.shape[3:], *a["stride"], *a["padding"], *a["dilation"])
 
 
-RULES: dict[str, Rule] = {"conv2d": Conv2d()}
+def _sizes(x: Tensor, out: Shape | Tensor) -> tuple[int, ...]:
+    """Images of a task, their height and width, and those of the output."""
+    spatial = out.shape[3:] if isinstance(out, Tensor) else out[1:]
+    return (x.shape[1], *x.shape[3:], *spatial)
+
+
+def _phases(window: tuple[int, ...]) -> tuple[int, int]:
+    """By stride; where taps are dilated, all pixels look at all taps."""
+    stride, dilation = window[2:4], window[6:8]
+    first, second = (s if d == 1 else 1 for s, d in zip(stride, dilation, strict=True))
+    return first, second
+
+
+def _second(pairs: Pairs) -> tuple[Tensor | None, Tensor | None, tuple[int, int]]:
+    if len(pairs) == 1:
+        return None, None, (0, 0)
+    a, b = pairs[1]
+    return a, b, (a.stride(0), b.stride(0))
+
+
+def _aligned(pairs: Pairs) -> Pairs:
+    """Pairs whose second operands are laid out as the first."""
+    first, second = zip(*pairs, strict=True)
+    return list(zip(aligned(*first), aligned(*second), strict=True))
+
+
+def _with_channels_inside(pairs: Pairs) -> Pairs:
+    """Aligned pairs ``(x or gy, w)``, the channels of w side by side so that they load together."""
+    return _aligned([(x, _channels_inside(w)) for x, w in pairs])
+
+
+def _channels_inside(w: Tensor) -> Tensor:
+    if w.stride(2) == 1:
+        return w
+    one = w[:1] if w.stride(0) == 0 else w  # one copy of shared weights is enough
+    inside = one.movedim(2, -1).contiguous().movedim(-1, 2)
+    return inside.expand(w.shape)
+
+
+class Conv2d(Bilinear):
+    """x ``[T, N, C, H, W]``, weight ``[T, O, C, kh, kw]``, bias ``[T, O]``."""
+
+    def product(self, op: Op, out_shape: Shape, pairs: Pairs, bias: Tensor | None) -> Tensor:
+        pairs = _with_channels_inside(pairs)
+        (x, w), (x2, w2, second) = pairs[0], _second(pairs)
+        sizes = _sizes(x, out_shape)
+        pixels, taps = sizes[0] * sizes[3] * sizes[4], w[0, 0].numel()
+        blocks = choose_blocks(len(x), pixels, len(w[0]), taps, self.precision)
+        y = new_channels_last(x, (*x.shape[:2], *out_shape))
+        product_kernel[(blocks.tiles(pixels, len(w[0])), len(x))](
+            x,
+            w,
+            x2,
+            w2,
+            bias,
+            y,
+            sizes,
+            x.stride(),
+            w.stride(),
+            second,
+            0 if bias is None else bias.stride(0),
+            y.stride(),
+            CHANNELS=w.shape[2],
+            OUT_CHANNELS=w.shape[1],
+            WINDOW=_window(op, w),
+            PRECISION=dot_precision(self.precision),
+            ROWS=blocks.rows,
+            COLUMNS=blocks.columns,
+            INNER=blocks.inner,
+            **blocks.options,
+        )
+        return y
+
+    def input_grad(self, op: Op, pairs: Pairs, like: Tensor) -> Tensor:
+        pairs = _with_channels_inside(pairs)
+        (g, w), (g2, w2, second) = pairs[0], _second(pairs)
+        sizes, window = _sizes(like, g), _window(op, w)
+        phases = _phases(window)
+        images, height, width = sizes[:3]
+        pixels = images * triton.cdiv(height, phases[0]) * triton.cdiv(width, phases[1])
+        inner = w[0, :, 0].numel() // (phases[0] * phases[1])
+        tasks = len(g) * phases[0] * phases[1]
+        blocks = choose_blocks(tasks, pixels, w.shape[2], inner, self.precision)
+        gx = new_channels_last(g, tuple(like.shape))
+        input_grad_kernel[(blocks.tiles(pixels, w.shape[2]), len(g), phases[0] * phases[1])](
+            g,
+            w,
+            g2,
+            w2,
+            gx,
+            sizes,
+            g.stride(),
+            w.stride(),
+            second,
+            gx.stride(),
+            CHANNELS=w.shape[2],
+            OUT_CHANNELS=w.shape[1],
+            WINDOW=window,
+            PHASES=phases,
+            PRECISION=dot_precision(self.precision),
+            ROWS=blocks.rows,
+            COLUMNS=blocks.columns,
+            INNER=blocks.inner,
+            **blocks.options,
+        )
+        return gx
+
+    def weight_grad(
+        self, op: Op, pairs: Pairs, like: Tensor, *, bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        pairs = _aligned(pairs)
+        (g, x), (g2, x2, second) = pairs[0], _second(pairs)
+        sizes, out, taps = _sizes(x, g), like.shape[1], like[0, 0].numel()
+        pixels = sizes[0] * sizes[3] * sizes[4]
+        blocks = choose_blocks(len(g), out, taps, pixels, self.precision, split=True)
+        gw = g.new_empty(blocks.splits, *like.shape)
+        sums = g.new_empty(blocks.splits, len(g), out) if bias else None
+        weight_grad_kernel[(blocks.tiles(out, taps), len(g), blocks.splits)](
+            g,
+            x,
+            g2,
+            x2,
+            sums,
+            gw,
+            len(g),
+            sizes,
+            g.stride(),
+            x.stride(),
+            second,
+            gw.stride(),
+            CHANNELS=like.shape[2],
+            OUT_CHANNELS=out,
+            WINDOW=_window(op, like),
+            PRECISION=dot_precision(self.precision),
+            SPLITS=blocks.splits,
+            ROWS=blocks.rows,
+            COLUMNS=blocks.columns,
+            INNER=blocks.inner,
+            **blocks.options,
+        )
+        return added(gw), None if sums is None else added(sums)
+
+    def broadcast(self, bias: Tensor, tasks_examples: Shape, out_shape: Shape) -> Tensor:
+        return bias[:, None, :, None, None].expand(*tasks_examples, *out_shape)

@@ -1,128 +1,145 @@
-"""``linear``: one matrix product per task."""
+"""``linear``: products of a matrix for each task."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmaml.backends.precision import linear_precision
-from fastmaml.backends.triton.bilinear import FusedBilinearRule, Pair
-from fastmaml.backends.triton.tiles import multiply_tiles, tile
+from fastmaml.backends.triton.bilinear import Bilinear, Pairs
+from fastmaml.backends.triton.products import choose_blocks, dot, dot_precision
 from fastmaml.program.ir import Op, Shape
-from fastmaml.rules.base import Rule
+
+Matrices = tuple[Tensor, Tensor]  # [T, rows, inner] and [T, inner, columns], of any strides
 
 
 @triton.jit
-def _add_product(
-    total,
-    a,
-    b,
-    sa_row,
-    sa_k,
-    sb_k,
-    sb_column,
-    row,
-    column,
-    M,
-    N,
-    K,
-    BK: tl.constexpr,
-    P: tl.constexpr,
-):
-    for start in range(0, K, BK):
-        k = start + tl.arange(0, BK)
-        left = tl.load(
-            a + row[:, None] * sa_row + k[None, :] * sa_k,
-            mask=(row[:, None] < M) & (k[None, :] < K),
-            other=0.0,
-        )
-        right = tl.load(
-            b + k[:, None] * sb_k + column[None, :] * sb_column,
-            mask=(k[:, None] < K) & (column[None, :] < N),
-            other=0.0,
-        )
-        total = multiply_tiles(left, right, total, P)
-    return total
+def _block(matrix, rows, columns, strides, row_count, column_count):
+    mask = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+    offsets = rows[:, None] * strides[1] + columns[None, :] * strides[2]
+    return tl.load(matrix + offsets, mask, other=0.0)
 
 
 @triton.jit
 def matmul_kernel(
-    a, b, a2, b2, bias, c,
-    M, N, K,
-    sa_task, sa_row, sa_k, sb_task, sb_k, sb_column,
-    sa2_task, sa2_row, sa2_k, sb2_task, sb2_k, sb2_column,
-    sbias_task, sbias_column,
-    DUAL: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    P: tl.constexpr,
-):  # fmt: skip
-    """c[t] = a[t] b[t] (+ a2[t] b2[t]) (+ bias[t]); c is contiguous ``[T, M, N]``."""
-    task = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    column = tl.program_id(1) * BN + tl.arange(0, BN)
-    total = tl.zeros((BM, BN), dtype=tl.float32)
-    total = _add_product(
-        total, a + task * sa_task, b + task * sb_task, sa_row, sa_k, sb_k, sb_column,
-        row, column, M, N, K, BK, P,
-    )  # fmt: skip
-    if DUAL:
-        total = _add_product(
-            total, a2 + task * sa2_task, b2 + task * sb2_task, sa2_row, sa2_k, sb2_k, sb2_column,
-            row, column, M, N, K, BK, P,
-        )  # fmt: skip
-    if BIAS:
-        shift = tl.load(
-            bias + task * sbias_task + column * sbias_column, mask=column < N, other=0.0
-        )
-        total += shift[None, :]
-    inside = (row[:, None] < M) & (column[None, :] < N)
-    tl.store(c + task * M * N + row[:, None] * N + column[None, :], total, mask=inside)
+    a,
+    b,
+    a2,
+    b2,
+    bias,
+    sums,
+    out,
+    sizes,
+    a_strides,
+    b_strides,
+    a2_strides,
+    b2_strides,
+    bias_stride,
+    PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """Out ``[SPLITS, T, M, N]`` = a b + a2 b2 + bias, each split over its part of the inner sum;
+    sums ``[SPLITS, T, M]``: those of a's rows.
+    """
+    tasks, M, N, K = sizes
+    tile, task, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    across = tl.cdiv(N, COLUMNS)
+    m = (tile // across) * ROWS + tl.arange(0, ROWS)
+    n = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
+    part = tl.cdiv(tl.cdiv(K, SPLITS), INNER) * INNER
+    last = tl.minimum((split + 1) * part, K)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    row_sums = tl.zeros((ROWS,), tl.float32)
+    for start in range(split * part, last, INNER):
+        k = start + tl.arange(0, INNER)
+        left = _block(a + task * a_strides[0], m, k, a_strides, M, last)
+        right = _block(b + task * b_strides[0], k, n, b_strides, last, N)
+        acc = dot(left, right, acc, PRECISION)
+        if sums is not None:
+            row_sums += tl.sum(left, 1)
+        if a2 is not None:
+            left = _block(a2 + task * a2_strides[0], m, k, a2_strides, M, last)
+            right = _block(b2 + task * b2_strides[0], k, n, b2_strides, last, N)
+            acc = dot(left, right, acc, PRECISION)
+    if bias is not None:
+        acc += tl.load(bias + task * bias_stride + n, n < N, other=0.0)[None, :]
+    at = (split * tasks + task) * M + m
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    tl.store(out + at[:, None] * N + n[None, :], acc, mask)
+    if sums is not None:
+        tl.store(sums + at, row_sums, (m < M) & (tile % across == 0))
 
 
-def matmul(pairs: Sequence[Pair], bias: Tensor | None = None) -> Tensor:
-    """The sum of one or two products ``[T, M, K] @ [T, K, N]``, plus ``bias [T, N]``."""
-    a, b = pairs[0]
-    a2, b2 = pairs[-1]
-    tasks, m, k = a.shape
-    n = b.shape[-1]
-    out = a.new_empty(tasks, m, n)
-    shift = out if bias is None else bias
-    bm, bn = tile(m), tile(n)
-    matmul_kernel[(triton.cdiv(m, bm), triton.cdiv(n, bn), tasks)](
-        a, b, a2, b2, shift, out,
-        m, n, k,
-        *a.stride(), *b.stride(), *a2.stride(), *b2.stride(),
-        shift.stride(0), shift.stride(-1),
-        DUAL=len(pairs) == 2, BIAS=bias is not None, BM=bm, BN=bn, BK=tile(k, 32),
-        P=linear_precision(),
-    )  # fmt: skip
-    return out
+def matmul(
+    pairs: list[Matrices],
+    precision: str,
+    *,
+    bias: Tensor | None = None,
+    row_sums: bool = False,
+    split: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``(sum of a b over the pairs + bias [T, columns], row sums of the first a or None)``."""
+    (a, b), (a2, b2) = pairs[0], pairs[1] if len(pairs) == 2 else (None, None)
+    tasks, rows, inner = a.shape
+    columns = b.shape[2]
+    blocks = choose_blocks(tasks, rows, columns, inner, precision, split=split)
+    out = a.new_empty(blocks.splits, tasks, rows, columns)
+    sums = a.new_empty(blocks.splits, tasks, rows) if row_sums else None
+    matmul_kernel[(blocks.tiles(rows, columns), tasks, blocks.splits)](
+        a,
+        b,
+        a2,
+        b2,
+        bias,
+        sums,
+        out,
+        (tasks, rows, columns, inner),
+        a.stride(),
+        b.stride(),
+        None if a2 is None else a2.stride(),
+        None if b2 is None else b2.stride(),
+        0 if bias is None else bias.stride(0),
+        PRECISION=dot_precision(precision),
+        SPLITS=blocks.splits,
+        ROWS=blocks.rows,
+        COLUMNS=blocks.columns,
+        INNER=blocks.inner,
+        **blocks.options,
+    )
+    return added(out), None if sums is None else added(sums)
 
 
-class Linear(FusedBilinearRule):
+def added(parts: Tensor) -> Tensor:
+    """The sum of the splits, in their order."""
+    return parts[0] if len(parts) == 1 else parts.sum(0)
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """``[T, N, ..., C]`` as ``[T, rows, C]``."""
+    return tensor.flatten(1, -2)
+
+
+class Linear(Bilinear):
     """x ``[T, N, ..., in]``, weight ``[T, out, in]``, bias ``[T, out]``."""
 
-    def products(self, op: Op, pairs: Sequence[Pair], bias: Tensor | None, shape: Shape) -> Tensor:
-        return matmul([(_flat(x), w.mT) for x, w in pairs], bias).view(shape)
+    def product(self, op: Op, out_shape: Shape, pairs: Pairs, bias: Tensor | None) -> Tensor:
+        matrices = [(_matrix(x), w.mT) for x, w in pairs]
+        y, _ = matmul(matrices, self.precision, bias=bias)
+        return y.view(*pairs[0][0].shape[:2], *out_shape)
 
-    def input_grads(self, op: Op, pairs: Sequence[Pair], like: Tensor) -> Tensor:
-        return matmul([(_flat(gy), w) for gy, w in pairs]).view(like.shape)
+    def input_grad(self, op: Op, pairs: Pairs, like: Tensor) -> Tensor:
+        gx, _ = matmul([(_matrix(gy), w) for gy, w in pairs], self.precision)
+        return gx.view(like.shape)
 
-    def weight_grads(self, op: Op, pairs: Sequence[Pair], like: Tensor) -> Tensor:
-        return matmul([(_flat(gy).mT, _flat(x)) for x, gy in pairs])
+    def weight_grad(
+        self, op: Op, pairs: Pairs, like: Tensor, *, bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        matrices = [(_matrix(gy).mT, _matrix(x)) for gy, x in pairs]
+        return matmul(matrices, self.precision, row_sums=bias, split=True)
 
-    def bias_grad(self, gy: Tensor) -> Tensor:
-        return _flat(gy).sum(1)
-
-    def broadcast(self, bias: Tensor, shape: Shape) -> Tensor:
-        return bias.view(len(bias), *[1] * (len(shape) - 2), -1).expand(shape)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """``[T, N, ..., C]`` as ``[T, rows, C]``."""
-    return x.flatten(1, -2)
-
-
-RULES: dict[str, Rule] = {"linear": Linear()}
+    def broadcast(self, bias: Tensor, tasks_examples: Shape, out_shape: Shape) -> Tensor:
+        aligned = bias.view(len(bias), *[1] * len(out_shape), -1)
+        return aligned.expand(*tasks_examples, *out_shape)

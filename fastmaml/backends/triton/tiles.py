@@ -1,26 +1,10 @@
-"""What the kernels share: tensors as rows of channels, tile sizes, products of tiles."""
+"""How the kernels see tensors: rows of channels, elements without gaps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import triton
-import triton.language as tl
 from torch import Tensor
-
-
-@triton.jit
-def multiply_tiles(a, b, total, PRECISION: tl.constexpr):
-    """``total + a @ b`` in one of ``fastmaml.backends.precision.PRECISIONS``."""
-    if PRECISION == "bf16":
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
-    else:  # as a constant's other branch it is not compiled
-        return tl.dot(a, b, total, input_precision=PRECISION)
-
-
-def tile(size: int, largest: int = 64) -> int:
-    """The side of a tile over ``size`` rows or columns: a power of two that tl.dot takes."""
-    return min(largest, max(16, triton.next_power_of_2(size)))
 
 
 def rows(x: Tensor) -> Tensor:
@@ -31,6 +15,19 @@ def rows(x: Tensor) -> Tensor:
 def from_rows(values: Tensor, shape: Sequence[int]) -> Tensor:
     """Rows of channels as a view of ``shape [T, N, C, *positions]``."""
     return values.view(*shape[:2], *shape[3:], shape[2]).movedim(-1, 2)
+
+
+def new_channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Uninitialised memory of ``shape [T, N, C, *positions]``, rows of channels."""
+    tasks, examples, channels, *positions = shape
+    return like.new_empty(tasks, examples, *positions, channels).movedim(-1, 2)
+
+
+def aligned(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one shape with the same strides, but for the tasks' one."""
+    if len({t.stride()[1:] for t in tensors}) == 1:
+        return list(tensors)
+    return [t.contiguous() if t.ndim < 4 else from_rows(rows(t), t.shape) for t in tensors]
 
 
 def dense(x: Tensor, like: Tensor | None = None) -> Tensor:

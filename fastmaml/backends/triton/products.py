@@ -1,0 +1,81 @@
+"""What the products share: one step on the tensor cores, and how work is cut into blocks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+_ENOUGH_BLOCKS = 256  # keep any of today's GPUs busy: about two for each multiprocessor
+_MOST_SPLITS = 32
+_FEWEST_STEPS = 4  # of the inner loop in one part of a split sum
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """Acc + a b. Bfloat16 rounds both factors; their products and the sum are float32's."""
+    if PRECISION == "bf16":
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
+    elif PRECISION == "bf16 by hand":  # the interpreter multiplies bfloat16's bits as integers
+        a, b = a.to(tl.bfloat16).to(tl.float32), b.to(tl.bfloat16).to(tl.float32)
+        return tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+def dot_precision(precision: str) -> str:
+    """The kernels' name of a precision."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return "bf16 by hand" if precision == "bf16" and interpreted else precision
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a product ``[rows, inner] x [inner, columns]`` per task is cut."""
+
+    rows: int
+    columns: int
+    inner: int
+    splits: int
+    warps: int
+
+    def tiles(self, rows: int, columns: int) -> int:
+        """Blocks of one task's result."""
+        return triton.cdiv(rows, self.rows) * triton.cdiv(columns, self.columns)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Launch options."""
+        return {"num_warps": self.warps, "num_stages": 3}
+
+
+def choose_blocks(
+    tasks: int, rows: int, columns: int, inner: int, precision: str, *, split: bool = False
+) -> Blocks:
+    """A function of the shape alone: the same blocks, and so the same sums, on every device.
+
+    Blocks get smaller until there are enough of them; with ``split`` the sum over ``inner`` is
+    cut too, into parts that a second pass adds up.
+    """
+    block_columns = _fitting(columns, 64)
+    block_rows = _fitting(rows, 64 if precision == "ieee" else 128)
+    block_inner = _fitting(inner, 64 if precision == "bf16" else 32)
+
+    def tiles() -> int:
+        return tasks * triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns)
+
+    while tiles() < _ENOUGH_BLOCKS and block_rows > 32:
+        block_rows //= 2
+    splits = 1
+    if split:
+        useful = triton.cdiv(inner, _FEWEST_STEPS * block_inner)
+        splits = max(1, min(triton.cdiv(_ENOUGH_BLOCKS, tiles()), useful, _MOST_SPLITS))
+    warps = 8 if block_rows * block_columns >= 128 * 64 else 4
+    return Blocks(block_rows, block_columns, block_inner, splits, warps)
+
+
+def _fitting(size: int, most: int) -> int:
+    """A power of two, at least what a tensor core takes."""
+    return max(16, min(most, triton.next_power_of_2(size)))
