@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from episode_images import IMAGES
 from torch import Tensor
 
 from fastmaml.data import EpisodeSampler
@@ -15,17 +16,6 @@ from fastmaml.data.drawing import ReferenceDrawing
 
 CLASSES = 9
 SEED, BATCH = 2**63 + 11, 2**33 + 5
-IMAGES = {
-    "grey bytes": torch.randint(256, (70, 7, 7), dtype=torch.uint8),
-    "one-channel bytes": torch.randint(256, (70, 1, 28, 28), dtype=torch.uint8),
-    "colour bytes": torch.randint(256, (70, 3, 5, 5), dtype=torch.uint8),
-    "float32": torch.randn(70, 2, 3, 3),
-    "float64": torch.randn(70, 4, 4, dtype=torch.float64),
-    "bfloat16": torch.randn(70, 1, 5, 5).bfloat16(),
-    "float16": torch.randn(70, 3, 3).half(),
-    "films": torch.randn(70, 2, 3, 4, 4),
-    "vectors": torch.randn(70, 11),
-}
 KINDS = [
     (kind, r) for kind in IMAGES for r in (False, True, "classes") if not r or kind != "vectors"
 ]

@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from episode_images import IMAGES
 from torch import Tensor
 
 from fastmaml.data import EpisodeSampler, TaskBatch
@@ -16,17 +17,6 @@ from fastmaml.data.ahead import Ahead
 from fastmaml.data.drawing import ReferenceDrawing
 
 CLASSES = 9
-IMAGES = {
-    "grey bytes": torch.randint(256, (70, 7, 7), dtype=torch.uint8),
-    "one-channel bytes": torch.randint(256, (70, 1, 28, 28), dtype=torch.uint8),
-    "colour bytes": torch.randint(256, (70, 3, 5, 5), dtype=torch.uint8),
-    "float32": torch.randn(70, 2, 3, 3),
-    "float64": torch.randn(70, 4, 4, dtype=torch.float64),
-    "bfloat16": torch.randn(70, 1, 5, 5).bfloat16(),
-    "float16": torch.randn(70, 3, 3).half(),
-    "films": torch.randn(70, 2, 3, 4, 4),
-    "vectors": torch.randn(70, 11),
-}
 
 
 def make(images: Tensor, **changes) -> EpisodeSampler:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from doors import by_door
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -141,23 +142,6 @@ def reference(
         total = total + query / len(tasks.query_x)
     grads = torch.autograd.grad(total, list(maml.parameters()), allow_unused=True)
     return total.detach(), list(grads)
-
-
-def by_door(maml: fastmaml.MAML, tasks: TaskBatch, steps: int, door: int) -> Tensor:
-    if door == 3:
-        return maml.meta_loss(tasks, steps=steps)
-    if door == 2:
-        learner = maml.clone(tasks=len(tasks.support_x))
-        for _ in range(steps):
-            learner.adapt(per_task(F.cross_entropy, learner(tasks.support_x), tasks.support_y))
-        return per_task(F.cross_entropy, learner(tasks.query_x), tasks.query_y).mean()
-    total = torch.zeros((), dtype=torch.float64)
-    for sx, sy, qx, qy in zip(*tasks, strict=True):
-        learner = maml.clone()
-        for _ in range(steps):
-            learner.adapt(F.cross_entropy(learner(sx), sy))
-        total = total + F.cross_entropy(learner(qx), qy) / len(tasks.query_x)
-    return total
 
 
 def learned(value: float, per: str | tuple[str, ...] = (), steps: int | None = None) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from doors import by_door
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -88,23 +89,6 @@ class Oracle:
         for name in self.buffers[0]:
             rows = maml.norms.get_buffer(name.replace(".", "_"))
             torch.testing.assert_close(rows, torch.stack([b[name] for b in self.buffers]))
-
-
-def by_door(maml: MAMLPlusPlus, tasks: TaskBatch, steps: int, door: int) -> Tensor:
-    if door == 3:
-        return maml.meta_loss(tasks, steps=steps)
-    if door == 2:
-        learner = maml.clone(tasks=T)
-        for _ in range(steps):
-            learner.adapt(per_task(F.cross_entropy, learner(tasks.support_x), tasks.support_y))
-        return per_task(F.cross_entropy, learner(tasks.query_x), tasks.query_y).mean()
-    total = torch.zeros((), dtype=torch.float64)
-    for sx, sy, qx, qy in zip(*tasks, strict=True):
-        learner = maml.clone()
-        for _ in range(steps):
-            learner.adapt(F.cross_entropy(learner(sx), sy))
-        total = total + F.cross_entropy(learner(qx), qy) / T
-    return total
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
