@@ -6,7 +6,6 @@ float32 on CUDA devices; other dtypes run through the reference rules on the dev
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,11 +23,6 @@ from fastmaml.program.ir import Graph, Op, freeze
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.rules import LOSSES as REFERENCE_LOSSES
 from fastmaml.rules import Rule
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 class GpuExecutor(ReferenceExecutor):

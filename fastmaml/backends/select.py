@@ -67,7 +67,8 @@ def make_executor(graph: Graph, layout: ParameterLayout, x: Tensor) -> Executor:
 
 def _gpu(graph: Graph, layout: ParameterLayout, x: Tensor, forced: bool) -> Executor:
     try:
-        from fastmaml.backends.gpu import GpuExecutor, interpreted
+        from fastmaml.backends.gpu import GpuExecutor
+        from fastmaml.backends.triton.products import interpreted
     except ImportError as error:
         message = f"the gpu backend needs Triton, which could not be loaded ({error})"
         if forced:

@@ -25,10 +25,14 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 def dot_precision(precision: str) -> str:
     """The kernels' name of a precision."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return "bf16 by hand" if precision == "bf16" and interpreted else precision
+    return "bf16 by hand" if precision == "bf16" and interpreted() else precision
 
 
 @dataclass(frozen=True)
