@@ -110,12 +110,20 @@ def _adjoint(
     want_phi, tasks = call.shared_gradient, len(gy)
     adjoint, gphi, _, _ = executor.backward(query_state, gy, want_phi=want_phi, want_x=False)
     moments = Moments()
+    learned = call.rates_gradient or any(call.coefficients_gradient)
     by_step: list[Coefficients] = []
     for k, step in reversed(list(enumerate(steps))):
         adjoint, direction, moments, found = update.rule.adjoint(
-            update.at(k), step.theta, step.gtheta, step.moments, adjoint, moments
+            update.at(k),
+            step.theta,
+            step.gtheta,
+            step.moments,
+            adjoint,
+            moments,
+            with_coefficients=learned,
         )
-        by_step.insert(0, found)
+        if found is not None:
+            by_step.insert(0, found)
         if call.first_order:
             continue
         dy, tangent = executor.tangent(step.state, direction, None, None)

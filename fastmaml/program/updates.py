@@ -99,7 +99,9 @@ class UpdateRule:
         moments: Moments,
         cotangent: Tensor,
         cotangents: Moments,
-    ) -> tuple[Tensor, Tensor, Moments, Coefficients]:
+        *,
+        with_coefficients: bool,
+    ) -> tuple[Tensor, Tensor, Moments, Coefficients | None]:
         """The vector-Jacobian product of :meth:`forward`.
 
         Args:
@@ -107,8 +109,8 @@ class UpdateRule:
             cotangent, cotangents: on theta' and on the new moments (None: zero).
 
         Returns:
-            Cotangents on theta, gradient, moments, and on each coefficient ``[T, P]``, element by
-            element.
+            Cotangents on theta, gradient, moments, and ``with_coefficients`` on each coefficient
+            ``[T, P]``, element by element.
         """
         p = self._parts(c, theta, self.clipped(gradient), moments)
         zero = torch.zeros_like(theta)
@@ -136,6 +138,14 @@ class UpdateRule:
             d_v = 0.5 * c.scale * d_eps * _reciprocal(p.root)
             d_v = d_v if cotangents.v is None else d_v + cotangents.v
             d_g = d_g + 2.0 * c.take_v * p.g * d_v
+        d_moments = Moments(
+            c.keep_m * d_m if self.momentum else None,
+            c.keep_v * d_v if self.second_moment else None,
+        )
+        d_theta = c.shrink * cotangent + c.l2 * d_g
+        d_gradient = self._clip_adjoint(gradient, d_g)
+        if not with_coefficients:
+            return d_theta, d_gradient, d_moments, None
         by_coefficient = Coefficients(
             step=-cotangent * p.move,
             shrink=cotangent * theta,
@@ -147,12 +157,7 @@ class UpdateRule:
             scale=d_scale,
             eps=d_eps,
         )
-        d_moments = Moments(
-            c.keep_m * d_m if self.momentum else None,
-            c.keep_v * d_v if self.second_moment else None,
-        )
-        d_theta = c.shrink * cotangent + c.l2 * d_g
-        return d_theta, self._clip_adjoint(gradient, d_g), d_moments, by_coefficient
+        return d_theta, d_gradient, d_moments, by_coefficient
 
     def _clip_adjoint(self, gradient: Tensor, cotangent: Tensor) -> Tensor:
         if self.clip_value is not None:
