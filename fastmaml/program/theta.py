@@ -79,9 +79,7 @@ class Theta:
         """Tensors like the adapted parameters as one row, packed where ``packing`` can."""
         if packing is None or not packing.takes(tensors) or not tensors:
             return cls(layout.flat(tensors)[None])
-        with torch.no_grad():
-            flat = layout.flat(tensors)
-        return cls(PackParameters.apply(packing, layout, flat, *tensors), packing)
+        return _packed(layout, tensors, packing)[1]
 
     def expand(self, tasks: int) -> Theta:
         """One row for each of ``tasks`` tasks."""
@@ -133,10 +131,7 @@ class Start:
     def __init__(self, layout: ParameterLayout, packing: PackedExecutor) -> None:
         self._layout, self._packing = layout, packing
         self._modes = _grad_modes()
-        parameters = layout.adapted_parameters
-        with torch.no_grad():
-            self._flat = layout.flat(parameters)
-        self.theta = Theta(PackParameters.apply(packing, layout, self._flat, *parameters), packing)
+        self._flat, self.theta = _packed(layout, layout.adapted_parameters, packing)
 
     def serves(self, layout: ParameterLayout, packing: PackedExecutor) -> bool:
         """Whether a start made now would be the same."""
@@ -146,6 +141,15 @@ class Start:
             and self._modes == _grad_modes()
             and packing.holds(self._flat, layout.adapted_parameters)
         )
+
+
+def _packed(
+    layout: ParameterLayout, tensors: Sequence[Tensor], packing: PackedExecutor
+) -> tuple[Tensor, Theta]:
+    """Tensors one after the other, without a graph, and as one packed row."""
+    with torch.no_grad():
+        flat = layout.flat(tensors)
+    return flat, Theta(PackParameters.apply(packing, layout, flat, *tensors), packing)
 
 
 def _grad_modes() -> tuple[bool, bool]:
