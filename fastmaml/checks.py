@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 _BATCH_FIELDS = ("support_x", "support_y", "query_x", "query_y")
 
 
-def positive_tasks(tasks: object) -> int:
-    """``tasks`` as a positive int."""
-    if isinstance(tasks, bool) or not isinstance(tasks, int) or tasks < 1:
-        raise ValueError(f"tasks must be a positive int, got {tasks!r}")
-    return tasks
+def positive_int(name: str, value: object) -> int:
+    """``value`` as a positive int."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
+    return value
 
 
 def steps_count(steps: object) -> int:

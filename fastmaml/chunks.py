@@ -28,8 +28,7 @@ def in_chunks(
     Raises:
         ValueError: ``chunk`` is no positive int, or the batch's inputs require gradients.
     """
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"chunk must be a positive int, got {chunk!r}")
+    checks.positive_int("chunk", chunk)
     with torch.no_grad():
         theta = maml.layout().pack(adapted=True)
     batch = checks.batch(batch, theta, labels_needed=True)

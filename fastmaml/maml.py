@@ -112,7 +112,7 @@ class MAML(BaseLearner):
                 arguments ``[T, N, ...]``.
         """
         if tasks is not None:
-            checks.positive_tasks(tasks)
+            checks.positive_int("tasks", tasks)
         layout = self.layout()
         return self.learner_class(
             self,

@@ -221,7 +221,7 @@ void MetaStep<T>::adjoint_step(Member& member, Index k) const {
 
 template <typename T>
 void MetaStep<T>::finish_task(Member& member, bool pending) const {
-  if (args_.gtheta == nullptr || theta_size_ == 0) return;
+  if (args_.gtheta == nullptr || (theta_size_ == 0 && !gradient_by_task())) return;
   const Workspace& work = *member.work;
   T* sum = gradient_by_task() ? work.adjoint.get() : theta_sums_.row(member.group);
   kernels_.axpby(theta_size_, T(1), work.adjoint.get(), -rate_,

@@ -64,8 +64,7 @@ class ProtoMAML(MAML):
         inner: InnerOptimizer | None = None,
     ) -> None:
         for name, value in (("size", size), ("ways", ways)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
+            checks.positive_int(name, value)
         super().__init__(_Classifier(features, size, ways), lr, first_order, inner=inner)
         self.ways = ways
         # past nn.Module's bookkeeping: its parameters are those of self.module

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastmaml import _core
 from fastmaml.backends.base import MetaStep, MetaStepResult
+from fastmaml.backends.native import MetaStepArguments, batch_sizes, dtype_name, pointer
 from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.updates import FusedUpdate
@@ -39,7 +40,7 @@ class CpuExecutor:
         self._dtype = dtype
         slots = [layout.slots[layout.aliases[name]] for name in graph.parameters]
         self._program = _core.Program(
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             values=list(graph.values),
             ops=[
                 {
@@ -118,7 +119,7 @@ class CpuExecutor:
             tasks=tasks,
             examples=examples,
             y=y.data_ptr(),
-            stats=_pointer(statistics),
+            stats=pointer(statistics),
             threads=self._threads(x),
             keep=keep,
             packed=self is self.packed,
@@ -134,8 +135,8 @@ class CpuExecutor:
             context=state.context,
             gy=gy.data_ptr(),
             gtheta=gtheta.data_ptr(),
-            gshared=_pointer(gphi),
-            gx=_pointer(gx),
+            gshared=pointer(gphi),
+            gx=pointer(gx),
             threads=self._threads(state.inputs[-1], passes=2),
             keep=keep,
         )
@@ -153,8 +154,8 @@ class CpuExecutor:
             context=state.context,
             dtheta=dtheta.data_ptr(),
             dtheta_stride=stride,
-            dshared=_pointer(dphi),
-            dx=_pointer(dx),
+            dshared=pointer(dphi),
+            dx=pointer(dx),
             dy=dy.data_ptr(),
             threads=self._threads(x, passes=2),
         )
@@ -176,34 +177,33 @@ class CpuExecutor:
             context=state.context,
             gradient=gradient[0],
             tangent=tangent[0],
-            dgy=_pointer(dgy),
+            dgy=pointer(dgy),
             dgtheta=dgtheta.data_ptr(),
-            dgshared=_pointer(dgphi),
-            dgx=_pointer(dgx),
+            dgshared=pointer(dgphi),
+            dgx=pointer(dgx),
             threads=self._threads(state.inputs[-1], passes=4),
         )
         return dgtheta, dgphi, dgx
 
     def meta_step(self, call: MetaStep) -> MetaStepResult:
-        x, y = call.support_x.contiguous(), call.support_y.contiguous()
-        qx, qy = (None if t is None else t.contiguous() for t in (call.query_x, call.query_y))
-        theta, phi, flat = call.theta.contiguous(), call.phi.contiguous(), _flat(call.buffers, x)
-        first = x[0] if call.minibatches else x
-        tasks, examples = first.shape[:2]
+        arguments = MetaStepArguments(call)
+        theta, phi = arguments.theta, call.phi.contiguous()
+        flat = _flat(call.buffers, call.support_x)
+        tasks, examples, query_examples = batch_sizes(call)
+        rows = call.steps + (call.query_x is not None)
         result = MetaStepResult(
-            losses=x.new_zeros(tasks),
-            statistics=self._statistics(x, tasks, call.steps + (qx is not None)),
+            losses=theta.new_zeros(tasks), statistics=self._statistics(theta, tasks, rows)
         )
         if call.gradient:
-            result.theta_grad = torch.zeros_like(theta)
+            result.theta_grad = torch.empty_like(theta)
             result.phi_grad = torch.empty_like(phi) if call.shared_gradient else None
             if call.rates_gradient and call.rates is not None:
                 result.rates_grad = theta.new_empty(call.rates.shape)
         else:
-            result.adapted = x.new_empty(tasks, self._program.theta_size)
-            if qx is not None:
-                result.predictions = x.new_empty(tasks, qx.shape[1], *self._output_shape)
-        rates = None if call.rates is None else call.rates.contiguous()
+            result.adapted = theta.new_empty(tasks, self._program.theta_size)
+            if call.query_x is not None:
+                shape = tasks, query_examples, *self._output_shape
+                result.predictions = theta.new_empty(shape)
         update = call.update if theta.numel() else None  # else nothing moves
         tables = [] if call.update is None else [c.contiguous() for c in call.update.coefficients]
         wanted = call.coefficients_gradient or [False] * len(tables)
@@ -212,39 +212,27 @@ class CpuExecutor:
             for table, want in zip(tables, wanted, strict=True)
         ]
         self._program.meta_step(
-            theta=theta.data_ptr(),
+            **arguments.common(result.losses),
             theta_stride=theta.shape[1] if theta.ndim == 2 else 0,
             shared=phi.data_ptr(),
             buffers=flat.data_ptr(),
-            support_x=x.data_ptr(),
-            support_y=y.data_ptr(),
-            support_examples=examples,
-            support_batches=len(x) if call.minibatches else 1,
-            query_x=_pointer(qx),
-            query_y=_pointer(qy),
-            query_examples=0 if qx is None else qx.shape[1],
-            tasks=tasks,
-            steps=call.steps,
-            loss=call.loss,
-            first_order=call.first_order,
-            rate=call.rate,
-            rates=_pointer(rates),
-            rate_steps=1 if rates is None or rates.ndim == 1 else len(rates),
             update=None if update is None else _native_update(update, tables, result),
-            losses=result.losses.data_ptr() if qy is not None else 0,
-            gtheta=_pointer(result.theta_grad),
-            gshared=_pointer(result.phi_grad),
-            grates=_pointer(result.rates_grad),
-            stats=_pointer(result.statistics),
-            adapted=_pointer(result.adapted),
-            predictions=_pointer(result.predictions),
-            threads=self._threads(first, passes=_STEP_PASSES * (call.steps + 1)),
+            gtheta=pointer(result.theta_grad),
+            gshared=pointer(result.phi_grad),
+            grates=pointer(result.rates_grad),
+            stats=pointer(result.statistics),
+            adapted=pointer(result.adapted),
+            predictions=pointer(result.predictions),
+            threads=self._useful_threads(tasks, examples, _STEP_PASSES * (call.steps + 1)),
             memory_budget_bytes=self.memory_budget,
         )
         return result
 
     def _threads(self, x: Tensor, passes: int = 1) -> int:
         tasks, examples = x.shape[:2]
+        return self._useful_threads(tasks, examples, passes)
+
+    def _useful_threads(self, tasks: int, examples: int, passes: int) -> int:
         return self._program.useful_threads(tasks, examples, passes, torch.get_num_threads())
 
     def _statistics(self, x: Tensor, *lead: int) -> Tensor | None:
@@ -275,7 +263,7 @@ def _native_update(
         clip_norm=rule.clip_norm or 0.0,
         clip_value=rule.clip_value or 0.0,
         coefficients=[
-            (table.data_ptr(), len(table), table.shape[1] > 1, _pointer(gradient))
+            (table.data_ptr(), len(table), table.shape[1] > 1, pointer(gradient))
             for table, gradient in zip(tables, result.coefficient_grads, strict=True)
         ],
     )
@@ -283,10 +271,6 @@ def _native_update(
 
 def _copying_threads(tensor: Tensor) -> int:
     return torch.get_num_threads() if tensor.numel() > _WORTH_A_THREAD else 1
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _rows(theta: Tensor) -> tuple[Tensor, int]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from fastmaml import _core
 from fastmaml.backends.base import MetaStep, MetaStepResult
 from fastmaml.backends.device import kernels_or_emulated, stream_on
+from fastmaml.backends.native import MetaStepArguments, batch_sizes, dtype_name, pointer
 from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
 
@@ -38,7 +38,7 @@ class MlpKernel:
         kernels = kernels_or_emulated(call.theta.device)
         if kernels is None or call.update is not None or call.theta.ndim != 1:
             return False
-        support, query = _examples(call)
+        _, support, query = batch_sizes(call)
         if max(support, query) * self._work > _MOST_WORK:
             return False
         needed = self._network(kernels).shared_bytes(support_examples=support, query_examples=query)
@@ -46,33 +46,29 @@ class MlpKernel:
 
     def meta_step(self, call: MetaStep, emulated_threads: int = 1) -> MetaStepResult:
         """See :meth:`fastmaml.backends.base.Executor.meta_step`."""
-        theta = call.theta.contiguous()
+        arguments = MetaStepArguments(call)
+        theta = arguments.theta
         kernels = kernels_or_emulated(theta.device)
         if kernels is None:
             raise RuntimeError(f"fastmaml's CUDA kernels do not run on {theta.device}")
-        x, y = call.support_x.contiguous(), call.support_y.contiguous()
-        qx, qy = (None if t is None else t.contiguous() for t in (call.query_x, call.query_y))
-        rates = None if call.rates is None else call.rates.contiguous()
-        tasks = x.shape[1] if call.minibatches else len(x)
-        support, query = _examples(call)
+        tasks, _, query = batch_sizes(call)
         result = MetaStepResult(losses=theta.new_zeros(tasks))
         if call.gradient:
             result.theta_grad = torch.empty_like(theta)
             result.phi_grad = torch.zeros_like(call.phi) if call.shared_gradient else None
-            if call.rates_gradient and rates is not None:
-                result.rates_grad = torch.empty_like(rates)
+            if call.rates_gradient and call.rates is not None:
+                result.rates_grad = theta.new_empty(call.rates.shape)
         else:
             result.adapted = theta.new_empty(tasks, len(theta))
-            if qx is not None:
+            if call.query_x is not None:
                 result.predictions = theta.new_empty(tasks, query, self._layers[-1][1])
         network = self._network(kernels)
-        rate_steps = 1 if rates is None or rates.ndim == 1 else len(rates)
         scratch = torch.empty(
             network.scratch_bytes(
                 tasks=tasks,
                 steps=call.steps,
                 first_order=call.first_order,
-                rate_steps=rate_steps,
+                rate_steps=arguments.rate_steps,
                 gradient=call.gradient,
                 rates_gradient=result.rates_grad is not None,
             ),
@@ -80,43 +76,18 @@ class MlpKernel:
             device=theta.device,
         )
         network.meta_step(
-            theta=theta.data_ptr(),
-            support_x=x.data_ptr(),
-            support_y=y.data_ptr(),
-            support_examples=support,
-            support_batches=len(x) if call.minibatches else 1,
-            query_x=_pointer(qx),
-            query_y=_pointer(qy),
-            query_examples=query,
-            tasks=tasks,
-            steps=call.steps,
-            loss=call.loss,
-            first_order=call.first_order,
-            rate=call.rate,
-            rates=_pointer(rates),
-            rate_steps=rate_steps,
-            losses=result.losses.data_ptr() if qy is not None else 0,
-            gtheta=_pointer(result.theta_grad),
-            grates=_pointer(result.rates_grad),
-            adapted=_pointer(result.adapted),
-            predictions=_pointer(result.predictions),
+            **arguments.common(result.losses),
+            gtheta=pointer(result.theta_grad),
+            grates=pointer(result.rates_grad),
+            adapted=pointer(result.adapted),
+            predictions=pointer(result.predictions),
             scratch=scratch.data_ptr(),
             stream=stream_on(theta.device, emulated_threads),
         )
         return result
 
     def _network(self, kernels: _core.DeviceKernels) -> _core.Mlp:
-        dtype = str(self._dtype).removeprefix("torch.")
-        return _core.Mlp(kernels, dtype, self._layers, self._layout.theta_size)
-
-
-def _examples(call: MetaStep) -> tuple[int, int]:
-    axis = 2 if call.minibatches else 1
-    return call.support_x.shape[axis], 0 if call.query_x is None else call.query_x.shape[1]
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+        return _core.Mlp(kernels, dtype_name(self._dtype), self._layers, self._layout.theta_size)
 
 
 def _chain(graph: Graph, layout: ParameterLayout) -> list[_Layer] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,18 +20,15 @@ class DeviceDrawing:
     """
 
     def __init__(self, plan: EpisodePlan, emulated_threads: int = 1) -> None:
-        images, device = plan.images, plan.images.device
+        device = plan.images.device
         kernels = kernels_or_emulated(device)
         if kernels is None:
             raise RuntimeError(f"fastmaml's CUDA kernels do not run on {device}")
         self._plan, self._kernels, self._emulated_threads = plan, kernels, emulated_threads
-        shape = images.shape[1:]
-        self._channels, self._plane = prod(shape[:-2]), prod(shape[-2:])
-        self._in_two_bytes = images.element_size() == 2
         self._dtype = plan.factor_and_shift[0].dtype
-        affine = ([], []) if self._in_two_bytes else plan.per_channel(self._channels)
         self._factors, self._shifts = (
-            torch.tensor(numbers, dtype=self._dtype, device=device) for numbers in affine
+            torch.tensor(numbers, dtype=self._dtype, device=device)
+            for numbers in plan.per_channel()
         )
         counts = np.array([len(m) for m in plan.members])
         self._members, self._starts, self._counts = (
@@ -60,7 +57,7 @@ class DeviceDrawing:
     def __reduce__(self) -> tuple[object, ...]:
         return _restored, (self._plan, self._emulated_threads, *self.place())
 
-    def _draw(self, **which: int) -> tuple[Tensor, Tensor]:
+    def _draw(self, **which: Any) -> tuple[Tensor, Tensor]:
         plan = self._plan
         images = plan.images
         support, query = (
@@ -72,28 +69,19 @@ class DeviceDrawing:
             for n in (plan.shots, plan.queries)
         )
         self._kernels.draw_episodes(
-            images=images.data_ptr(),
-            pixel="two_bytes" if self._in_two_bytes else str(images.dtype).removeprefix("torch."),
-            channels=self._channels,
-            plane=self._plane,
+            **plan.for_core(),
             factors=self._factors.data_ptr(),
             shifts=self._shifts.data_ptr(),
             members=self._members.data_ptr(),
             starts=self._starts.data_ptr(),
             counts=self._counts.data_ptr(),
             classes=len(plan.members),
-            ways=plan.ways,
-            shots=plan.shots,
-            queries=plan.queries,
-            tasks=plan.tasks,
-            rotations=plan.rotations,
-            first_task=plan.first_task,
             support_x=support.data_ptr(),
             query_x=query.data_ptr(),
             stream=stream_on(images.device, self._emulated_threads),
             **which,
         )
-        if self._in_two_bytes:
+        if plan.in_two_bytes:
             return plan.normalised(support), plan.normalised(query)
         return support, query
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmaml import _core
+from fastmaml.backends.native import dtype_name
 from fastmaml.data.philox import below, distinct, task_words
 
 _TURNS = 4
@@ -43,6 +44,28 @@ class EpisodePlan:
     factor_and_shift: tuple[Tensor, Tensor]
     turned: Tensor | None
 
+    @property
+    def in_two_bytes(self) -> bool:
+        """Images of half precision are drawn as they are, and scaled by PyTorch."""
+        return self.images.element_size() == 2
+
+    def for_core(self) -> dict[str, Any]:
+        """What the native core is told, wherever it draws."""
+        images = self.images
+        shape = images.shape[1:]
+        return {
+            "images": images.data_ptr(),
+            "pixel": "two_bytes" if self.in_two_bytes else dtype_name(images.dtype),
+            "channels": prod(shape[:-2]),
+            "plane": prod(shape[-2:]),
+            "ways": self.ways,
+            "shots": self.shots,
+            "queries": self.queries,
+            "tasks": self.tasks,
+            "rotations": self.rotations,
+            "first_task": self.first_task,
+        }
+
     def normalised(self, x: Tensor) -> Tensor:
         """In two roundings, so that no backend may fuse them into one and differ."""
         factor, shift = self.factor_and_shift
@@ -55,10 +78,11 @@ class EpisodePlan:
         factor, shift = self.factor_and_shift
         return bool((factor != 1).any() or (shift != 0).any())
 
-    def per_channel(self, channels: int) -> tuple[list[float], list[float]]:
-        """Factors and shifts, one for each channel; none where values stay as they are."""
-        if self.images.is_floating_point() and not self._changes_values:
+    def per_channel(self) -> tuple[list[float], list[float]]:
+        """Factors and shifts, one for each channel; none where the core leaves values alone."""
+        if self.in_two_bytes or (self.images.is_floating_point() and not self._changes_values):
             return [], []
+        channels = prod(self.images.shape[1:-2])
         factors, shifts = (t.double().flatten().tolist() for t in self.factor_and_shift)
         return factors * (channels // len(factors)), shifts * (channels // len(shifts))
 
@@ -112,27 +136,15 @@ class NativeDrawing:
 
     def __init__(self, plan: EpisodePlan) -> None:
         self._plan = plan
-        images = plan.images
-        shape = images.shape[1:]
-        channels, plane = prod(shape[:-2]), prod(shape[-2:])
-        self._in_two_bytes = images.element_size() == 2
-        factors, shifts = ([], []) if self._in_two_bytes else plan.per_channel(channels)
+        shape = plan.images.shape[1:]
+        factors, shifts = plan.per_channel()
         members = np.concatenate(plan.members)
         self._drawer = _core.EpisodeDrawer(
-            images=images.data_ptr(),
-            pixel="two_bytes" if self._in_two_bytes else str(images.dtype).removeprefix("torch."),
-            channels=channels,
-            plane=plane,
+            **plan.for_core(),
             factors=factors,
             shifts=shifts,
             members=members.ctypes.data,
             counts=[len(m) for m in plan.members],
-            ways=plan.ways,
-            shots=plan.shots,
-            queries=plan.queries,
-            tasks=plan.tasks,
-            rotations=plan.rotations,
-            first_task=plan.first_task,
         )
         dtype = plan.factor_and_shift[0].dtype
         self._support, self._query = (
@@ -147,7 +159,7 @@ class NativeDrawing:
         self._drawer.draw(
             seed, batch, support.data_ptr(), query.data_ptr(), threads if self._worth_threads else 1
         )
-        if self._in_two_bytes:
+        if self._plan.in_two_bytes:
             return self._plan.normalised(support), self._plan.normalised(query)
         return support, query
 

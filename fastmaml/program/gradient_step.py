@@ -10,6 +10,7 @@ from torch.autograd import Function
 
 from fastmaml import _core
 from fastmaml.backends.device import kernels_for, stream_on
+from fastmaml.backends.native import dtype_name, pointer
 
 _DTYPES = (torch.float32, torch.float64)
 
@@ -93,8 +94,8 @@ def _adjoint(
     kernels.update_adjoint(
         cotangent=cotangent.data_ptr(),
         gradient=gradient.data_ptr(),
-        dgradient=0 if dgradient is None else dgradient.data_ptr(),
-        drates=0 if drates is None else drates.data_ptr(),
+        dgradient=pointer(dgradient),
+        drates=pointer(drates),
         **_common(gradient, flat),
     )
     if drates is not None:
@@ -106,7 +107,7 @@ def _adjoint(
 def _common(gradient: Tensor, rates: Tensor) -> dict[str, Any]:
     tasks, size = gradient.shape
     return {
-        "dtype": str(gradient.dtype).removeprefix("torch."),
+        "dtype": dtype_name(gradient.dtype),
         "rates": rates.data_ptr(),
         "per_parameter": rates.numel() > 1,
         "tasks": tasks,
