@@ -58,14 +58,11 @@ template <typename T>
 Results<T> fused(const Case<T>& c, int parts) {
   Results<T> r(c);
   Values<T> origin = poisoned<T>(c.outputs * c.ld), mean_dx = poisoned<T>(c.ld), m = mean_dx;
-  const NormReluState<T> state = {c.x.data(),
-                                  c.parameter(c.gamma),
-                                  c.parameter(c.beta),
-                                  r.mean.data(),
-                                  r.variance.data(),
-                                  r.inv_std.data(),
-                                  r.y.data(),
-                                  c.shape.window == 1 ? nullptr : origin.data()};
+  const NormReluState<T> state = {
+      c.x.data(),          c.parameter(c.gamma),
+      c.parameter(c.beta), r.mean.data(),
+      r.variance.data(),   r.inv_std.data(),
+      r.y.data(),          c.shape.window == 1 ? nullptr : origin.data()};
   const NormReluTangent<T> tangent = {c.moving(c.dx), c.parameter(c.dgamma), mean_dx.data(),
                                       m.data()};
   for (int part = 0; part < parts; ++part) {
