@@ -28,6 +28,13 @@ def steps_count(steps: object) -> int:
     return steps
 
 
+def memory_budget(value: object) -> int:
+    """``value`` as a number of bytes."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"memory_budget must be an int of 0 or more bytes, got {value!r}")
+    return value
+
+
 def one_of_lr_and_inner(lr: object, inner: object) -> None:
     """Either a learning rate is given or an inner optimizer."""
     from fastmaml.inner import InnerOptimizer

@@ -38,6 +38,7 @@ def meta_loss(
     start = maml.fused_start(layout, batch)
     theta = theta if start is None else start.detach()
     call = _call(program, batch, steps, kind, theta, phi, rates, order)
+    call.memory_budget = checks.memory_budget(maml.memory_budget)
     if torch.is_grad_enabled():
         call.rates_gradient = call.rates is not None and call.rates.requires_grad
         if call.update is not None:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmaml import checks, fused
+from fastmaml.backends.base import DEFAULT_MEMORY_BUDGET
 from fastmaml.chunks import in_chunks
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.fused import Adapted, FusedRates
@@ -49,6 +50,10 @@ class MAML(BaseLearner):
         inner: what takes the inner steps instead of plain gradient steps, see
             :mod:`fastmaml.inner`; its learned hyperparameters are among ``parameters()``.
 
+    Attributes:
+        memory_budget: bytes of inner steps' activations that :meth:`meta_loss` keeps on the CPU,
+            to be set on any wrapper; steps that do not fit run a second time. 256 MiB by default.
+
     Raises:
         TypeError: ``model`` is no module, or ``lr`` no number.
         ValueError: both ``lr`` and ``inner`` are given, or neither.
@@ -56,6 +61,7 @@ class MAML(BaseLearner):
 
     learner_class: type[Learner] = Learner
     lr: float | Tensor
+    memory_budget: int = DEFAULT_MEMORY_BUDGET
 
     def __init__(
         self,

@@ -273,7 +273,7 @@ def in_double(call: MetaStep) -> MetaStep:
 
 def check_meta(problem: Problem, call: MetaStep, budget: int | None = None) -> None:
     native, reference = problem.executors()
-    native.memory_budget = native.memory_budget if budget is None else budget
+    call = call if budget is None else replace(call, memory_budget=budget)
     expected = reference.meta_step(in_double(call))
     with threads_set(problem.threads):
         found = native.meta_step(call)

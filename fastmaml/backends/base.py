@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastmaml.program.updates import FusedUpdate
 
+DEFAULT_MEMORY_BUDGET = 1 << 28
+
 
 @dataclass
 class MetaStep:
@@ -18,6 +20,8 @@ class MetaStep:
     ``theta [P]``, or ``[T, P]`` where tasks do not start alike, ``phi [Q]``; support and query
     ``[T, N, ...]``, with ``minibatches`` the support ``[B, T, N, ...]``, of which step k takes
     batch k modulo B. ``rates``: per-parameter factors on ``rate``, ``[P]`` or ``[K, P]``, or None.
+    ``memory_budget``: bytes of saved activations, beyond which inner steps are run again, where
+    the backend can.
     ``update``: takes the inner steps instead of ``rate`` and ``rates``; ``coefficients_gradient``:
     of which of its coefficients.
     """
@@ -40,6 +44,7 @@ class MetaStep:
     rates_gradient: bool = False
     update: FusedUpdate | None = None
     coefficients_gradient: Sequence[bool] = ()
+    memory_budget: int = DEFAULT_MEMORY_BUDGET
 
 
 @dataclass

@@ -20,7 +20,6 @@ from fastmaml.program.updates import FusedUpdate
 _PYTHON_ONLY = ("running", "momentum")  # whose running statistics a batch norm feeds, and how
 _STEP_PASSES = 6  # of a second-order inner step: forward, backward, and its part of the adjoint
 _WORTH_A_THREAD = 1 << 17  # elements to copy
-DEFAULT_MEMORY_BUDGET = 1 << 30  # bytes of saved activations before a meta-step recomputes them
 
 
 @dataclass
@@ -35,7 +34,6 @@ class CpuExecutor:
     name = "cpu"
 
     def __init__(self, graph: Graph, layout: ParameterLayout, dtype: torch.dtype) -> None:
-        self.memory_budget = DEFAULT_MEMORY_BUDGET
         self._output_shape = graph.values[graph.output]
         self._dtype = dtype
         slots = [layout.slots[layout.aliases[name]] for name in graph.parameters]
@@ -224,7 +222,7 @@ class CpuExecutor:
             adapted=pointer(result.adapted),
             predictions=pointer(result.predictions),
             threads=self._useful_threads(tasks, examples, _STEP_PASSES * (call.steps + 1)),
-            memory_budget_bytes=self.memory_budget,
+            memory_budget_bytes=call.memory_budget,
         )
         return result
 
