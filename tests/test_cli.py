@@ -119,7 +119,8 @@ def test_train_resume_and_evaluate_omniglot(omniglot, capsys):
 def test_the_options_reach_the_recipe(omniglot):
     options = "--ways 3 --queries 1 --inner-lr 0.1 --steps 2 --test-steps 4 --lr 0.01 --seed 7"
     flags = ["--first-order", "--no-rotations", "--model", "fc", "--validate-every", "1"]
-    flags += ["--algorithm", "anil"]
+    flags += ["--algorithm", "anil", "--train-shots", "1", "--inner-batch", "3", "--anneal", "9"]
+    flags += ["--inner-optimizer", "adam", "--optimizer", "sgd", "--device", "cpu"]
     command = ["train", "omniglot", "--data", str(omniglot), *TINY, *options.split(), *flags]
     assert main([*command, "--iterations", "1", "--test-tasks", "2"]) == 0
     trainer = load_checkpoint("omniglot-3way-1shot.pt")
@@ -138,6 +139,11 @@ def test_the_options_reach_the_recipe(omniglot):
         "model": "fc",
         "algorithm": "anil",
         "seed": 7,
+        "train_shots": 1,
+        "inner_batch": 3,
+        "inner_optimizer": "adam",
+        "optimizer": "sgd",
+        "anneal": 9,
     }
     assert trainer.history[0]["iteration"] == 1
 
@@ -188,3 +194,9 @@ def test_argparse_refuses_bad_values(options):
     with pytest.raises(SystemExit) as caught:
         main(command)
     assert caught.value.code == 2
+
+
+def test_a_device_that_is_not_there(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "glyphs", "--device", "gpu"])
+    assert "argument --device: must be cpu or cuda, got gpu" in capsys.readouterr().err

@@ -232,9 +232,23 @@ def test_a_second_signal_stops_at_once(tmp_path, trainer):
     assert load_checkpoint(path).iteration == 0
 
 
-@pytest.mark.parametrize("algorithm", ["anil", "meta-sgd"])
-def test_other_algorithms_learn_and_resume(tmp_path, algorithm):
-    recipe = replace(RECIPE, algorithm=algorithm)
+REPTILE = {
+    "train_shots": 4,
+    "steps": 3,
+    "inner_lr": 1e-3,
+    "inner_optimizer": "adam",
+    "optimizer": "sgd",
+    "lr": 1.0,
+    "anneal": 6,
+}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes"),
+    [("anil", {}), ("meta-sgd", {}), ("reptile", REPTILE | {"inner_batch": 2 * RECIPE.ways})],
+)
+def test_other_algorithms_learn_and_resume(tmp_path, algorithm, changes):
+    recipe = replace(RECIPE, algorithm=algorithm, **changes)
     straight, halves = (Trainer(recipe, *make_data()) for _ in range(2))
     start = [p.detach().clone() for p in straight.maml.parameters()]
     train(straight, 6, progress=False)
@@ -318,8 +332,45 @@ def test_a_file_that_is_no_checkpoint(tmp_path, content):
         load_checkpoint(path)
 
 
+def test_the_learning_rate_falls_to_0():
+    trainer = Trainer(replace(RECIPE, anneal=4, lr=0.1), *make_data())
+    rates = []
+    for _ in range(6):
+        trainer.step()
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025, 0.0, 0.0])
+
+
+def test_inner_batches_hold_as_many_images_of_each_class():
+    recipe = replace(RECIPE, ways=3, train_shots=4, inner_batch=6)
+    data, split = make_data()
+    whole = recipe.training_episodes(data, split.train).sample()
+    batch = recipe.inner_batches(whole)
+    assert batch.minibatches == 2
+    assert whole.support_x.shape[1] == 12
+    assert (batch.support_y.sort(dim=2).values == torch.tensor([0, 0, 1, 1, 2, 2])).all()
+    for task in range(batch.tasks):
+        images = {
+            x.numpy().tobytes(): int(y)
+            for x, y in zip(whole.support_x[task], whole.support_y[task], strict=True)
+        }
+        for x, y in zip(
+            batch.support_x[:, task].flatten(0, 1), batch.support_y[:, task].flatten(), strict=True
+        ):
+            assert images[x.numpy().tobytes()] == y
+    assert recipe.episodes(data, split.test, 2).sample().support_x.shape[1] == 3 * RECIPE.shots
+
+
 def test_unknown_names_in_a_recipe():
     with pytest.raises(ValueError, match="model must be one of cnn, fc, got 'vit'"):
         Recipe(model="vit").build_model()
-    with pytest.raises(ValueError, match="algorithm must be one of maml, anil, meta-sgd, got"):
+    with pytest.raises(
+        ValueError, match="algorithm must be one of maml, anil, meta-sgd, reptile, got"
+    ):
         Recipe(algorithm="foo").wrap(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="inner_optimizer must be one of sgd, adam, got 'lion'"):
+        Recipe(inner_optimizer="lion").wrap(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="inner_optimizer must be 'sgd' with meta-sgd"):
+        Recipe(algorithm="meta-sgd", inner_optimizer="adam").wrap(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="optimizer must be one of adam, sgd, got 'foo'"):
+        Recipe(optimizer="foo").build_optimizer(Recipe().wrap(torch.nn.Linear(2, 2)))

@@ -82,7 +82,7 @@ def _scripts(trainer: Trainer, classes: list[int]) -> str:
 def _draw(path: Path, trainer: Trainer, result: Evaluation) -> None:
     recipe = trainer.recipe
     shown = replace(recipe, queries=2)
-    batch = shown.episodes(trainer.data, trainer.split.test, EPISODES, rotations=False).sample()
+    batch = shown.episodes(trainer.data, trainer.split.test, EPISODES).sample()
     draw_figure(
         path,
         f"MAML on the characters of {_scripts(trainer, trainer.split.test)}",

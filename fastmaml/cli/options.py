@@ -26,6 +26,22 @@ def positive_float(text: str) -> float:
     return value
 
 
+def device(name: str) -> torch.device:
+    """A device that tensors can be made on here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter where torch lacks CUDA
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {name}: {reason}") from error
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """`--device`: where images, parameters and meta-steps are."""
+    parser.add_argument(
+        "--device", type=device, default="cpu", metavar="NAME", help="cpu or cuda (default cpu)"
+    )
+
+
 def add_threads(parser: argparse.ArgumentParser) -> None:
     """`--threads`: the CPU threads that the native core and torch use."""
     parser.add_argument(

@@ -8,9 +8,22 @@ from dataclasses import fields
 from pathlib import Path
 
 from fastmaml.cli.evaluate import report
-from fastmaml.cli.options import Verbs, add_threads, positive, positive_float, set_threads
+from fastmaml.cli.options import (
+    Verbs,
+    add_device,
+    add_threads,
+    positive,
+    positive_float,
+    set_threads,
+)
 from fastmaml.training import Recipe, Trainer, load_checkpoint, load_data, save_checkpoint, train
-from fastmaml.training.recipe import ALGORITHMS, DATASETS, MODELS
+from fastmaml.training.recipe import (
+    ALGORITHMS,
+    DATASETS,
+    INNER_OPTIMIZERS,
+    MODELS,
+    OPTIMIZERS,
+)
 
 EPILOG = """\
 The defaults are the MAML paper's for Omniglot. Ctrl-C writes the checkpoint and stops; the same
@@ -40,6 +53,7 @@ def add_parser(verbs: Verbs) -> None:
         "--validate-every", type=int, default=500, metavar="N", help="0 for never (default 500)"
     )
     parser.add_argument("--test-tasks", type=positive, default=600, help="(default 600)")
+    add_device(parser)
     add_threads(parser)
     parser.set_defaults(run=run)
 
@@ -59,7 +73,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     add("--steps", positive, "inner steps in training")
     add("--test-steps", positive, "inner steps in evaluation")
     add("--meta-batch", positive, "tasks of a meta-update")
-    add("--lr", positive_float, "Adam's learning rate")
+    add("--lr", positive_float, "learning rate of the meta-update")
+    add("--anneal", int, "updates over which it falls linearly to 0; 0: it stays")
     add("--seed", int, "of the split, the parameters and the tasks")
     group.add_argument("--first-order", action="store_true", help="drop the second derivatives")
     group.add_argument(
@@ -72,6 +87,15 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--algorithm", choices=tuple(ALGORITHMS), help=f"(default {Recipe.algorithm})"
     )
     group.add_argument("--model", choices=MODELS, help=f"(default {Recipe.model})")
+    for flag, choices in (("--optimizer", OPTIMIZERS), ("--inner-optimizer", INNER_OPTIMIZERS)):
+        default = getattr(Recipe, flag[2:].replace("-", "_"))
+        group.add_argument(flag, choices=tuple(choices), help=f"(default {default})")
+    group.add_argument(
+        "--train-shots", type=positive, metavar="N", help="support images in training (as --shots)"
+    )
+    group.add_argument(
+        "--inner-batch", type=positive, metavar="N", help="support images of an inner step (all)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -112,13 +136,13 @@ def _start(
         if arguments.resume:
             print(f"there is no {checkpoint} yet: starting afresh", flush=True)
         data, split = load_data(recipe.dataset, recipe.seed, arguments.data, arguments.download)
-        return Trainer(recipe, data, split, arguments.data)
+        return Trainer(recipe, data, split, arguments.data, arguments.device)
     if not arguments.resume:
         raise FileExistsError(
             f"checkpoint {checkpoint} exists; add --resume to go on with it, "
             "or name another file with --checkpoint"
         )
-    trainer = load_checkpoint(checkpoint, arguments.data)
+    trainer = load_checkpoint(checkpoint, arguments.data, arguments.device)
     for name, value in given.items():
         trained_with = getattr(trainer.recipe, name)
         if value != trained_with:

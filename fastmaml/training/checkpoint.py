@@ -52,7 +52,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def load_checkpoint(path: str | Path, root: str | Path | None = None) -> Trainer:
+def load_checkpoint(
+    path: str | Path, root: str | Path | None = None, device: torch.device | str = "cpu"
+) -> Trainer:
     """The trainer that `path` holds, ready to go on; `root` overrides where its data set is.
 
     Raises:
@@ -62,6 +64,6 @@ def load_checkpoint(path: str | Path, root: str | Path | None = None) -> Trainer
     content = read_checkpoint(path)
     recipe: Recipe = content["recipe"]
     root = root or content["root"]
-    trainer = Trainer(recipe, *load_data(recipe.dataset, recipe.seed, root), root)
+    trainer = Trainer(recipe, *load_data(recipe.dataset, recipe.seed, root), root, device)
     trainer.load_state(content["state"])
     return trainer

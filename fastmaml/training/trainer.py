@@ -21,21 +21,27 @@ class Trainer:
     """Network, optimizer, sampler and history of a run.
 
     A trainer made from the same recipe and data, given `state()` through `load_state()`, goes on
-    bit for bit as this one does.
+    bit for bit as this one does. Images, parameters and meta-steps are on `device`.
     """
 
     def __init__(
-        self, recipe: Recipe, data: ImageClasses, split: Split, root: str | Path | None = None
+        self,
+        recipe: Recipe,
+        data: ImageClasses,
+        split: Split,
+        root: str | Path | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.recipe = recipe
         self.data = data
         self.split = split
         self.root = root  # the folder the data came from, for checkpoints
+        self.device = device
         torch.manual_seed(recipe.seed)
-        self.model = recipe.build_model()
+        self.model = recipe.build_model().to(device)
         self.maml = recipe.wrap(self.model)
-        self.optimizer = torch.optim.Adam(self.maml.parameters(), lr=recipe.lr)
-        self.sampler = recipe.episodes(data, split.train, recipe.meta_batch, recipe.rotations)
+        self.optimizer = recipe.build_optimizer(self.maml)
+        self.sampler = recipe.training_episodes(data, split.train, device)
         self.iteration = 0
         self.history: list[dict[str, float]] = []
         # False only while the parameters are being changed.
@@ -53,6 +59,8 @@ class Trainer:
             self._return_to(start)
             raise
         self.whole = False
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate(self.iteration)
         self.optimizer.step()
         self.iteration += 1
         self.whole = True
@@ -77,7 +85,7 @@ class Trainer:
     def evaluate(self, classes: list[int], tasks: int) -> Evaluation:
         """Accuracy on upright episodes of the given classes, the same ones at every call."""
         sampler = self.recipe.episodes(
-            self.data, classes, min(tasks, EVALUATION_BATCH), rotations=False
+            self.data, classes, min(tasks, EVALUATION_BATCH), self.device
         )
         return evaluate(self.maml, sampler, tasks, self.recipe.test_steps)
 
@@ -102,7 +110,7 @@ class Trainer:
         self.history = list(state["history"])
 
     def _gradient(self, measure: bool) -> tuple[float, float | None]:
-        batch = self.sampler.sample()
+        batch = self.recipe.inner_batches(self.sampler.sample())
         self.optimizer.zero_grad()
         try:
             loss = self.maml.meta_loss(batch, steps=self.recipe.steps)
