@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmaml import TaskBatch, testing
 from fastmaml.testing import sequential_maml
-from fastmaml.vision.models import CNN4, OmniglotCNN, OmniglotFC
+from fastmaml.vision.models import CNN4, OmniglotCNN, OmniglotFC, ResNet12
 
 
 def sine_net() -> nn.Module:
@@ -19,6 +19,11 @@ def sine_net() -> nn.Module:
     return nn.Sequential(
         nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1)
     )
+
+
+def cifar_resnet() -> nn.Module:
+    """ResNet-12 as for CIFAR-FS: 32x32 images, no average pooling; no dropout, to have an oracle."""
+    return ResNet12(5, hidden_size=2048, avg_pool=False, wider=False, dropblock_dropout=0.0)
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ CASES = {
         Case("omni51", lambda: OmniglotCNN(5), (1, 28, 28), 32, 5, 5, steps=1, lr=0.4),
         Case("omni55", lambda: OmniglotCNN(5), (1, 28, 28), 32, 5, 75, steps=5, lr=0.1),
         Case("mini51", lambda: CNN4(5, hidden_size=32), (3, 84, 84), 4, 5, 75, steps=5, lr=0.01),
+        Case("resnet12", cifar_resnet, (3, 32, 32), 2, 5, 75, steps=1, lr=0.01),
     )
 }
 

@@ -295,6 +295,12 @@ def test_dropped_squares_keep_the_mean() -> None:
     assert torch.equal(block.eval()(x, gamma=0.02), x)
 
 
+def test_dropped_squares_are_no_larger_than_small_images() -> None:
+    net = ResNet12(5, hidden_size=2048, wider=False, avg_pool=False, dropblock_dropout=0.5)
+    output = net.train()(torch.randn(4, 3, 32, 32))  # its last maps have 4 and 2 positions a side
+    assert output.isfinite().all()
+
+
 def test_resnet12_runs_natively_without_dropout() -> None:
     net = ResNet12(3, hidden_size=2048, wider=False, avg_pool=False, dropblock_dropout=0.0)
     plan = str(explain(net, torch.randn(2, 3, 32, 32)))

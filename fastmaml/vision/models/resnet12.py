@@ -19,11 +19,15 @@ class DropBlock(nn.Module):
     def forward(self, x: Tensor, gamma: float) -> Tensor:
         if not self.training:
             return x
-        size = self.block_size
+        size = self.side(x)
         valid = (*x.shape[:2], x.shape[2] - size + 1, x.shape[3] - size + 1)
         corners = torch.bernoulli(x.new_full(valid, gamma))
         kept = 1 - F.max_pool2d(F.pad(corners, [size - 1] * 4), size, stride=1)
         return x * kept * (kept.numel() / kept.sum())
+
+    def side(self, x: Tensor) -> int:
+        """Of the squares dropped from ``x [N, C, H, W]``: no longer than its own."""
+        return min(self.block_size, *x.shape[2:])
 
 
 class ResNet12Block(nn.Module):
@@ -62,7 +66,7 @@ class ResNet12Block(nn.Module):
             return F.dropout(x, self.drop_rate)
         self.batches += 1
         rate = min(self.drop_rate / _RAMP * self.batches, self.drop_rate)
-        side, size = x.shape[2], self.DropBlock.block_size
+        side, size = x.shape[2], self.DropBlock.side(x)
         return self.DropBlock(x, rate / size**2 * side**2 / (side - size + 1) ** 2)
 
 
