@@ -22,7 +22,7 @@ def sine_net() -> nn.Module:
 
 
 def cifar_resnet() -> nn.Module:
-    """ResNet-12 as for CIFAR-FS: 32x32 images, no average pooling; no dropout, to have an oracle."""
+    """ResNet-12 for CIFAR-FS: 32x32 images, no average pooling; no dropout, to have an oracle."""
     return ResNet12(5, hidden_size=2048, avg_pool=False, wider=False, dropblock_dropout=0.0)
 
 
