@@ -1,4 +1,4 @@
-// fastmaml._core.EpisodeDrawer, and the memory of its batches.
+// fastmaml._core.EpisodeDrawer.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "bindings.h"
-#include "cpu/program_memory.h"
 #include "fastmaml/core.h"
 
 namespace py = pybind11;
@@ -38,27 +37,6 @@ const Names<Pixel> kPixels = {{"uint8", Pixel::kByte},
                               {"float32", Pixel::kFloat},
                               {"float64", Pixel::kDouble},
                               {"two_bytes", Pixel::kTwoBytes}};
-
-// Bytes for a batch. They come from the batches that nobody holds any more: fresh memory of that
-// size would cost more page faults than the drawing.
-class BatchMemory {
- public:
-  explicit BatchMemory(Index bytes) : bytes_(bytes), memory_(pool().take<char>(bytes)) {}
-
-  py::buffer_info info() const {
-    return py::buffer_info(memory_.get(), sizeof(char), py::format_descriptor<char>::format(), 1,
-                           {bytes_}, {Index{1}});
-  }
-
- private:
-  static ArenaPool& pool() {
-    static const auto pool = std::make_shared<ArenaPool>();
-    return *pool;
-  }
-
-  Index bytes_;
-  std::shared_ptr<char> memory_;
-};
 
 std::unique_ptr<EpisodeDrawer> make_drawer(std::uintptr_t images, const std::string& pixel,
                                            Index channels, Index plane,
@@ -102,9 +80,6 @@ Pixel pixel_named(const std::string& name) { return named("pixel", name, kPixels
 Rotations rotations_named(const std::string& name) { return named("rotations", name, kRotations); }
 
 void bind_sampler(py::module_& module) {
-  py::class_<BatchMemory>(module, "BatchMemory", py::buffer_protocol())
-      .def(py::init<Index>(), py::arg("bytes"))
-      .def_buffer(&BatchMemory::info);
   py::class_<EpisodeDrawer>(module, "EpisodeDrawer")
       .def(py::init(&make_drawer), py::kw_only(), py::arg("images"), py::arg("pixel"),
            py::arg("channels"), py::arg("plane"), py::arg("factors"), py::arg("shifts"),

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from fastmaml import checks, fused
 from fastmaml.backends.base import DEFAULT_MEMORY_BUDGET
+from fastmaml.backends.native import is_large
 from fastmaml.chunks import in_chunks
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.fused import Adapted, FusedRates
 from fastmaml.inner import InnerOptimizer
 from fastmaml.learner import BaseLearner, Learner
 from fastmaml.losses import TaskLoss
-from fastmaml.program.gradient_step import gradient_step
+from fastmaml.program.gradient_step import NumberStep, gradient_step
 from fastmaml.program.layout import AdaptFilter, ParameterLayout
 from fastmaml.program.program import Program, ProgramCache, Signature, module_signature
 from fastmaml.program.theta import Theta
@@ -151,6 +152,9 @@ class MAML(BaseLearner):
             return self.inner.step(learner, theta, gradient)
         if isinstance(self.lr, Tensor):
             return gradient_step(theta.root, gradient, self.lr)
+        if theta.packing is not None and is_large(gradient):  # of the core, on the CPU
+            moved: Tensor = NumberStep.apply(theta.root, gradient, self.lr)
+            return moved
         return torch.add(theta.root, gradient, alpha=-self.lr)  # whose backward is one product
 
     def fused_rates(

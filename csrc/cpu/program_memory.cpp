@@ -40,7 +40,8 @@ void ArenaPool::give(void* memory, std::size_t bytes) {
   free_.push_back({memory, bytes});
   free_bytes_ += bytes;
   used_bytes_ -= bytes;
-  const std::size_t kept = std::max(kAlwaysKeptBytes, most_used_bytes_);
+  // Blocks serve their own size only, and not all sizes are most in use at the same time.
+  const std::size_t kept = std::max(kAlwaysKeptBytes, most_used_bytes_ + most_used_bytes_ / 4);
   while (!free_.empty() && free_bytes_ + used_bytes_ > kept) {
     ::operator delete(free_.front().memory, kAlignment);
     free_bytes_ -= free_.front().bytes;

@@ -40,7 +40,7 @@ class ArenaPool : public std::enable_shared_from_this<ArenaPool> {
   std::mutex mutex_;
   std::deque<Block> free_;  // oldest first
   std::size_t free_bytes_ = 0;
-  // The pool holds no more than was once in use at the same time (or some hundred megabytes).
+  // The pool holds not much more than was once in use at the same time (or some hundred megabytes).
   std::size_t used_bytes_ = 0;
   std::size_t most_used_bytes_ = 0;
 };

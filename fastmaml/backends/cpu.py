@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmaml import _core
 from fastmaml.backends.base import MetaStep, MetaStepResult
-from fastmaml.backends.native import MetaStepArguments, batch_sizes, dtype_name, pointer
+from fastmaml.backends.native import MetaStepArguments, batch_sizes, dtype_name, empty, pointer
 from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.updates import FusedUpdate
@@ -80,7 +80,7 @@ class CpuExecutor:
 
     def pack(self, rows: Tensor) -> Tensor:
         rows = rows.contiguous()
-        packed = rows.new_empty(len(rows), self._program.packed_theta_size)
+        packed = self._empty(len(rows), self._program.packed_theta_size)
         self._program.pack_theta(
             theta=rows.data_ptr(),
             rows=len(rows),
@@ -91,7 +91,7 @@ class CpuExecutor:
 
     def unpack(self, packed: Tensor) -> Tensor:
         packed = packed.contiguous()
-        rows = packed.new_empty(len(packed), self._program.theta_size)
+        rows = self._empty(len(packed), self._program.theta_size)
         self._program.unpack_theta(
             packed=packed.data_ptr(),
             rows=len(packed),
@@ -106,7 +106,7 @@ class CpuExecutor:
         theta, stride = _rows(theta)
         phi, x, flat = phi.contiguous(), x.contiguous(), _flat(buffers, x)
         tasks, examples = x.shape[:2]
-        y = x.new_empty(tasks, examples, *self._output_shape)
+        y = self._empty(tasks, examples, *self._output_shape)
         statistics = self._statistics(x, tasks)
         context = self._program.forward(
             theta=theta.data_ptr(),
@@ -147,7 +147,7 @@ class CpuExecutor:
         dphi = None if dphi is None else dphi.contiguous()
         dx = None if dx is None else dx.contiguous()
         x = state.inputs[-1]
-        dy = x.new_empty(*x.shape[:2], *self._output_shape)
+        dy = self._empty(*x.shape[:2], *self._output_shape)
         tangent = self._program.tangent(
             context=state.context,
             dtheta=dtheta.data_ptr(),
@@ -193,15 +193,14 @@ class CpuExecutor:
             losses=theta.new_zeros(tasks), statistics=self._statistics(theta, tasks, rows)
         )
         if call.gradient:
-            result.theta_grad = torch.empty_like(theta)
-            result.phi_grad = torch.empty_like(phi) if call.shared_gradient else None
+            result.theta_grad = self._empty(*theta.shape)
+            result.phi_grad = self._empty(*phi.shape) if call.shared_gradient else None
             if call.rates_gradient and call.rates is not None:
-                result.rates_grad = theta.new_empty(call.rates.shape)
+                result.rates_grad = self._empty(*call.rates.shape)
         else:
-            result.adapted = theta.new_empty(tasks, self._program.theta_size)
+            result.adapted = self._empty(tasks, self._program.theta_size)
             if call.query_x is not None:
-                shape = tasks, query_examples, *self._output_shape
-                result.predictions = theta.new_empty(shape)
+                result.predictions = self._empty(tasks, query_examples, *self._output_shape)
         update = call.update if theta.numel() else None  # else nothing moves
         tables = [] if call.update is None else [c.contiguous() for c in call.update.coefficients]
         wanted = call.coefficients_gradient or [False] * len(tables)
@@ -226,6 +225,9 @@ class CpuExecutor:
         )
         return result
 
+    def _empty(self, *shape: int) -> Tensor:
+        return empty(shape, self._dtype)
+
     def _threads(self, x: Tensor, passes: int = 1) -> int:
         tasks, examples = x.shape[:2]
         return self._useful_threads(tasks, examples, passes)
@@ -241,11 +243,11 @@ class CpuExecutor:
         self, state: _State, want_phi: bool, want_x: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         _, phi, _, x = state.inputs
-        gtheta = x.new_empty(len(x), self._theta_size)
+        gtheta = self._empty(len(x), self._theta_size)
         return (
             gtheta,
-            torch.empty_like(phi) if want_phi else None,
-            torch.empty_like(x) if want_x else None,
+            self._empty(*phi.shape) if want_phi else None,
+            self._empty(*x.shape) if want_x else None,
         )
 
 

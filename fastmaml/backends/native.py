@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastmaml import _core
 from fastmaml.backends.base import MetaStep
+
+_LARGE_BYTES = 1 << 18  # below it a tensor's memory is seldom fresh from the system
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor on the CPU. A large one lies in memory of those no longer in use."""
+    nbytes = prod(shape) * dtype.itemsize
+    if nbytes < _LARGE_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(_core.TensorMemory(nbytes), dtype=dtype).view(shape)
+
+
+def is_large(tensor: Tensor) -> bool:
+    """Whether :func:`empty` spares page faults for tensors of this size."""
+    return tensor.nbytes >= _LARGE_BYTES
 
 
 def pointer(tensor: Tensor | None) -> int:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmaml import _core
-from fastmaml.backends.native import dtype_name
+from fastmaml.backends.native import dtype_name, empty
 from fastmaml.data.philox import below, distinct, task_words
 
 _TURNS = 4
@@ -146,16 +146,16 @@ class NativeDrawing:
             members=members.ctypes.data,
             counts=[len(m) for m in plan.members],
         )
-        dtype = plan.factor_and_shift[0].dtype
+        self._dtype = plan.factor_and_shift[0].dtype
         self._support, self._query = (
-            _Room((plan.tasks, plan.ways * n, *shape), dtype) for n in (plan.shots, plan.queries)
+            (plan.tasks, plan.ways * n, *shape) for n in (plan.shots, plan.queries)
         )
-        elements = prod(self._support.shape) + prod(self._query.shape)
+        elements = prod(self._support) + prod(self._query)
         self._worth_threads = elements > _WORTH_A_THREAD
 
     def draw(self, seed: int, batch: int, threads: int) -> tuple[Tensor, Tensor]:
         """See :meth:`ReferenceDrawing.draw`."""
-        support, query = self._support.take(), self._query.take()
+        support, query = (empty(shape, self._dtype) for shape in (self._support, self._query))
         self._drawer.draw(
             seed, batch, support.data_ptr(), query.data_ptr(), threads if self._worth_threads else 1
         )
@@ -165,15 +165,3 @@ class NativeDrawing:
 
     def __reduce__(self) -> tuple[type[NativeDrawing], tuple[EpisodePlan]]:
         return NativeDrawing, (self._plan,)
-
-
-class _Room:
-    """Uninitialised tensors of one shape, in the memory of those that are no longer used."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.shape, self._dtype = shape, dtype
-        self._bytes = prod(shape) * dtype.itemsize
-
-    def take(self) -> Tensor:
-        memory = _core.BatchMemory(self._bytes)
-        return torch.frombuffer(memory, dtype=self._dtype).view(self.shape)

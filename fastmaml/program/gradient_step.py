@@ -1,4 +1,4 @@
-"""The inner gradient step with rates in tensors, for all tasks at once."""
+"""The inner gradient step for all tasks at once."""
 
 from __future__ import annotations
 
@@ -10,9 +10,30 @@ from torch.autograd import Function
 
 from fastmaml import _core
 from fastmaml.backends.device import kernels_for, stream_on
-from fastmaml.backends.native import dtype_name, pointer
+from fastmaml.backends.native import dtype_name, empty, pointer
 
 _DTYPES = (torch.float32, torch.float64)
+
+
+class NumberStep(Function):
+    """``theta - rate * gradient`` for tensors on the CPU and a number, in memory of tensors that
+    are no longer in use; differentiable any number of times.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, gradient: Tensor, rate: float) -> Tensor:
+        ctx.rate = rate
+        moved = empty(gradient.shape, gradient.dtype)
+        return torch.sub(theta, gradient, alpha=rate, out=moved)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        if torch.is_grad_enabled():
+            return cotangent, -ctx.rate * cotangent, None
+        if not ctx.needs_input_grad[1]:
+            return cotangent, None, None
+        dgradient = empty(cotangent.shape, cotangent.dtype)
+        return cotangent, torch.mul(cotangent, -ctx.rate, out=dgradient), None
 
 
 def gradient_step(theta: Tensor, gradient: Tensor, rates: Tensor) -> Tensor:

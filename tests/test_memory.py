@@ -1,0 +1,75 @@
+"""Large tensors lie in memory that others have left, and steps on them are as any other."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from doors import by_door
+
+import fastmaml
+from fastmaml import TaskBatch
+from fastmaml.backends.native import empty, is_large
+from fastmaml.program.gradient_step import NumberStep
+from fastmaml.testing import relative_error, sequential_maml
+
+LARGE = (3, 1 << 16)
+
+
+def test_memory_is_taken_again_once_nobody_holds_it() -> None:
+    first = empty(LARGE, torch.float32)
+    assert is_large(first)
+    place, row = first.data_ptr(), first[1]
+    del first
+    second = empty(LARGE, torch.float32)  # a row of the first is still there
+    assert second.data_ptr() != place
+    row.fill_(7)
+    second.zero_()
+    assert (row == 7).all()
+    del row
+    gc.collect()
+    assert empty(LARGE, torch.float32).data_ptr() == place
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (5, 7), LARGE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_it_is_a_tensor_as_any_other(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = empty(shape, dtype)
+    assert tensor.shape == shape
+    assert tensor.dtype == dtype
+    assert tensor.is_contiguous()
+    copy = tensor.zero_().add_(1).clone()
+    assert copy.sum() == tensor.numel()
+
+
+def test_steps_of_one_rate() -> None:
+    def step(theta: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        moved: torch.Tensor = NumberStep.apply(theta, gradient, 0.3)
+        return moved
+
+    theta = torch.randn(1, 4, dtype=torch.float64, requires_grad=True)
+    gradient = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    shared = theta.expand(3, 4)
+    assert torch.equal(step(shared, gradient), shared - 0.3 * gradient)
+    inputs = (theta.expand(3, 4).clone(), gradient)
+    assert torch.autograd.gradcheck(step, inputs)
+    assert torch.autograd.gradgradcheck(step, inputs)
+    (alone,) = torch.autograd.grad(step(theta.expand(3, 4), gradient.detach()).sum(), theta)
+    assert torch.equal(alone, torch.full_like(theta, 3.0))
+
+
+@pytest.mark.parametrize("door", [1, 2, 3])
+def test_gradients_of_a_net_with_large_tensors(door: int) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Tanh(), torch.nn.Linear(256, 3))
+    net = net.double()
+    x, y = torch.randn(2, 4, 256, dtype=torch.float64), torch.tensor([[0, 1, 2, 0]] * 2)
+    batch = TaskBatch(x, y, x.flip(1), y.flip(1))
+    _, expected = sequential_maml(net, batch, 0.1, 2, F.cross_entropy)
+    for _ in range(2):  # the second time in memory that has been used
+        net.zero_grad()
+        by_door(fastmaml.MAML(net, 0.1), batch, 2, door).backward()
+        found = {name: p.grad for name, p in net.named_parameters()}
+        assert relative_error(found, expected) < 1e-12
