@@ -52,12 +52,27 @@ def descend(module: nn.Module, loss: Tensor, lr: float) -> None:
         owner._parameters[name] = p - lr * g
 
 
+class Gradients:
+    """The parameters of a model, listed once as an optimizer does, and what `backward` left there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = list(model.parameters())
+
+    def clear(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def read(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self._parameters]
+
+
 def eager(case: Case, dtype: torch.dtype) -> Step:
     """learn2learn's clone() and adapt() over the tasks, one by one."""
     model, batch = case.model(dtype), case.batch(dtype)
+    gradients = Gradients(model)
 
     def step() -> list[Tensor]:
-        model.zero_grad()
+        gradients.clear()
         total = torch.zeros((), dtype=dtype, device=case.device)
         for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
             learner = clone_module(model)
@@ -65,7 +80,7 @@ def eager(case: Case, dtype: torch.dtype) -> Step:
                 descend(learner, case.loss(learner(support_x), support_y), case.lr)
             total = total + case.loss(learner(query_x), query_y)
         (total / case.tasks).backward()
-        return [p.grad for p in model.parameters()]
+        return gradients.read()
 
     return step
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmaml
-from bench.baselines import Step
+from bench.baselines import Gradients, Step
 from bench.cases import Case
 from fastmaml.examples.loops import loop_over_tasks
 
@@ -19,12 +19,12 @@ def drop_in(case: Case, dtype: torch.dtype) -> Step:
 
 def by_task(maml: nn.Module, case: Case, dtype: torch.dtype) -> Step:
     """The loop over tasks, with our MAML or learn2learn's."""
-    batch = case.batch(dtype)
+    batch, gradients = case.batch(dtype), Gradients(maml)
 
     def step() -> list[Tensor]:
-        maml.zero_grad()
+        gradients.clear()
         loop_over_tasks(maml, batch, case.steps, case.loss).backward()
-        return [p.grad for p in maml.parameters()]
+        return gradients.read()
 
     return step
 
@@ -32,6 +32,7 @@ def by_task(maml: nn.Module, case: Case, dtype: torch.dtype) -> Step:
 def batched(case: Case, dtype: torch.dtype) -> Step:
     """Door 2: the same lines over all tasks at once."""
     maml, batch = fastmaml.MAML(case.model(dtype), lr=case.lr), case.batch(dtype)
+    gradients = Gradients(maml)
 
     def losses(output: Tensor, target: Tensor) -> Tensor:
         if case.regression:
@@ -39,12 +40,12 @@ def batched(case: Case, dtype: torch.dtype) -> Step:
         return F.cross_entropy(output.transpose(1, 2), target, reduction="none").mean(1)
 
     def step() -> list[Tensor]:
-        maml.zero_grad()
+        gradients.clear()
         learner = maml.clone(tasks=case.tasks)
         for _ in range(case.steps):
             learner.adapt(losses(learner(batch.support_x), batch.support_y))
         losses(learner(batch.query_x), batch.query_y).mean().backward()
-        return [p.grad for p in maml.parameters()]
+        return gradients.read()
 
     return step
 
@@ -52,11 +53,11 @@ def batched(case: Case, dtype: torch.dtype) -> Step:
 def fused(case: Case, dtype: torch.dtype) -> Step:
     """Door 3: the whole meta-step in one native call."""
     maml = fastmaml.MAML(case.model(dtype), lr=case.lr)
-    batch = case.batch(dtype)
+    batch, gradients = case.batch(dtype), Gradients(maml)
 
     def step() -> list[Tensor]:
-        maml.zero_grad()
+        gradients.clear()
         maml.meta_loss(batch, steps=case.steps, loss=case.loss).backward()
-        return [p.grad for p in maml.parameters()]
+        return gradients.read()
 
     return step

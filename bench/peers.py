@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from bench.baselines import Step, without_running_statistics
+from bench.baselines import Gradients, Step, without_running_statistics
 from bench.cases import Case
 from bench.doors import by_task
 
@@ -23,15 +23,16 @@ def higher(case: Case, dtype: torch.dtype) -> Step:
 
     model, batch = case.model(dtype), case.batch(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=case.lr)
+    gradients = Gradients(model)
 
     def step() -> list[Tensor]:
-        model.zero_grad()
+        gradients.clear()
         for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
             with innerloop_ctx(model, optimizer, copy_initial_weights=False) as (learner, inner):
                 for _ in range(case.steps):
                     inner.step(case.loss(learner(support_x), support_y))
                 (case.loss(learner(query_x), query_y) / case.tasks).backward()
-        return [p.grad for p in model.parameters()]
+        return gradients.read()
 
     return step
 
@@ -40,13 +41,12 @@ def torchopt(case: Case, dtype: torch.dtype) -> Step:
     from torchopt import MetaSGD, extract_state_dict, recover_state_dict
 
     model, batch = case.model(dtype), case.batch(dtype)
-    start = list(model.parameters())
+    gradients = Gradients(model)
     optimizer = MetaSGD(model, lr=case.lr)
     states = [extract_state_dict(part, by="reference") for part in (model, optimizer)]
 
     def step() -> list[Tensor]:
-        for p in start:
-            p.grad = None
+        gradients.clear()
         total = torch.zeros((), dtype=dtype)
         for support_x, support_y, query_x, query_y in zip(*batch, strict=True):
             for part, state in zip((model, optimizer), states, strict=True):
@@ -55,7 +55,7 @@ def torchopt(case: Case, dtype: torch.dtype) -> Step:
                 optimizer.step(case.loss(model(support_x), support_y))
             total = total + case.loss(model(query_x), query_y)
         (total / case.tasks).backward()
-        return [p.grad for p in start]
+        return gradients.read()
 
     return step
 
