@@ -53,7 +53,7 @@ def descend(module: nn.Module, loss: Tensor, lr: float) -> None:
 
 
 class Gradients:
-    """The parameters of a model, listed once as an optimizer does, and what `backward` left there."""
+    """A model's parameters, listed once as an optimizer does, and what `backward` left there."""
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = list(model.parameters())
