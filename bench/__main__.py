@@ -1,14 +1,15 @@
-"""`python -m bench run|scale|episodes|compare|report`."""
+"""`python -m bench run|scale|family|episodes|compare|report`."""
 
 from __future__ import annotations
 
 import argparse
 
-from bench import compare, episodes, report, run, scale
+from bench import compare, episodes, family, report, run, scale
 
 VERBS = {
     "run": run,
     "scale": scale,
+    "family": family,
     "episodes": episodes,
     "compare": compare,
     "report": report,

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,13 +17,13 @@ from torch.utils.data import TensorDataset
 import fastmaml
 from bench.cases import CASES
 from bench.machine import ROOT, environment
+from bench.turns import Contender, median_seconds
 from fastmaml import TaskBatch
 from fastmaml.data import EpisodeSampler
 
 CLASSES, PER_CLASS = 1623, 20
 SIZES = ((5, 2), (20, 2), (5, 16))  # ways, images of each class
 TASKS = 32
-Contender = Callable[[], object]
 Rates = dict[str, float]  # tasks per second
 
 
@@ -115,14 +112,8 @@ def engine_contenders(pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, C
 
 def rates(contenders: dict[str, Contender], rounds: int, budget: float) -> Rates:
     """Tasks per second in the median over all calls; the contenders take turns."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            end = time.perf_counter() + budget
-            while (start := time.perf_counter()) < end:
-                run()
-                times[name].append(time.perf_counter() - start)
-    return {name: TASKS / statistics.median(seconds) for name, seconds in times.items()}
+    seconds = median_seconds(contenders, rounds, budget)
+    return {name: TASKS / median for name, median in seconds.items()}
 
 
 def goal(measured: Rates, engine: float) -> float:

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("bench", reason="the benchmarks lie outside the package")
 
-from bench import episodes, report
+from bench import episodes, family, report
 from bench.cases import CASES, oracle, useful_gflop
 from bench.run import percentiles
 from bench.worker import Job, _prepare
@@ -96,3 +96,12 @@ def test_every_sampler_of_the_benchmark_draws_the_same_amount():
                 sum(x.numel() for x, _ in drawn) if isinstance(drawn, list) else drawn.numel()
             )
         assert elements == 32 * 5 * 2 * 16, name
+
+
+@pytest.mark.parametrize("name", family.ALGORITHMS)
+def test_every_algorithm_of_the_family_takes_meta_steps(name):
+    case = CASES["omnifc"].resized(tasks=2)
+    maml = family.ALGORITHMS[name](case.model(), case)
+    family.meta_step(maml, case)()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in maml.parameters())
+    assert maml.recognised is None or maml.recognised.program is not None

@@ -1,0 +1,23 @@
+"""Contenders in one process that take turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+Contender = Callable[[], object]
+
+
+def median_seconds(
+    contenders: dict[str, Contender], rounds: int, budget: float
+) -> dict[str, float]:
+    """Of all calls in so many rounds, in each of which everyone has `budget` seconds."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            end = time.perf_counter() + budget
+            while (start := time.perf_counter()) < end:
+                run()
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
