@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -114,16 +115,19 @@ class Trainer:
         self.optimizer.zero_grad()
         try:
             loss = self.maml.meta_loss(batch, steps=self.recipe.steps)
+            loss.backward()
+            value = loss.item()
+            if not math.isfinite(value):  # which meta_loss does not look for on a GPU
+                raise FloatingPointError(f"the meta-loss is {value}")
         except FloatingPointError as error:
             raise DivergedError(
                 f"the run diverged at iteration {self.iteration + 1}; lower the inner learning "
                 f"rate (--inner-lr) or the learning rate (--lr): {error}"
             ) from error
-        loss.backward()
         if not measure:
-            return loss.item(), None
+            return value, None
         predictions = self.maml.adapted(batch, steps=self.recipe.steps).predict()
-        return loss.item(), accuracies(predictions, batch.query_y).mean().item()
+        return value, accuracies(predictions, batch.query_y).mean().item()
 
     def _position(self) -> tuple[Any, Any, list[Tensor]]:
         buffers = [buffer.clone() for buffer in self.model.buffers()]
