@@ -74,7 +74,6 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     add("--test-steps", positive, "inner steps in evaluation")
     add("--meta-batch", positive, "tasks of a meta-update")
     add("--lr", positive_float, "learning rate of the meta-update")
-    add("--anneal", int, "updates over which it falls linearly to 0; 0: it stays")
     add("--seed", int, "of the split, the parameters and the tasks")
     group.add_argument("--first-order", action="store_true", help="drop the second derivatives")
     group.add_argument(
@@ -90,12 +89,12 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     for flag, choices in (("--optimizer", OPTIMIZERS), ("--inner-optimizer", INNER_OPTIMIZERS)):
         default = getattr(Recipe, flag[2:].replace("-", "_"))
         group.add_argument(flag, choices=tuple(choices), help=f"(default {default})")
-    group.add_argument(
-        "--train-shots", type=positive, metavar="N", help="support images in training (as --shots)"
-    )
-    group.add_argument(
-        "--inner-batch", type=positive, metavar="N", help="support images of an inner step (all)"
-    )
+    for flag, text in (
+        ("--anneal", "meta-updates over which --lr falls linearly to 0 (default: it stays)"),
+        ("--train-shots", "support images per class in training (default: as --shots)"),
+        ("--inner-batch", "support images of an inner step in training (default: all)"),
+    ):
+        group.add_argument(flag, type=positive, metavar="N", help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -43,7 +43,7 @@ class Recipe:
     training and `test_steps` in evaluation. In training there may be another number of support
     images, `train_shots`, and an inner step may take `inner_batch` of them, as many of each class;
     the inner optimizer `"adam"` has no first moment, as in the Reptile paper. The learning rate
-    falls linearly to 0 over `anneal` updates, where that is not 0.
+    falls linearly to 0 over `anneal` updates, where that is given.
     """
 
     dataset: str = "omniglot"
@@ -63,7 +63,7 @@ class Recipe:
     inner_batch: int | None = None
     inner_optimizer: str = "sgd"
     optimizer: str = "adam"
-    anneal: int = 0
+    anneal: int | None = None
     seed: int = 0
 
     def build_model(self) -> nn.Module:
