@@ -28,10 +28,12 @@ def steps_count(steps: object) -> int:
     return steps
 
 
-def memory_budget(value: object) -> int:
-    """``value`` as a number of bytes."""
+def memory_budget(value: object) -> int | None:
+    """``value`` as a number of bytes; None for a backend's own."""
+    if value is None:
+        return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"memory_budget must be an int of 0 or more bytes, got {value!r}")
+        raise ValueError(f"memory_budget must be an int of 0 or more bytes, or None, got {value!r}")
     return value
 
 

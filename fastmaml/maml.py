@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmaml import checks, fused
-from fastmaml.backends.base import DEFAULT_MEMORY_BUDGET
 from fastmaml.backends.native import is_large
 from fastmaml.chunks import in_chunks
 from fastmaml.data.task_batch import TaskBatch
@@ -53,7 +52,8 @@ class MAML(BaseLearner):
 
     Attributes:
         memory_budget: bytes of inner steps' activations that :meth:`meta_loss` keeps on the CPU,
-            to be set on any wrapper; steps that do not fit run a second time. 256 MiB by default.
+            to be set on any wrapper; steps that do not fit run a second time. None, as it is at
+            first: 128 MiB for each thread.
 
     Raises:
         TypeError: ``model`` is no module, or ``lr`` no number.
@@ -62,7 +62,7 @@ class MAML(BaseLearner):
 
     learner_class: type[Learner] = Learner
     lr: float | Tensor
-    memory_budget: int = DEFAULT_MEMORY_BUDGET
+    memory_budget: int | None = None
 
     def __init__(
         self,

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from fastmaml.program.updates import FusedUpdate
 
-DEFAULT_MEMORY_BUDGET = 1 << 28
-
 
 @dataclass
 class MetaStep:
@@ -21,7 +19,7 @@ class MetaStep:
     ``[T, N, ...]``, with ``minibatches`` the support ``[B, T, N, ...]``, of which step k takes
     batch k modulo B. ``rates``: per-parameter factors on ``rate``, ``[P]`` or ``[K, P]``, or None.
     ``memory_budget``: bytes of saved activations, beyond which inner steps are run again, where
-    the backend can.
+    the backend can; None: its own default.
     ``update``: takes the inner steps instead of ``rate`` and ``rates``; ``coefficients_gradient``:
     of which of its coefficients.
     """
@@ -44,7 +42,7 @@ class MetaStep:
     rates_gradient: bool = False
     update: FusedUpdate | None = None
     coefficients_gradient: Sequence[bool] = ()
-    memory_budget: int = DEFAULT_MEMORY_BUDGET
+    memory_budget: int | None = None
 
 
 @dataclass

@@ -19,6 +19,7 @@ from fastmaml.program.updates import FusedUpdate
 
 _PYTHON_ONLY = ("running", "momentum")  # whose running statistics a batch norm feeds, and how
 _STEP_PASSES = 6  # of a second-order inner step: forward, backward, and its part of the adjoint
+_MEMORY_BUDGET = 1 << 27  # bytes of activations that a meta-step keeps for each thread
 _WORTH_A_THREAD = 1 << 17  # elements to copy
 
 
@@ -208,6 +209,8 @@ class CpuExecutor:
             torch.zeros_like(table) if want else None
             for table, want in zip(tables, wanted, strict=True)
         ]
+        threads = self._useful_threads(tasks, examples, _STEP_PASSES * (call.steps + 1))
+        budget = call.memory_budget
         self._program.meta_step(
             **arguments.common(result.losses),
             theta_stride=theta.shape[1] if theta.ndim == 2 else 0,
@@ -220,8 +223,8 @@ class CpuExecutor:
             stats=pointer(result.statistics),
             adapted=pointer(result.adapted),
             predictions=pointer(result.predictions),
-            threads=self._useful_threads(tasks, examples, _STEP_PASSES * (call.steps + 1)),
-            memory_budget_bytes=call.memory_budget,
+            threads=threads,
+            memory_budget_bytes=threads * _MEMORY_BUDGET if budget is None else budget,
         )
         return result
 
