@@ -235,6 +235,7 @@ PYBIND11_MODULE(_core, module) {
            py::arg("dgshared") = 0, py::arg("dgx") = 0, py::arg("threads") = 1)
       .def("useful_threads", &Program::useful_threads, py::arg("tasks"), py::arg("examples"),
            py::arg("passes"), py::arg("threads"))
+      .def("suits_lanes", &Program::suits_lanes, py::arg("tasks"), py::arg("examples"))
       .def("meta_step", &meta_step, py::kw_only(), py::arg("theta"), py::arg("theta_stride"),
            py::arg("shared"), py::arg("buffers"), py::arg("support_x"), py::arg("support_y"),
            py::arg("support_examples"), py::arg("query_x"), py::arg("query_y"),

@@ -129,6 +129,35 @@ struct InnerAdjoint {
   T* along = nullptr;                // per block <cotangent on the clipped gradient, gradient>
 };
 
+// Networks of which each lane of a vector holds another task's: element (i, j) of a matrix is the
+// whole vector at `at + (i * row + j * column) * lanes`; of a shared one the number that all tasks
+// have, at `at + i * row + j * column`.
+template <typename T>
+struct LaneMatrix {
+  const T* at = nullptr;
+  Index row = 0, column = 0;
+  bool shared = false;
+};
+template <typename T>
+struct LaneProduct {
+  LaneMatrix<T> a, b;
+  Index depth;
+};
+// out[rows][columns] = base + factor * rates * (the sum of all products a b), where rates[i][j] is
+// one number for all tasks. base and rates may be absent; out may be base, and no a or b. No a is
+// shared.
+template <typename T>
+struct LaneProducts {
+  Index rows, columns;
+  LaneProduct<T> products[2];
+  int count;
+  LaneMatrix<T> base;
+  T factor;
+  const T* rates;
+  Index rates_row;
+  T* out;
+};
+
 template <typename T>
 struct Kernels {
   const char* isa;  // "avx512", "avx2", "portable"
@@ -251,6 +280,18 @@ struct Kernels {
   // -------------------------
   void (*gather)(Index examples, Index in_size, Index out_size, const std::int32_t* map,
                  const T* in, T* out, bool accumulate, Share share);
+
+  // --- a task in each lane; values are [rows][columns][lanes] -----------------------------------
+  void (*lane_products)(const LaneProducts<T>& job);
+  // out[i] = (accumulate ? out[i] : 0) + factor * the sum over the first `tasks` lanes of a * b,
+  // [count][lanes] each; b may be null (ones).
+  void (*lane_sums)(Index count, int tasks, T factor, const T* a, const T* b, T* out,
+                    bool accumulate);
+  // Losses, mean over rows: targets are values, or for cross-entropy 1 at the label and 0
+  // elsewhere. Writes losses [lanes] and the gradient.
+  void (*lane_loss_gradient)(Loss kind, Index rows, Index columns, const T* y, const T* targets,
+                             T* gy, T* losses);
+  void (*lane_loss_tangent)(Loss kind, Index rows, Index columns, const T* y, const T* dy, T* dgy);
 
   // --- pixels: out = factor * x + shift, rounded after either step; x is never out --------------
   void (*scale_bytes)(Index count, const std::uint8_t* x, T factor, T shift, T* out);

@@ -6,6 +6,7 @@
 #include <memory>
 #include <mutex>
 
+#include "cpu/program_lanes.h"
 #include "cpu/program_memory.h"
 #include "cpu/program_op.h"
 #include "fastmaml/core.h"
@@ -69,6 +70,9 @@ class NativeProgram final : public Program, public std::enable_shared_from_this<
                         const BackwardTangentArgs& args) override;
   void meta_step(const MetaStepArgs& args) override;
   int useful_threads(Index tasks, Index examples, Index passes, int threads) const override;
+  bool suits_lanes(Index tasks, Index examples) const override {
+    return lanes_.suits(tasks, examples, plan_.kernels->lanes, sizeof(T));
+  }
   void pack_theta(const void* theta, Index rows, void* packed, int threads) override;
   void unpack_theta(const void* packed, Index rows, void* theta, int threads) override;
   std::vector<Index> packing() const override { return plan_.theta.packing(); }
@@ -90,6 +94,7 @@ class NativeProgram final : public Program, public std::enable_shared_from_this<
 
  private:
   const Plan<T> plan_;
+  const LaneNetwork lanes_;
   const std::shared_ptr<ArenaPool> memory_ = std::make_shared<ArenaPool>();
   std::map<Index, std::shared_ptr<const BatchPlan<T>>> batches_;
   std::mutex call_mutex_;  // one call at a time

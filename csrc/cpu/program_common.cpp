@@ -43,7 +43,8 @@ Weights<T> PackedParameters<T>::of(const Plan<T>& plan, Index task) const {
 }
 
 template <typename T>
-NativeProgram<T>::NativeProgram(const ProgramSpec& spec) : plan_(make_plan(spec, kernels<T>())) {}
+NativeProgram<T>::NativeProgram(const ProgramSpec& spec)
+    : plan_(make_plan(spec, kernels<T>())), lanes_(LaneNetwork::of(spec)) {}
 
 template <typename T>
 ProgramSizes NativeProgram<T>::sizes() const {

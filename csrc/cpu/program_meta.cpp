@@ -15,7 +15,6 @@ MetaStep<T>::MetaStep(NativeProgram<T>& program, const MetaStepArgs& args)
       phi_size_(plan_.phi.packed_size()),
       outer_(kTheta | (args.gshared != nullptr && phi_size_ > 0 ? kPhi : 0)),
       groups_(std::max<Index>(1, args.tasks), theta_size_ * static_cast<Index>(sizeof(T))) {
-  check_meta_step(args, plan_.sizes, plan_.output_rows, plan_.output_columns);
   support_batch_ = program.batch(std::max<Index>(1, args.support_examples));
   query_batch_ = program.batch(std::max<Index>(1, args.query_examples));
   teams_ = team_count(groups_.count(), args.threads);
@@ -143,7 +142,12 @@ void MetaStep<T>::run() {
 template <typename T>
 void NativeProgram<T>::meta_step(const MetaStepArgs& args) {
   std::lock_guard<std::mutex> lock(call_mutex_);
-  MetaStep<T>(*this, args).run();
+  check_meta_step(args, plan_.sizes, plan_.output_rows, plan_.output_columns);
+  if (LaneMetaStep<T>::takes(lanes_, *plan_.kernels, args)) {
+    LaneMetaStep<T>(lanes_, *plan_.kernels, *memory_, args).run();
+  } else {
+    MetaStep<T>(*this, args).run();
+  }
 }
 
 template void NativeProgram<float>::meta_step(const MetaStepArgs&);

@@ -3,6 +3,7 @@
 #include "conv2d.h"
 #include "gemm.h"
 #include "inner_update.h"
+#include "lanes.h"
 #include "loss.h"
 #include "norm.h"
 #include "norm_relu.h"
@@ -58,6 +59,10 @@ const Kernels<T>& table() {
       &avg_pool_forward<T>,
       &avg_pool_backward<T>,
       &gather<T>,
+      &lane_products<T>,
+      &lane_sums<T>,
+      &lane_loss_gradient<T>,
+      &lane_loss_tangent<T>,
       &scale_bytes<T>,
       &scale<T>,
       &loss_gradient<T>,

@@ -193,6 +193,9 @@ class Program {
   // As many of `threads` as the work of that many forward passes keeps busy: threads that wait for
   // each other longer than they compute make a call slower.
   virtual int useful_threads(Index tasks, Index examples, Index passes, int threads) const = 0;
+  // Whether the meta-steps of so many tasks, of at most so many examples each, run with a task in
+  // each lane of the vectors, where nothing else stands against it.
+  virtual bool suits_lanes(Index tasks, Index examples) const = 0;
   // Rows of theta from torch's layout to the kernels', and back.
   virtual void pack_theta(const void* theta, Index rows, void* packed, int threads) = 0;
   virtual void unpack_theta(const void* packed, Index rows, void* theta, int threads) = 0;
