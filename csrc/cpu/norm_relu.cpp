@@ -21,6 +21,18 @@ FASTMAML_INLINE void for_lines(const NormReluShape& shape, Body body) {
   }
 }
 
+// The same from the last line to the first: what a pass before this one went over last is still in
+// the cache.
+template <int W, typename Body>
+FASTMAML_INLINE void for_lines_back(const NormReluShape& shape, Body body) {
+  const Index lines = shape.height / W, count = shape.width / W;
+  for (Index image = shape.images - 1; image >= 0; --image) {
+    for (Index line = lines - 1; line >= 0; --line) {
+      body((image * lines + line) * count, (image * shape.height + line * W) * shape.width);
+    }
+  }
+}
+
 // body(row) for the rows that no window covers.
 template <int W, typename Body>
 FASTMAML_INLINE void for_uncovered(const NormReluShape& shape, Body body) {
@@ -87,12 +99,23 @@ struct Panel {
   FASTMAML_INLINE Index at(Index row) const { return row * ld + c; }
   FASTMAML_INLINE Index rows() const { return shape.images * shape.height * shape.width; }
   FASTMAML_INLINE R per_row() const { return R::fill(T(1) / static_cast<T>(rows())); }
-  FASTMAML_INLINE R xhat(Index row) const { return (R::at(state.x + at(row)) - mean) * inv_std; }
+  FASTMAML_INLINE R xhat(Index row) const { return xhat_of(R::at(state.x + at(row))); }
   FASTMAML_INLINE R normalised(Index row) const { return multiply_add(gamma, xhat(row), beta); }
   FASTMAML_INLINE Origin<T, NV, W> origin(Index out) const {
     return {W == 1 ? normalised(out) : R::at(state.origin + at(out))};
   }
   FASTMAML_INLINE Index place(int i) const { return place_in_window<W>(shape, i); }
+  // Of the window that starts at `first`, the row of `rows` [like x] that its output came from, or
+  // any where the ReLU is off.
+  FASTMAML_INLINE R winner(const Origin<T, NV, W>& origin, const T* rows, Index first) const {
+    R best = R::at(rows + at(first));
+    for (int i = 1; i < kPlaces; ++i) {
+      const R here = R::at(rows + at(first + place(i)));
+      for (int j = 0; j < NV; ++j) best.v[j] = select<T>(origin.mask(i, j), here.v[j], best.v[j]);
+    }
+    return best;
+  }
+  FASTMAML_INLINE R xhat_of(const R& x) const { return (x - mean) * inv_std; }
   FASTMAML_INLINE Index outputs_in_line() const { return shape.width / W; }
 
   // Sums over outputs, line by line: add(output row, first row of its window, &sums).
@@ -111,7 +134,7 @@ struct Panel {
   // Every input row once: in_window(output row, row, place in the window), or outside(row).
   template <typename InWindow, typename Outside>
   FASTMAML_INLINE void for_inputs(InWindow in_window, Outside outside) const {
-    for_lines<W>(shape, [&](Index out, Index first) {
+    for_lines_back<W>(shape, [&](Index out, Index first) {
       for (Index q = 0; q < outputs_in_line(); ++q) {
         for (int i = 0; i < W * W; ++i) in_window(out + q, first + q * W + place(i), i);
       }
@@ -136,7 +159,15 @@ struct TangentPanel {
 
   FASTMAML_INLINE R dxhat(Index row, const R& xhat) const {
     if (dx == nullptr) return R::fill(0);
-    return panel.inv_std * multiply_add(slope, xhat, R::at(dx + panel.at(row)) - mean);
+    return dxhat_of(R::at(dx + panel.at(row)), xhat);
+  }
+  FASTMAML_INLINE R dxhat_of_winner(const Origin<T, NV, W>& origin, Index first,
+                                    const R& xhat) const {
+    if (dx == nullptr) return R::fill(0);
+    return dxhat_of(panel.winner(origin, dx, first), xhat);
+  }
+  FASTMAML_INLINE R dxhat_of(const R& dx, const R& xhat) const {
+    return panel.inv_std * multiply_add(slope, xhat, dx - mean);
   }
 };
 
@@ -206,11 +237,9 @@ void norm_relu_backward(const NormReluShape& shape, const NormReluState<T>& stat
     const P panel(shape, state, c);
     const Sums<R> sums = panel.sums([&](Index out, Index first, Sums<R>* part) {
       const auto origin = panel.origin(out);
-      const R g = R::at(gy + panel.at(out));
-      for (int i = 0; i < P::kPlaces; ++i) {
-        part->a = multiply_add(origin.only(i, g), panel.xhat(first + panel.place(i)), part->a);
-      }
-      part->b = part->b + origin.where_on(g);
+      const R g = origin.where_on(R::at(gy + panel.at(out)));
+      part->a = multiply_add(g, panel.xhat_of(panel.winner(origin, state.x, first)), part->a);
+      part->b = part->b + g;
     });
     sums.a.put(ggamma + c);
     sums.b.put(gbeta + c);
@@ -252,14 +281,11 @@ void norm_relu_tangent(const NormReluShape& shape, const NormReluState<T>& state
     for_lines<P::kWindow>(shape, [&](Index out, Index first) {
       for (Index q = 0; q < panel.outputs_in_line(); ++q) {
         const auto origin = panel.origin(out + q);
-        R value = R::fill(0);
-        for (int i = 0; i < P::kPlaces; ++i) {
-          const Index row = first + q * P::kWindow + panel.place(i);
-          const R h = panel.xhat(row);
-          const R d = multiply_add(panel.gamma, moved.dxhat(row, h), multiply_add(dg, h, db));
-          value = value + origin.only(i, d);
-        }
-        value.put(dy + panel.at(out + q));
+        const Index window = first + q * P::kWindow;
+        const R h = panel.xhat_of(panel.winner(origin, state.x, window));
+        const R dh = moved.dxhat_of_winner(origin, window, h);
+        origin.where_on(multiply_add(panel.gamma, dh, multiply_add(dg, h, db)))
+            .put(dy + panel.at(out + q));
       }
     });
   });
@@ -281,11 +307,9 @@ void norm_relu_backward_tangent(const NormReluShape& shape, const NormReluState<
     const Sums<R> sums = panel.sums([&](Index out, Index first, Sums<R>* part) {
       const auto origin = panel.origin(out);
       const R g = R::at(gy + panel.at(out)), d = second(out);
-      for (int i = 0; i < P::kPlaces; ++i) {
-        const Index row = first + panel.place(i);
-        const R h = panel.xhat(row);
-        part->a = part->a + origin.only(i, multiply_add(d, h, g * moved.dxhat(row, h)));
-      }
+      const R h = panel.xhat_of(panel.winner(origin, state.x, first));
+      const R dh = moved.dxhat_of_winner(origin, first, h);
+      part->a = part->a + origin.where_on(multiply_add(d, h, g * dh));
       part->b = part->b + origin.where_on(d);
     });
     sums.a.put(dggamma + c);

@@ -72,30 +72,43 @@ FASTMAML_INLINE void for_panels(Index channels, Share share, Body body) {
   if (v < mine.end) body(Row<T, 1>(), v * kLanes<T>);
 }
 
+// The sum of value(i) over [first, last), in two chains, since one would wait for itself.
+template <typename T, int NV, typename Value>
+FASTMAML_INLINE Row<T, NV> sum_of_rows(Index first, Index last, Value value) {
+  Row<T, NV> even = Row<T, NV>::fill(0), odd = even;
+  Index i = first;
+  for (; i + 2 <= last; i += 2) {
+    even = even + value(i);
+    odd = odd + value(i + 1);
+  }
+  if (i < last) even = even + value(i);
+  return even + odd;
+}
+
 template <typename R>
 struct Moments {
   R mean, variance;
 };
 
-// Two passes over each block while it is in the cache, blocks merged as Chan et al. (1983) do.
+// Two passes over each block while it is in the cache, blocks merged as Chan et al. (1983) do. From
+// the last row to the first: whoever wrote x came by there last.
 template <typename T, int NV>
 FASTMAML_INLINE Moments<Row<T, NV>> moments(Index rows, Index ld, const T* x) {
   using R = Row<T, NV>;
   R mean = R::fill(0), squares = R::fill(0);
-  for (Index first = 0; first < rows; first += kBlockRows) {
-    const Index last = smaller(first + kBlockRows, rows), count = last - first;
-    R sum = R::fill(0), block_squares = R::fill(0);
-    for (Index i = first; i < last; ++i) sum = sum + R::at(x + i * ld);
+  for (Index last = rows; last > 0; last -= kBlockRows) {
+    const Index first = larger(last - kBlockRows, 0), count = last - first;
+    const R sum = sum_of_rows<T, NV>(first, last, [&](Index i) { return R::at(x + i * ld); });
     const R block_mean = sum * R::fill(T(1) / static_cast<T>(count));
-    for (Index i = first; i < last; ++i) {
+    const R block_squares = sum_of_rows<T, NV>(first, last, [&](Index i) {
       const R difference = R::at(x + i * ld) - block_mean;
-      block_squares = multiply_add(difference, difference, block_squares);
-    }
+      return difference * difference;
+    });
     const R shift = block_mean - mean;
-    const T part = static_cast<T>(count) / static_cast<T>(last);
+    const T part = static_cast<T>(count) / static_cast<T>(rows - first);
     mean = multiply_add(shift, R::fill(part), mean);
-    squares =
-        squares + multiply_add(shift * shift, R::fill(part * static_cast<T>(first)), block_squares);
+    squares = squares + multiply_add(shift * shift, R::fill(part * static_cast<T>(rows - last)),
+                                     block_squares);
   }
   return {mean, squares * R::fill(T(1) / static_cast<T>(rows))};
 }
@@ -105,13 +118,13 @@ struct Sums {
   R a, b;
 };
 
-// Column sums of two terms per row: add(row, &sums).
+// Column sums of two terms per row, from the last to the first: add(row, &sums).
 template <typename T, int NV, typename Add>
 FASTMAML_INLINE Sums<Row<T, NV>> column_pair_sums(Index rows, Add add) {
   using R = Row<T, NV>;
   Sums<R> total = {R::fill(0), R::fill(0)};
-  for (Index first = 0; first < rows; first += kBlockRows) {
-    const Index last = smaller(first + kBlockRows, rows);
+  for (Index last = rows; last > 0; last -= kBlockRows) {
+    const Index first = larger(last - kBlockRows, 0);
     Sums<R> part = {R::fill(0), R::fill(0)};
     for (Index i = first; i < last; ++i) add(i, &part);
     total.a = total.a + part.a;
