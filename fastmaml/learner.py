@@ -175,7 +175,7 @@ class Learner(BaseLearner):
         lenient = self.allow_unused if allow_unused is None else allow_unused
         gradient = self._gradient(loss, second_order, lenient)
         self._move(self._theta.moved(self._base.update(self, self._theta, gradient)))
-        self.steps_taken += 1
+        self.__dict__["steps_taken"] += 1
 
     def _gradient(self, loss: Tensor, second_order: bool, lenient: bool) -> Tensor:
         clone = self._clone.built

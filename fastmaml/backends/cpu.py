@@ -246,7 +246,7 @@ class CpuExecutor:
         self, state: _State, want_phi: bool, want_x: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         _, phi, _, x = state.inputs
-        gtheta = self._empty(len(x), self._theta_size)
+        gtheta = self._empty(x.shape[0], self._theta_size)
         return (
             gtheta,
             self._empty(*phi.shape) if want_phi else None,
@@ -280,7 +280,7 @@ def _rows(theta: Tensor) -> tuple[Tensor, int]:
     """``theta [T, P]`` with contiguous rows, and its row stride (0 where tasks share one row)."""
     if theta.shape[1] > 1 and theta.stride(1) != 1:
         theta = theta.contiguous()
-    return theta, 0 if len(theta) == 1 else theta.stride(0)
+    return theta, 0 if theta.shape[0] == 1 else theta.stride(0)
 
 
 def _flat(buffers: Sequence[Tensor], x: Tensor) -> Tensor:

@@ -180,16 +180,22 @@ class ProgramCache:
 
 def module_signature(module: nn.Module) -> Signature:
     """Changes with ``train()``/``eval()``, ``requires_grad_``, swapped parts and hooks."""
+    # every call of a learner goes through here: nn.Module's own look-ups are slow
     parts: list[object] = [torch.is_autocast_enabled("cpu")]
-    stack = [module]
-    while stack:
-        m = stack.pop()
-        state = m.__dict__  # every call goes through here: nn.Module's own look-up is slow
-        hooks = len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
-        parts += (id(m), state["training"], hooks)
+    add = parts.append
+    modules = [module]
+    for m in modules:
+        state = m.__dict__
+        add(id(m))
+        add(state["training"])
+        hooks = state["_forward_hooks"], state["_forward_pre_hooks"], state["_backward_hooks"]
+        if any(hooks):
+            add(tuple(map(len, hooks)))
         for parameter in state["_parameters"].values():
-            parts += (id(parameter), parameter is not None and parameter.requires_grad)
-        stack += [child for child in state["_modules"].values() if child is not None]
+            add(id(parameter))
+            add(parameter is not None and parameter.requires_grad)
+        if children := state["_modules"]:
+            modules += [child for child in children.values() if child is not None]
     return tuple(parts)
 
 
