@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,7 +27,11 @@ _WORTH_A_THREAD = 1 << 17  # elements to copy
 @dataclass
 class _State:
     context: _core.Context
-    inputs: tuple[Tensor, ...]  # the context reads them in place
+    # the context reads these in place
+    theta: Tensor
+    phi: Tensor
+    buffers: Tensor | None
+    x: Tensor
 
 
 class CpuExecutor:
@@ -59,6 +64,7 @@ class CpuExecutor:
             shared_size=layout.shared_size,
         )
         self._theta_size = layout.theta_size
+        self._useful_threads = lru_cache(maxsize=64)(self._program.useful_threads)
         self.packing = tuple(self._program.packing)
         self.packed = self._packed_twin()
 
@@ -113,7 +119,7 @@ class CpuExecutor:
             theta=theta.data_ptr(),
             theta_stride=stride,
             shared=phi.data_ptr(),
-            buffers=flat.data_ptr(),
+            buffers=pointer(flat),
             x=x.data_ptr(),
             tasks=tasks,
             examples=examples,
@@ -123,7 +129,7 @@ class CpuExecutor:
             keep=keep,
             packed=self is self.packed,
         )
-        return y, statistics, _State(context, (theta, phi, flat, x)) if keep else None
+        return y, statistics, _State(context, theta, phi, flat, x) if keep else None
 
     def backward(
         self, state: _State, gy: Tensor, *, want_phi: bool, want_x: bool, keep: bool = True
@@ -136,7 +142,7 @@ class CpuExecutor:
             gtheta=gtheta.data_ptr(),
             gshared=pointer(gphi),
             gx=pointer(gx),
-            threads=self._threads(state.inputs[-1], passes=2),
+            threads=self._threads(state.x, passes=2),
             keep=keep,
         )
         return gtheta, gphi, gx, (gradient, gy)
@@ -147,7 +153,7 @@ class CpuExecutor:
         dtheta, stride = _rows(dtheta)
         dphi = None if dphi is None else dphi.contiguous()
         dx = None if dx is None else dx.contiguous()
-        x = state.inputs[-1]
+        x = state.x
         dy = self._empty(*x.shape[:2], *self._output_shape)
         tangent = self._program.tangent(
             context=state.context,
@@ -180,7 +186,7 @@ class CpuExecutor:
             dgtheta=dgtheta.data_ptr(),
             dgshared=pointer(dgphi),
             dgx=pointer(dgx),
-            threads=self._threads(state.inputs[-1], passes=4),
+            threads=self._threads(state.x, passes=4),
         )
         return dgtheta, dgphi, dgx
 
@@ -209,13 +215,14 @@ class CpuExecutor:
             torch.zeros_like(table) if want else None
             for table, want in zip(tables, wanted, strict=True)
         ]
-        threads = self._useful_threads(tasks, examples, _STEP_PASSES * (call.steps + 1))
+        passes = _STEP_PASSES * (call.steps + 1)
+        threads = self._useful_threads(tasks, examples, passes, torch.get_num_threads())
         budget = call.memory_budget
         self._program.meta_step(
             **arguments.common(result.losses),
             theta_stride=theta.shape[1] if theta.ndim == 2 else 0,
             shared=phi.data_ptr(),
-            buffers=flat.data_ptr(),
+            buffers=pointer(flat),
             update=None if update is None else _native_update(update, tables, result),
             gtheta=pointer(result.theta_grad),
             gshared=pointer(result.phi_grad),
@@ -233,10 +240,7 @@ class CpuExecutor:
 
     def _threads(self, x: Tensor, passes: int = 1) -> int:
         tasks, examples = x.shape[:2]
-        return self._useful_threads(tasks, examples, passes)
-
-    def _useful_threads(self, tasks: int, examples: int, passes: int) -> int:
-        return self._program.useful_threads(tasks, examples, passes, torch.get_num_threads())
+        return self._useful_threads(tasks, examples, passes, torch.get_num_threads())
 
     def _statistics(self, x: Tensor, *lead: int) -> Tensor | None:
         size = self._program.stats_size
@@ -245,12 +249,10 @@ class CpuExecutor:
     def _gradients(
         self, state: _State, want_phi: bool, want_x: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        _, phi, _, x = state.inputs
-        gtheta = self._empty(x.shape[0], self._theta_size)
         return (
-            gtheta,
-            self._empty(*phi.shape) if want_phi else None,
-            self._empty(*x.shape) if want_x else None,
+            self._empty(state.x.shape[0], self._theta_size),
+            self._empty(*state.phi.shape) if want_phi else None,
+            self._empty(*state.x.shape) if want_x else None,
         )
 
 
@@ -283,9 +285,9 @@ def _rows(theta: Tensor) -> tuple[Tensor, int]:
     return theta, 0 if theta.shape[0] == 1 else theta.stride(0)
 
 
-def _flat(buffers: Sequence[Tensor], x: Tensor) -> Tensor:
+def _flat(buffers: Sequence[Tensor], x: Tensor) -> Tensor | None:
     if not buffers:
-        return x.new_empty(0)
+        return None
     return torch.cat([b.detach().reshape(-1).to(x.dtype) for b in buffers])
 
 
