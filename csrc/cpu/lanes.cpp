@@ -117,16 +117,24 @@ constexpr TileTable<T> tile_table(std::index_sequence<kSizes...>) {
 template <typename T>
 constexpr TileTable<T> kTiles = tile_table<T>(std::make_index_sequence<kTileRows * kTileColumns>());
 
+// Lane l of the result: lane kFrom[l] of a and b, one after the other.
+template <typename T, int... kFrom>
+FASTMAML_INLINE Vec<T> shuffled(Vec<T> a, Vec<T> b, std::integer_sequence<int, kFrom...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, kFrom...);
+#else
+  return __builtin_shuffle(a, b, MaskVec<T>{kFrom...});
+#endif
+}
+
 // Lane l of the result: the sum of a's lanes l and l ^ kHalf where l has no bit kHalf, else of b's.
-template <int kHalf, typename T>
-FASTMAML_INLINE Vec<T> fold(Vec<T> a, Vec<T> b) {
-  MaskVec<T> own, other;
-  for (int l = 0; l < kLanes<T>; ++l) {
-    const int from = (l & kHalf) == 0 ? l : l + kLanes<T>;
-    own[l] = from;
-    other[l] = from ^ kHalf;
-  }
-  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
+template <int kHalf, typename T, int... kLane>
+FASTMAML_INLINE Vec<T> fold(Vec<T> a, Vec<T> b, std::integer_sequence<int, kLane...>) {
+  constexpr int kB = kLanes<T>;
+  using Own = std::integer_sequence<int, ((kLane & kHalf) == 0 ? kLane : kLane + kB)...>;
+  using Other =
+      std::integer_sequence<int, ((kLane & kHalf) == 0 ? kLane ^ kHalf : (kLane ^ kHalf) + kB)...>;
+  return shuffled<T>(a, b, Own()) + shuffled<T>(a, b, Other());
 }
 
 // Lane l of the result: the sum of all lanes of vectors[l].
@@ -137,7 +145,8 @@ FASTMAML_INLINE Vec<T> sums_of_lanes(Vec<T>* vectors) {
   } else {
     constexpr int kHalf = kLanes<T> / kCount;
     for (int i = 0; i < kCount / 2; ++i) {
-      vectors[i] = fold<kHalf, T>(vectors[2 * i], vectors[2 * i + 1]);
+      vectors[i] = fold<kHalf, T>(vectors[2 * i], vectors[2 * i + 1],
+                                  std::make_integer_sequence<int, kLanes<T>>());
     }
     return sums_of_lanes<kCount / 2, T>(vectors);
   }
