@@ -10,24 +10,15 @@ namespace FASTMAML_ISA {
 namespace {
 
 // A line is one row of windows: outputs [out, out + count), and the first row of the first window.
-// body(out, first)
-template <int W, typename Body>
+// body(out, first). Backward, from the last line to the first, it finds in the cache what a pass
+// before it went over last.
+template <int W, bool kBackward = false, typename Body>
 FASTMAML_INLINE void for_lines(const NormReluShape& shape, Body body) {
-  const Index lines = shape.height / W, count = shape.width / W;
-  for (Index image = 0; image < shape.images; ++image) {
-    for (Index line = 0; line < lines; ++line) {
-      body((image * lines + line) * count, (image * shape.height + line * W) * shape.width);
-    }
-  }
-}
-
-// The same from the last line to the first: what a pass before this one went over last is still in
-// the cache.
-template <int W, typename Body>
-FASTMAML_INLINE void for_lines_back(const NormReluShape& shape, Body body) {
-  const Index lines = shape.height / W, count = shape.width / W;
-  for (Index image = shape.images - 1; image >= 0; --image) {
-    for (Index line = lines - 1; line >= 0; --line) {
+  const Index images = shape.images, lines = shape.height / W, count = shape.width / W;
+  for (Index i = 0; i < images; ++i) {
+    const Index image = kBackward ? images - 1 - i : i;
+    for (Index l = 0; l < lines; ++l) {
+      const Index line = kBackward ? lines - 1 - l : l;
       body((image * lines + line) * count, (image * shape.height + line * W) * shape.width);
     }
   }
@@ -134,7 +125,7 @@ struct Panel {
   // Every input row once: in_window(output row, row, place in the window), or outside(row).
   template <typename InWindow, typename Outside>
   FASTMAML_INLINE void for_inputs(InWindow in_window, Outside outside) const {
-    for_lines_back<W>(shape, [&](Index out, Index first) {
+    for_lines<W, true>(shape, [&](Index out, Index first) {
       for (Index q = 0; q < outputs_in_line(); ++q) {
         for (int i = 0; i < W * W; ++i) in_window(out + q, first + q * W + place(i), i);
       }
