@@ -117,24 +117,12 @@ constexpr TileTable<T> tile_table(std::index_sequence<kSizes...>) {
 template <typename T>
 constexpr TileTable<T> kTiles = tile_table<T>(std::make_index_sequence<kTileRows * kTileColumns>());
 
-// Lane l of the result: lane kFrom[l] of a and b, one after the other.
-template <typename T, int... kFrom>
-FASTMAML_INLINE Vec<T> shuffled(Vec<T> a, Vec<T> b, std::integer_sequence<int, kFrom...>) {
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, kFrom...);
-#else
-  return __builtin_shuffle(a, b, MaskVec<T>{kFrom...});
-#endif
-}
-
 // Lane l of the result: the sum of a's lanes l and l ^ kHalf where l has no bit kHalf, else of b's.
 template <int kHalf, typename T, int... kLane>
 FASTMAML_INLINE Vec<T> fold(Vec<T> a, Vec<T> b, std::integer_sequence<int, kLane...>) {
   constexpr int kB = kLanes<T>;
-  using Own = std::integer_sequence<int, ((kLane & kHalf) == 0 ? kLane : kLane + kB)...>;
-  using Other =
-      std::integer_sequence<int, ((kLane & kHalf) == 0 ? kLane ^ kHalf : (kLane ^ kHalf) + kB)...>;
-  return shuffled<T>(a, b, Own()) + shuffled<T>(a, b, Other());
+  return shuffle<T, ((kLane & kHalf) == 0 ? kLane : kLane + kB)...>(a, b) +
+         shuffle<T, ((kLane & kHalf) == 0 ? kLane ^ kHalf : (kLane ^ kHalf) + kB)...>(a, b);
 }
 
 // Lane l of the result: the sum of all lanes of vectors[l].

@@ -28,24 +28,6 @@ class TaskGroups {
   Index tasks_, count_;
 };
 
-// One row of sums per group.
-template <typename T>
-class GroupSums {
- public:
-  GroupSums() = default;
-  GroupSums(ArenaPool& memory, Index groups, Index width)
-      : groups_(groups), width_(width), rows_(memory.take<T>(groups * width)) {}
-
-  T* row(Index group) const { return rows_.get() + group * width_; }
-  void clear() const { std::fill(row(0), row(groups_), T(0)); }
-  // Adds all rows to the first.
-  const T* total(const Kernels<T>& kernels, int threads) const;
-
- private:
-  Index groups_ = 0, width_ = 0;
-  std::shared_ptr<T> rows_;
-};
-
 // Both groups of parameters (or directions in their space), packed, for one or several tasks.
 template <typename T>
 struct PackedParameters {

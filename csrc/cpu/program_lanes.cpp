@@ -102,8 +102,11 @@ LaneMetaStep<T>::LaneMetaStep(const LaneNetwork& network, const Kernels<T>& kern
       first_saved_(returns_ ? std::max<Index>(0, args.steps - affordable_steps()) : args.steps),
       ones_(memory.take<T>(1)) {
   *ones_ = T(1);
-  if (args.gtheta != nullptr) theta_sums_ = memory.take<T>(groups_ * size_);
-  if (args.grates != nullptr) rates_sums_ = memory.take<T>(groups_ * args.rate_steps * size_);
+  if (args.gtheta != nullptr) theta_sums_ = GroupSums<T>(memory, groups_, size_);
+  if (args.grates != nullptr) {
+    rates_sums_ = GroupSums<T>(memory, groups_, args.rate_steps * size_);
+    rates_sums_.clear();
+  }
 }
 
 // --- memory -------------------------------------------------------------------------------------
@@ -371,7 +374,7 @@ void LaneMetaStep<T>::query(Group& group) const {
 template <typename T>
 void LaneMetaStep<T>::add_rates_gradient(Group& group, Index k, Index index) const {
   parameters(support(group, k), values(group, k), {{}, T(1), nullptr, group.gradient.get()});
-  T* sums = rates_sums_.get() + (index * args_.rate_steps + rate_row(k)) * size_;
+  T* sums = rates_sums_.row(index) + rate_row(k) * size_;
   kernels_.lane_sums(size_, tasks(group), -static_cast<T>(args_.rate) / static_cast<T>(args_.tasks),
                      group.adjoint.get(), group.gradient.get(), sums, true);
 }
@@ -418,10 +421,6 @@ void LaneMetaStep<T>::run_group(Group& group, Index index) const {
   if (args_.query_examples == 0) return;
   load(group, group.query_examples, args_.query_x, args_.query_y, 0);
   query(group);
-  if (args_.grates != nullptr) {
-    const Index rows = args_.rate_steps * size_;
-    std::fill_n(rates_sums_.get() + index * rows, rows, T(0));
-  }
   for (Index k = args_.steps - 1; returns_ && k >= 0; --k) {
     if (k < first_saved_) run_step(group, k);
     if (args_.grates != nullptr) add_rates_gradient(group, k, index);
@@ -429,18 +428,12 @@ void LaneMetaStep<T>::run_group(Group& group, Index index) const {
   }
   if (args_.gtheta == nullptr) return;
   kernels_.lane_sums(size_, tasks(group), T(1) / static_cast<T>(args_.tasks), group.adjoint.get(),
-                     nullptr, theta_sums_.get() + index * size_, false);
+                     nullptr, theta_sums_.row(index), false);
 }
 
-// Groups are summed in their order: the result does not depend on the number of threads.
 template <typename T>
-void LaneMetaStep<T>::store_sum(const T* rows, Index size, void* out) const {
-  if (out == nullptr) return;
-  T* total = static_cast<T*>(out);
-  std::copy_n(rows, size, total);
-  for (Index group = 1; group < groups_; ++group) {
-    kernels_.axpby(size, T(1), rows + group * size, T(0), nullptr, total, true, Share{});
-  }
+void LaneMetaStep<T>::store_sum(const GroupSums<T>& sums, Index size, void* out) const {
+  if (out != nullptr) std::copy_n(sums.total(kernels_, 1), size, static_cast<T*>(out));
 }
 
 template <typename T>
@@ -452,8 +445,8 @@ void LaneMetaStep<T>::run() {
     group.tasks = split(args_.tasks, Share{static_cast<int>(index), static_cast<int>(groups_)});
     run_group(group, index);
   });
-  store_sum(theta_sums_.get(), size_, args_.gtheta);
-  store_sum(rates_sums_.get(), args_.rate_steps * size_, args_.grates);
+  store_sum(theta_sums_, size_, args_.gtheta);
+  store_sum(rates_sums_, args_.rate_steps * size_, args_.grates);
 }
 
 template class LaneMetaStep<float>;

@@ -106,7 +106,7 @@ class LaneMetaStep {
   void store_adapted(const Group& group) const;
   void add_rates_gradient(Group& group, Index k, Index index) const;
   void adjoint_step(Group& group, Index k) const;
-  void store_sum(const T* rows, Index size, void* out) const;
+  void store_sum(const GroupSums<T>& sums, Index size, void* out) const;
 
   void forward(Theta theta, const Examples& examples, const Values& v) const;
   void backward(Theta theta, const Values& v) const;
@@ -192,7 +192,8 @@ class LaneMetaStep {
   const int threads_;
   const bool returns_;       // over the inner steps, for the adjoint
   const Index first_saved_;  // steps before it run a second time
-  std::shared_ptr<T> ones_, theta_sums_, rates_sums_;
+  std::shared_ptr<T> ones_;
+  GroupSums<T> theta_sums_, rates_sums_;
 };
 
 }  // namespace fastmaml

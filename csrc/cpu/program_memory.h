@@ -1,6 +1,7 @@
 // Memory that is kept between calls, so that in a steady state nothing is allocated.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <deque>
 #include <memory>
@@ -43,6 +44,24 @@ class ArenaPool : public std::enable_shared_from_this<ArenaPool> {
   // The pool holds not much more than was once in use at the same time (or some hundred megabytes).
   std::size_t used_bytes_ = 0;
   std::size_t most_used_bytes_ = 0;
+};
+
+// One row of sums per group.
+template <typename T>
+class GroupSums {
+ public:
+  GroupSums() = default;
+  GroupSums(ArenaPool& memory, Index groups, Index width)
+      : groups_(groups), width_(width), rows_(memory.take<T>(groups * width)) {}
+
+  T* row(Index group) const { return rows_.get() + group * width_; }
+  void clear() const { std::fill(row(0), row(groups_), T(0)); }
+  // Adds all rows to the first.
+  const T* total(const Kernels<T>& kernels, int threads) const;
+
+ private:
+  Index groups_ = 0, width_ = 0;
+  std::shared_ptr<T> rows_;
 };
 
 }  // namespace fastmaml

@@ -6,16 +6,6 @@ namespace fastmaml {
 namespace FASTMAML_ISA {
 namespace {
 
-// Lane j of the result: lane kLane[j] of a and b laid side by side.
-template <typename T, int... kLane>
-FASTMAML_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b) {
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, kLane...);
-#else
-  return __builtin_shuffle(a, b, MaskVec<T>{kLane...});
-#endif
-}
-
 // Two rows swap what lies off the diagonal of their 2 x 2 blocks of `W` lanes.
 template <typename T, int W, int... J>
 FASTMAML_INLINE void swap_blocks(Vec<T>* upper, Vec<T>* lower, std::integer_sequence<int, J...>) {

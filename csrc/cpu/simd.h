@@ -120,6 +120,16 @@ FASTMAML_INLINE void store_up_to(T* p, Vec<T> v, Index count) {
   }
 }
 
+// Lane j of the result: lane kLane[j] of a and b laid side by side.
+template <typename T, int... kLane>
+FASTMAML_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, kLane...);
+#else
+  return __builtin_shuffle(a, b, MaskVec<T>{kLane...});
+#endif
+}
+
 template <typename T>
 FASTMAML_INLINE Vec<T> square_root(Vec<T> v) {
   for (int i = 0; i < kLanes<T>; ++i) {
