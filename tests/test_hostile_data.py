@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 import re
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import TensorDataset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import ToTensor
 
@@ -19,7 +20,9 @@ from fastmaml.data import (
     MetaDataset,
     OnDeviceDataset,
     Taskset,
+    UnionMetaDataset,
 )
+from fastmaml.data.examples import example_name
 from fastmaml.data.transforms import (
     FilterLabels,
     FusedNWaysKShots,
@@ -108,17 +111,46 @@ def pictures_in_folders(root: Path) -> ImageFolder:
     return ImageFolder(str(root), transform=ToTensor(), loader=as_it_is)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "grey", "wider"])
+def known_classes(folder: ImageFolder) -> MetaDataset:
+    """Of the first two classes, two pictures each; none is opened."""
+    return MetaDataset(folder, labels_to_indices={0: [0, 1], 1: [2, 3]})
+
+
+def two_by_two(data: MetaDataset) -> list:
+    return [FusedNWaysKShots(data, 2, 2), LoadData(data), RemapLabels(data)]
+
+
+DAMAGED = ("truncated", "bad chunk", "huge")
+SHAPES = {"grey": [1, 6, 6], "wider": [3, 6, 7]}
+
+
+def damage_picture(file: Path, damage: str) -> None:
+    if damage in SHAPES:
+        Image.new("L" if damage == "grey" else "RGB", SHAPES[damage][:0:-1]).save(file)
+        return
+    contents = file.read_bytes()
+    if damage == "huge":  # Pillow takes it for a bomb, which is no OSError
+        side = (50_000).to_bytes(4, "big")
+        header = b"IHDR" + side * 2 + contents[24:29]
+        contents = contents[:12] + header + zlib.crc32(header).to_bytes(4, "big") + contents[33:]
+    data = contents.index(b"IDAT")
+    changed = {
+        "truncated": contents[:45],
+        # three bytes of pixels and no chunk after them: a SyntaxError of Pillow's
+        "bad chunk": contents[: data - 1] + b"\3" + contents[data : data + 7] + b"\xff" * 30,
+        "huge": contents,
+    }
+    file.write_bytes(changed[damage])
+
+
+@pytest.mark.parametrize("damage", [*DAMAGED, *SHAPES])
 def test_bad_pictures_are_named_with_their_file(damage, tmp_path) -> None:
     folder = pictures_in_folders(tmp_path)
     file = Path(folder.samples[2][0])
-    if damage == "truncated":
-        file.write_bytes(file.read_bytes()[:45])
-    else:
-        Image.new("L" if damage == "grey" else "RGB", (6 + (damage == "wider"), 6)).save(file)
-    data = MetaDataset(folder, labels_to_indices={0: [0, 1], 1: [2, 3]})
-    steps = [FusedNWaysKShots(data, 2, 2), LoadData(data), RemapLabels(data)]
-    shape = {"grey": [1, 6, 6], "wider": [3, 6, 7]}.get(damage)
+    damage_picture(file, damage)
+    data = known_classes(folder)
+    steps = two_by_two(data)
+    shape = SHAPES.get(damage)
     message = "cannot be read" if shape is None else r"must be like image \d .*\[3, 6, 6\]"
     with pytest.raises(ValueError, match=rf"image \d \(.*png\) {message}"):
         Taskset(data, steps).sample()
@@ -129,3 +161,57 @@ def test_bad_pictures_are_named_with_their_file(damage, tmp_path) -> None:
     if shape is None:
         with pytest.raises(ValueError, match=re.escape(f"image 2 ({file}) cannot be read")):
             MetaDataset(folder)
+
+
+@pytest.mark.parametrize("damage", SHAPES)
+def test_unlike_pictures_are_refused_before_training(damage, tmp_path) -> None:
+    """Where the labels have been read from the examples."""
+    folder = pictures_in_folders(tmp_path)
+    file = Path(folder.samples[2][0])
+    damage_picture(file, damage)
+    data = MetaDataset(folder)
+    parts = (data, FilteredMetaDataset(data, [1, 0]), UnionMetaDataset([data, data]))
+    for part in parts:
+        with pytest.raises(ValueError, match=re.escape(f"({file})")):
+            Taskset(part, two_by_two(part))
+    Taskset(data, two_by_two(data), task_collate=list).sample()  # which needs no one shape
+    Taskset(data, two_by_two(data)[:1], task_collate=list).sample()
+    alike = FilteredMetaDataset(data, [0])
+    Taskset(alike, [FusedNWaysKShots(alike, 1, 2), LoadData(alike)]).sample()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_examples_that_are_not_finite_are_refused(value) -> None:
+    x, y = torch.zeros(8, 3), torch.arange(8) // 4
+    x[5, 1] = value
+    message = "image 5 of class 1 must hold finite values"
+    with pytest.raises(ValueError, match=message):
+        MetaDataset(TensorDataset(x, y))
+    with pytest.raises(ValueError, match=message):
+        OnDeviceDataset(TensorDataset(x, y))
+    data = MetaDataset(TensorDataset(x, y), {0: range(4), 1: range(4, 8)})  # none is read
+    with pytest.raises(ValueError, match=message):
+        next(Taskset(data, two_by_two(data)).batches(tasks=1))
+
+
+def test_examples_are_named_through_what_wraps_their_data_set(tmp_path) -> None:
+    folder = pictures_in_folders(tmp_path)
+    last = f"image 3 ({folder.samples[3][0]})"
+    data = MetaDataset(folder)
+    halves = UnionMetaDataset([data, FilteredMetaDataset(data, [1])])
+    for dataset, index in (
+        (data, 3),
+        (Subset(folder, [1, 3]), 1),
+        (ConcatDataset([folder, Subset(data, [2, 3])]), 5),
+        (halves, 5),
+        (FilteredMetaDataset(halves, [2]), 1),
+    ):
+        assert example_name(dataset, index) == last
+
+
+def test_shots_that_leave_no_query_set_are_refused() -> None:
+    data = six_classes()
+    taskset = Taskset(data, two_by_two(data))
+    for shots in (0, 2):
+        with pytest.raises(ValueError, match="at least 1 and fewer than the 2 examples"):
+            taskset.batches(tasks=1, shots=shots)

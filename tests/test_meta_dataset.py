@@ -52,9 +52,9 @@ def test_labels_may_be_strings_or_tensors() -> None:
     assert all(type(label) is int for label in meta.labels)
 
 
-@pytest.mark.parametrize("label", [torch.tensor([1, 2]), [1, 2]])
+@pytest.mark.parametrize("label", [torch.tensor([1, 2]), [1, 2], float("nan")])
 def test_a_label_of_several_values_is_refused(label: object) -> None:
-    with pytest.raises(ValueError, match=r"labels must be single values, got .* for example 1"):
+    with pytest.raises(ValueError, match=r"image 1 must have a single label, .* got"):
         MetaDataset(Listed([0, label]))
 
 

@@ -233,13 +233,13 @@ BAD = {
         (torch.zeros(2, 3), 0), (torch.zeros(2, 4), 0)),
     "image 1 must be like image 0, [1, 4, 4] of uint8, got [3, 4, 4] of uint8": (
         (Image.new("L", (4, 4)), 0), (Image.new("RGB", (4, 4)), 0)),
-    "image 1 must hold finite values, it has NaN or infinity": (
+    "image 1 of class 0 must hold finite values, it has NaN or infinity": (
         (torch.zeros(2), 0), (torch.tensor([0.0, float("nan")]), 0)),
     "image 0: images must be uint8 or floating point, got int64": ((torch.zeros(2).long(), 0),),
     "image 0: images must be tensors or PIL images, got str": (("a.png", 0),),
-    "image 0 must have a single label, got [1, 2]": ((torch.zeros(2), [1, 2]),),
+    "image 0 must have a single label, a number or a text, got [1, 2]": ((torch.zeros(2), [1, 2]),),
     "image 0: images must hold colours, got numbers of a palette": ((Image.new("P", (4, 4)), 0),),
-    "image 1 cannot be read: ValueError('not enough values to unpack": (
+    "image 1 must be (x, label, ...), got (tensor([0., 0.]),)": (
         (torch.zeros(2), 0), (torch.zeros(2),)),
     "dataset must have at least one example, got an empty one": (),
 }  # fmt: skip

@@ -34,6 +34,8 @@ from fastmaml.data.transforms import (
 )
 from fastmaml.vision.transforms import RandomClassRotation
 
+more_workers_than_cores = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
 
 @pytest.fixture
 def numbers() -> MetaDataset:
@@ -187,6 +189,7 @@ def test_each_class_is_turned_by_an_angle_of_its_own() -> None:
     assert sum(len(corners) > 1 for corners in tasks) > 25  # expected: 15 of 16
 
 
+@more_workers_than_cores
 @pytest.mark.parametrize("workers", [0, 2])
 def test_fixed_tasks_are_the_same_in_all_workers_and_epochs(workers, numbers) -> None:
     taskset = Taskset(numbers, recipe("fused", numbers), num_tasks=6)
@@ -196,6 +199,7 @@ def test_fixed_tasks_are_the_same_in_all_workers_and_epochs(workers, numbers) ->
     assert len({tuple(x) for x in epochs[0]}) > 1
 
 
+@more_workers_than_cores
 def test_endless_tasks_of_workers_differ(numbers) -> None:
     taskset = Taskset(numbers, recipe("fused", numbers))
     loader = DataLoader(Repeated(taskset, 8), batch_size=None, num_workers=2)
@@ -213,6 +217,7 @@ class Repeated(torch.utils.data.Dataset):
         return self.taskset.sample()
 
 
+@more_workers_than_cores
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_reads_the_examples_of_each_task(workers, numbers) -> None:
     random.seed(1)

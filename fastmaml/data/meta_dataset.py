@@ -7,16 +7,22 @@ import itertools
 import os
 import pickle
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from torch.utils.data import Dataset
 
+from fastmaml.data.examples import (
+    Label,
+    check_finite,
+    example_name,
+    read_labelled,
+    shape_of,
+)
 from fastmaml.files import write_atomically
 
-Label = Hashable
+Shapes = dict[Label, dict[str, str]]
 
 
 class MetaDataset(Dataset):
@@ -36,10 +42,13 @@ class MetaDataset(Dataset):
     Attributes:
         dataset, labels_to_indices, indices_to_labels: as above.
         labels: the labels, in order of first appearance.
+        shapes: where the labels were read from the examples, the shapes that the tensors of each
+            class have, with the name of the first example that has it; else empty.
 
     Raises:
         TypeError: ``dataset`` is no torch data set.
-        ValueError: a label is not a single value, or an example cannot be read.
+        ValueError: where examples are read: one cannot be, has no single label, or holds NaN or
+            infinity.
     """
 
     def __init__(
@@ -53,6 +62,7 @@ class MetaDataset(Dataset):
                 f"dataset must be a torch.utils.data.Dataset, got {type(dataset).__name__}"
             )
         self.dataset = dataset
+        self.shapes: Shapes = {}
         path = getattr(dataset, "_bookkeeping_path", None)
         if path is not None and labels_to_indices is None and indices_to_labels is None:
             self.load_bookkeeping(path)
@@ -86,7 +96,19 @@ class MetaDataset(Dataset):
         known = getattr(self.dataset, "known_labels", None)
         if known is not None:
             return dict(enumerate(known()))
-        return {i: read_label(self.dataset, i) for i in range(len(self))}
+        return {i: self._read_label(i) for i in range(len(self))}
+
+    def _read_label(self, i: int) -> Label:
+        x, label = read_labelled(self.dataset, i)
+        check_finite(self.dataset, i, x, label)
+        shape, seen = shape_of(x), self.shapes.setdefault(label, {})
+        if shape is not None and shape not in seen:
+            seen[shape] = self.example_name(i)
+        return label
+
+    def example_name(self, i: int) -> str:
+        """What messages call an example."""
+        return example_name(self.dataset, i)
 
     def load_bookkeeping(self, path: str | os.PathLike[str]) -> None:
         """Fill the attributes from a file, or create them and, where possible, the file."""
@@ -118,7 +140,9 @@ class MetaDataset(Dataset):
         """Every index has a label, and a few of them are this data set's."""
         n = len(self)
         return indices_to_labels.keys() == set(range(n)) and all(
-            read_label(self.dataset, i) == indices_to_labels[i] for i in {0, n // 2, n - 1} if n
+            read_labelled(self.dataset, i)[1] == indices_to_labels[i]
+            for i in {0, n // 2, n - 1}
+            if n
         )
 
 
@@ -136,21 +160,32 @@ class UnionMetaDataset(MetaDataset):
         self.datasets = [as_meta_dataset(dataset) for dataset in datasets]
         self._ends = list(itertools.accumulate(len(dataset) for dataset in self.datasets))
         indices_to_labels: dict[int, int] = {}
+        self.shapes = {}
         classes = examples = 0
         for dataset in self.datasets:
             position = {label: classes + i for i, label in enumerate(dataset.labels)}
             for index, label in dataset.indices_to_labels.items():
                 indices_to_labels[examples + index] = position[label]
+            self.shapes |= {position[label]: shapes for label, shapes in dataset.shapes.items()}
             classes += len(position)
             examples += len(dataset)
         self._set(group_by_label(indices_to_labels), indices_to_labels)
 
     def __getitem__(self, item: int) -> Any:
         item = checked_index(item, len(self))
-        which = bisect.bisect_right(self._ends, item)
-        start = self._ends[which] - len(self.datasets[which])
-        x, _, *rest = self.datasets[which][item - start]
+        dataset, place = self._place(item)
+        x, _, *rest = dataset[place]
         return (x, self.indices_to_labels[item], *rest)
+
+    def _place(self, item: int) -> tuple[MetaDataset, int]:
+        """The data set an example is from, and its index there."""
+        which = bisect.bisect_right(self._ends, item)
+        dataset = self.datasets[which]
+        return dataset, item - self._ends[which] + len(dataset)
+
+    def example_name(self, i: int) -> str:
+        """What messages call an example."""
+        return example_name(*self._place(i))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -176,6 +211,7 @@ class FilteredMetaDataset(MetaDataset):
                 f"got {unknown[0]!r}"
             )
         self._indices = [i for label in kept for i in dataset.labels_to_indices[label]]
+        self.shapes = {label: dataset.shapes[label] for label in kept if label in dataset.shapes}
         indices_to_labels = {
             new: dataset.indices_to_labels[old] for new, old in enumerate(self._indices)
         }
@@ -183,6 +219,10 @@ class FilteredMetaDataset(MetaDataset):
 
     def __getitem__(self, item: int) -> Any:
         return self.dataset[self._indices[checked_index(item, len(self))]]
+
+    def example_name(self, i: int) -> str:
+        """What messages call an example."""
+        return example_name(self.dataset, self._indices[i])
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -211,62 +251,6 @@ def checked_index(item: int, length: int) -> int:
 def inner_dataset(dataset: Dataset) -> Dataset:
     """What a plain MetaDataset wraps; a filtered one or a union is a data set of its own."""
     return dataset.dataset if type(dataset) is MetaDataset else dataset
-
-
-def example_name(dataset: Dataset, i: int) -> str:
-    """What messages call an example: with its file, where the data set lists files."""
-    inner = inner_dataset(dataset)
-    for attribute in ("samples", "_samples", "_image_files", "_images"):
-        files = getattr(inner, attribute, None)
-        if isinstance(files, list) and len(files) > i:
-            file = files[i][0] if isinstance(files[i], tuple) else files[i]
-            if isinstance(file, (str, Path)):
-                return f"image {i} ({file})"
-    return f"image {i}"
-
-
-def check_alike(dataset: Dataset, index: int, got: str, first: int, expected: str) -> None:
-    """Examples of a block must be like its first one; ``got`` and ``expected`` describe them.
-
-    Raises:
-        ValueError: they are not.
-    """
-    if got != expected:
-        raise ValueError(
-            f"{example_name(dataset, index)} must be like {example_name(dataset, first)}, "
-            f"{expected}, got {got}; convert and resize all images alike in the dataset's transform"
-        )
-
-
-def read_example(dataset: Dataset, index: int) -> Any:
-    """``dataset[index]``.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    try:
-        return dataset[index]
-    except OSError as error:
-        raise ValueError(f"{example_name(dataset, index)} cannot be read: {error!r}") from error
-
-
-def read_label(dataset: Dataset, index: int) -> Label:
-    """The label of an example, as a plain value.
-
-    Raises:
-        ValueError: it is not a single value, or the example cannot be read.
-    """
-    label = read_example(dataset, index)[1]
-    if hasattr(label, "item"):
-        try:
-            return label.item()
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"labels must be single values, got {label!r} for example {index}"
-            ) from error
-    if not isinstance(label, Hashable):
-        raise ValueError(f"labels must be single values, got {label!r} for example {index}")
-    return label
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -19,14 +19,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from fastmaml.data.examples import check_alike, check_finite, example_name, read_labelled
 from fastmaml.data.fingerprint import Fingerprint
-from fastmaml.data.meta_dataset import (
-    MetaDataset,
-    check_alike,
-    example_name,
-    group_by_label,
-    inner_dataset,
-)
+from fastmaml.data.meta_dataset import MetaDataset, group_by_label, inner_dataset
 from fastmaml.files import write_atomically
 
 ClassIndex = Mapping[Any, Sequence[int]]
@@ -223,23 +218,17 @@ def _examples(dataset: Dataset, progress: bool) -> Iterator[tuple[NDArray[Any], 
     bar = tqdm(range(count), desc="packing", unit="image", disable=not progress, leave=False)
     for i in bar:
         image, label = _example(dataset, i)
-        _check(dataset, i, image, first)
+        check_alike(dataset, i, _described(image), 0, _described(first))
+        check_finite(dataset, i, image, label)
         yield image, label
 
 
 def _example(dataset: Dataset, i: int) -> tuple[NDArray[Any], Hashable]:
+    image, label = read_labelled(dataset, i)
     try:
-        image, label, *_ = dataset[i]
-    except Exception as error:  # damaged files raise nearly anything
-        raise ValueError(f"{example_name(dataset, i)} cannot be read: {error!r}") from error
-    try:
-        array = _as_array(image)
+        return _as_array(image), label
     except TypeError as error:
         raise ValueError(f"{example_name(dataset, i)}: {error}") from error
-    label = label.item() if hasattr(label, "item") else label
-    if not isinstance(label, Hashable):
-        raise ValueError(f"{example_name(dataset, i)} must have a single label, got {label!r}")
-    return array, label
 
 
 def _as_array(image: object) -> NDArray[Any]:
@@ -262,14 +251,6 @@ def _picture(image: Image.Image) -> NDArray[Any]:
         )
     array = np.asarray(image.convert("L") if image.mode == "1" else image)
     return array.transpose(2, 0, 1) if array.ndim == 3 else array[None]
-
-
-def _check(dataset: Dataset, i: int, image: NDArray[Any], first: NDArray[Any]) -> None:
-    check_alike(dataset, i, _described(image), 0, _described(first))
-    if image.dtype.kind == "f" and not np.isfinite(image).all():
-        raise ValueError(
-            f"{example_name(dataset, i)} must hold finite values, it has NaN or infinity"
-        )
 
 
 def _described(image: NDArray[Any]) -> str:

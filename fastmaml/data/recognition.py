@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from fastmaml.data.episodes import EpisodeSampler
-from fastmaml.data.meta_dataset import MetaDataset, read_example
+from fastmaml.data.examples import check_finite, read_labelled, unlike
+from fastmaml.data.meta_dataset import MetaDataset
 from fastmaml.data.packed import PackedImages, pack
 from fastmaml.data.rotation import RandomClassRotation
 from fastmaml.data.transforms import (
@@ -49,8 +50,13 @@ class Episodes:
         self, tasks: int, shots: int | None, device: torch.device | str | None, seed: int
     ) -> EpisodeSampler:
         shots = self.images // 2 if shots is None else shots
+        if not 0 < shots < self.images:
+            raise ValueError(
+                f"shots must be at least 1 and fewer than the {self.images} examples that tasks "
+                f"have of each class, got {shots}; draw tasks with more examples"
+            )
         if self.dataset not in _packed:
-            _packed[self.dataset] = pack(self.dataset, cache=False)
+            _packed[self.dataset] = pack(self.dataset)
         return EpisodeSampler(
             _packed[self.dataset],
             self.ways,
@@ -86,17 +92,32 @@ def recognise(taskset: Taskset) -> Episodes | str:
     return _fixed_pictures(taskset.dataset) or _episodes(taskset.dataset, *drawn)
 
 
-def check_possible(transforms: Sequence[Any], dataset: MetaDataset) -> None:
+def check_possible(transforms: Sequence[Any], dataset: MetaDataset, stacked: bool) -> None:
     """Look at the classes that tasks can have, as far as the transforms are known ones.
 
+    Args:
+        stacked: the examples of a task become one tensor.
+
     Raises:
-        ValueError: a class that may be drawn has too few examples, or there are too few classes.
+        ValueError: a class that may be drawn has too few examples, or there are too few classes; or
+            the examples have different shapes, as far as the data set has seen them.
     """
     sizes: ClassSizes = {c: len(indices) for c, indices in dataset.labels_to_indices.items()}
     for transform in transforms:
         if type(transform) not in _KNOWN or not _same_data(transform.dataset, dataset):
             return
         sizes = transform.possible(sizes)
+    if stacked and any(type(transform) is LoadData for transform in transforms):
+        _check_shapes(dataset, sizes)
+
+
+def _check_shapes(dataset: MetaDataset, classes: Iterable[Any]) -> None:
+    first: tuple[str, str] | None = None
+    for label in classes:
+        for shape, name in dataset.shapes.get(label, {}).items():
+            first = first or (shape, name)
+            if shape != first[0]:
+                raise unlike(name, shape, first[1], first[0])
 
 
 def _same_data(one: MetaDataset, other: MetaDataset) -> bool:
@@ -173,7 +194,8 @@ def _episodes(
 def _fixed_pictures(dataset: MetaDataset) -> str | None:
     """A reason where reading an example twice does not give the same floating-point tensor."""
     for i in range(0, len(dataset), max(1, len(dataset) // _READ_TWICE)):
-        first, again = (read_example(dataset, i)[0] for _ in range(2))
+        (first, label), (again, _) = (read_labelled(dataset, i) for _ in range(2))
+        check_finite(dataset, i, first, label)  # NaN would look like a transform
         if not isinstance(first, Tensor) or not first.is_floating_point():
             return "the examples are no floating-point tensors"
         if not torch.equal(first, again):

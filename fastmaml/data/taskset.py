@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from fastmaml.data.meta_dataset import MetaDataset, as_meta_dataset, check_alike
+from fastmaml.data.examples import check_alike, shape_of
+from fastmaml.data.meta_dataset import MetaDataset, as_meta_dataset
 from fastmaml.data.recognition import Episodes, check_possible, recognise
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.data.transforms import DataDescription, LoadData, TaskDescription
@@ -40,7 +41,8 @@ class Taskset(Dataset):
 
     Raises:
         ValueError: ``num_tasks`` is neither -1 nor positive; the transforms ask for more classes or
-            examples than there are (transforms of one's own are not looked into).
+            examples than there are, or would stack examples that were read with different shapes
+            (transforms of one's own are not looked into).
     """
 
     def __init__(
@@ -55,9 +57,10 @@ class Taskset(Dataset):
         self.dataset: MetaDataset = as_meta_dataset(dataset)
         self.num_tasks = num_tasks
         self.task_transforms = task_transforms or [LoadData(self.dataset)]
-        if not callable(self.task_transforms):
-            check_possible(self.task_transforms, self.dataset)
         self.task_collate: Collate = default_collate if task_collate is None else task_collate
+        if not callable(self.task_transforms):
+            stacked = self.task_collate is default_collate
+            check_possible(self.task_transforms, self.dataset, stacked)
         self.sampled_descriptions: dict[int, TaskDescription] = {}
         self._task_id = 0
         self._seed = hash(random.getstate())  # of this moment, without drawing from it
@@ -89,10 +92,9 @@ class Taskset(Dataset):
     def _check_alike(self, task: TaskDescription, examples: list[Any]) -> None:
         if not all(isinstance(e, (tuple, list)) and isinstance(e[0], Tensor) for e in examples):
             return
-        first = task[0].index
+        first, expected = task[0].index, str(shape_of(examples[0][0]))
         for description, (x, *_) in zip(task, examples, strict=True):
-            expected = str(list(examples[0][0].shape))
-            check_alike(self.dataset, description.index, str(list(x.shape)), first, expected)
+            check_alike(self.dataset, description.index, str(shape_of(x)), first, expected)
 
     def sample(self) -> Any:
         """One of the tasks at random."""

@@ -16,7 +16,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from fastmaml.data.meta_dataset import MetaDataset, as_meta_dataset, read_example
+from fastmaml.data.examples import read_example
+from fastmaml.data.meta_dataset import MetaDataset, as_meta_dataset
 
 TaskDescription = list["DataDescription"]
 ClassSizes = Mapping[Any, int]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.datasets.utils import download_url
 
-from fastmaml.data.meta_dataset import check_alike, read_example
+from fastmaml.data.examples import check_alike, check_finite, read_labelled, shape_of
 
 
 def partition_task(
@@ -85,7 +85,8 @@ class OnDeviceDataset(TensorDataset):
         transform: applied to x whenever an example is asked for.
 
     Raises:
-        ValueError: an example cannot be read, or has another shape than the first.
+        ValueError: an example cannot be read, has another shape than the first, or holds NaN or
+            infinity.
     """
 
     def __init__(
@@ -94,9 +95,10 @@ class OnDeviceDataset(TensorDataset):
         device: torch.device | str | None = None,
         transform: Callable[[Tensor], Any] | None = None,
     ) -> None:
-        pairs = [read_example(dataset, i) for i in range(len(dataset))]  # type: ignore[arg-type]
-        for i, (x, _) in enumerate(pairs):
-            check_alike(dataset, i, str(list(x.shape)), 0, str(list(pairs[0][0].shape)))
+        pairs = [read_labelled(dataset, i) for i in range(len(dataset))]  # type: ignore[arg-type]
+        for i, (x, y) in enumerate(pairs):
+            check_alike(dataset, i, str(shape_of(x)), 0, str(shape_of(pairs[0][0])))
+            check_finite(dataset, i, x, y)
         data, labels = torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
         if device is not None:
             data, labels = data.to(device), labels.to(device)

@@ -1,0 +1,127 @@
+"""Examples of any data set: reading them, and naming those that are unfit."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, Subset
+
+Label = Hashable
+
+
+def example_name(dataset: Dataset, i: int) -> str:
+    """What messages call an example: with its file, where the data set lists files."""
+    own = getattr(dataset, "example_name", None)
+    if own is not None:
+        return str(own(i))
+    if isinstance(dataset, Subset):
+        return example_name(dataset.dataset, dataset.indices[i])
+    if isinstance(dataset, ConcatDataset):
+        which = bisect.bisect_right(dataset.cumulative_sizes, i)
+        part = dataset.datasets[which]
+        return example_name(part, i - dataset.cumulative_sizes[which] + len(part))  # type: ignore[arg-type]
+    for attribute in ("samples", "_samples", "_image_files", "_images"):
+        files = getattr(dataset, attribute, None)
+        if isinstance(files, list) and len(files) > i:
+            file = files[i][0] if isinstance(files[i], tuple) else files[i]
+            if isinstance(file, (str, Path)):
+                return f"image {i} ({file})"
+    return f"image {i}"
+
+
+def check_alike(dataset: Dataset, index: int, got: str, first: int, expected: str) -> None:
+    """Examples of a block must be like its first one; ``got`` and ``expected`` describe them.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if got != expected:
+        raise unlike(example_name(dataset, index), got, example_name(dataset, first), expected)
+
+
+def unlike(name: str, got: str, first: str, expected: str) -> ValueError:
+    """What is raised for an example ``name`` that is not like another one, ``first``."""
+    return ValueError(
+        f"{name} must be like {first}, {expected}, got {got}; convert and resize all images alike "
+        "in the dataset's transform"
+    )
+
+
+def shape_of(x: object) -> str | None:
+    """The shape as messages show it; None where there is none."""
+    return str(list(x.shape)) if isinstance(x, (Tensor, np.ndarray)) else None
+
+
+def check_finite(dataset: Dataset, index: int, x: object, label: Label) -> None:
+    """Look at the data of an example; ``label`` is for the message.
+
+    Raises:
+        ValueError: they hold NaN or infinity.
+    """
+    if isinstance(x, Tensor):
+        finite = not x.is_floating_point() or bool(x.isfinite().all())
+    elif isinstance(x, np.ndarray):
+        finite = x.dtype.kind != "f" or bool(np.isfinite(x).all())
+    else:
+        return
+    if not finite:
+        raise ValueError(
+            f"{example_name(dataset, index)} of class {label!r} must hold finite values, it has "
+            "NaN or infinity"
+        )
+
+
+def read_example(dataset: Dataset, index: int) -> Any:
+    """``dataset[index]``.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return dataset[index]
+    except Exception as error:  # damaged files raise nearly anything
+        raise ValueError(f"{example_name(dataset, index)} cannot be read: {error!r}") from error
+
+
+def read_labelled(dataset: Dataset, index: int) -> tuple[Any, Label]:
+    """Data and label of an example, the label as a plain value.
+
+    Raises:
+        ValueError: it cannot be read, or its label is not a single value.
+    """
+    example = read_example(dataset, index)
+    try:
+        x, label, *_ = example
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{example_name(dataset, index)} must be (x, label, ...), got {example!r:.60}"
+        ) from error
+    return x, label_of(dataset, index, label)
+
+
+def label_of(dataset: Dataset, index: int, label: Any) -> Label:
+    """The label of an example as a plain value.
+
+    Raises:
+        ValueError: it is not a single value, or NaN.
+    """
+    if hasattr(label, "item"):
+        try:
+            label = label.item()
+        except (RuntimeError, ValueError) as error:
+            raise _bad_label(dataset, index, label) from error
+    if not isinstance(label, Hashable) or label != label:
+        raise _bad_label(dataset, index, label)
+    return label
+
+
+def _bad_label(dataset: Dataset, index: int, label: object) -> ValueError:
+    return ValueError(
+        f"{example_name(dataset, index)} must have a single label, a number or a text, got "
+        f"{label!r}"
+    )
