@@ -1,6 +1,11 @@
-"""Images of every kind that episodes are drawn from, 70 of each."""
+"""Images that episodes are drawn from: 70 of every kind, and some that tell which they are."""
+
+from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from fastmaml.data import EpisodeSampler
 
 IMAGES = {
     "grey bytes": torch.randint(256, (70, 7, 7), dtype=torch.uint8),
@@ -13,3 +18,18 @@ IMAGES = {
     "films": torch.randn(70, 2, 3, 4, 4),
     "vectors": torch.randn(70, 11),
 }
+
+CLASSES, PER_CLASS = 7, 6
+
+
+def coded(side: int = 3) -> tuple[Tensor, Tensor]:
+    """Images whose pixels tell which image, and which pixel, they are; labels in mixed order."""
+    labels = torch.arange(CLASSES * PER_CLASS) % CLASSES
+    pixels = torch.arange(side * side, dtype=torch.float64).view(side, side)
+    return torch.arange(len(labels)).view(-1, 1, 1) * 100 + pixels, labels
+
+
+def sampler(**changes) -> EpisodeSampler:
+    images, labels = coded()
+    sizes = {"ways": 4, "shots": 2, "queries": 3, "tasks": 5}
+    return EpisodeSampler((images, labels), **(sizes | changes))

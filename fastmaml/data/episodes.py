@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from math import isfinite
 from typing import Any, Literal
 
 import numpy as np
@@ -17,11 +18,12 @@ from fastmaml.backends.device import kernels_for
 from fastmaml.data.ahead import Ahead
 from fastmaml.data.device_drawing import DeviceDrawing
 from fastmaml.data.drawing import EpisodePlan, NativeDrawing, ReferenceDrawing
+from fastmaml.data.meta_dataset import group_by_label
 from fastmaml.data.packed import ClassIndex, PackedImages, pack
 from fastmaml.data.task_batch import TaskBatch
 
 Rotations = bool | Literal["classes"]
-Labels = Tensor | Sequence[Hashable] | ClassIndex
+Labels = Tensor | NDArray[Any] | Sequence[Hashable] | ClassIndex
 
 
 class EpisodeSampler:
@@ -61,7 +63,8 @@ class EpisodeSampler:
 
     Raises:
         TypeError: the images are neither uint8 nor float.
-        ValueError: the sizes do not fit together; a class has too few images.
+        ValueError: the sizes do not fit together; a class has too few images; a value is NaN or
+            infinite.
     """
 
     def __init__(
@@ -229,8 +232,11 @@ def _as_examples(images: object) -> Tensor:
         )
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise TypeError(f"images must be uint8 or floating point, got {images.dtype}")
-    if images.ndim < 2:
-        raise ValueError(f"images must have shape [M, H, W] or [M, ...], got {list(images.shape)}")
+    if images.ndim < 2 or images.numel() == 0:
+        raise ValueError(
+            "images must have shape [M, H, W] or [M, ...] and hold something, got "
+            f"{list(images.shape)}"
+        )
     return images[:, None] if images.ndim == 3 else images
 
 
@@ -238,15 +244,38 @@ def _class_index(labels: Labels, images: int) -> ClassIndex:
     """Class to the positions of its images, classes in ascending order."""
     if isinstance(labels, Mapping):
         return labels
-    array = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    array = labels.cpu().numpy() if isinstance(labels, Tensor) else labels
+    if not isinstance(array, np.ndarray) or array.dtype.kind == "O":
+        return _index_of_list(list(labels), images)
     if array.shape != (images,):
-        raise ValueError(
-            f"labels must have one label for each of the {images} images, got shape "
-            f"{list(array.shape)}"
-        )
+        raise _not_one_each(images, f"shape {list(array.shape)}")
     order = np.argsort(array, kind="stable")
     names, starts = np.unique(array[order], return_index=True)
+    if names.dtype.kind == "f" and np.isnan(names).any():
+        raise _bad_label(int(np.isnan(array).argmax()), float("nan"))
     return dict(zip(names.tolist(), np.split(order, starts[1:]), strict=True))
+
+
+def _index_of_list(labels: list[Any], images: int) -> ClassIndex:
+    if len(labels) != images:
+        raise _not_one_each(images, f"{len(labels)} labels")
+    plain = [label.item() if hasattr(label, "item") else label for label in labels]
+    for i, label in enumerate(plain):
+        if not isinstance(label, Hashable) or label != label:
+            raise _bad_label(i, label)
+    index = group_by_label(dict(enumerate(plain)))
+    try:
+        return {name: index[name] for name in sorted(index)}
+    except TypeError:  # numbers and texts, say, have no order but that of appearance
+        return index
+
+
+def _not_one_each(images: int, got: str) -> ValueError:
+    return ValueError(f"labels must have one label for each of the {images} images, got {got}")
+
+
+def _bad_label(i: int, label: object) -> ValueError:
+    return ValueError(f"labels must be single numbers or texts, image {i} has {label!r}")
 
 
 def _chosen(index: ClassIndex, classes: Iterable[Any] | None, ways: int, rotated: int) -> list[Any]:
@@ -306,6 +335,8 @@ def _affine(
     byte = images.dtype == torch.uint8
     dtype = torch.float32 if byte else images.dtype
     unit = (1 / 255 if byte else 1.0) if scale is None else scale
+    if not isfinite(unit):
+        raise ValueError(f"scale must be finite, got {scale}")
     means = _per_channel("mean", mean, images)
     stds = _per_channel("std", std, images)
     if not bool((stds > 0).all()):
@@ -315,6 +346,8 @@ def _affine(
 
 def _per_channel(name: str, value: float | Sequence[float], images: Tensor) -> Tensor:
     numbers = torch.as_tensor(value, dtype=torch.float64)
+    if not bool(numbers.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got {value}")
     if numbers.ndim == 0:
         return numbers
     if images.ndim != 4 or numbers.shape != images.shape[1:2]:
