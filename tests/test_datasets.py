@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import torch
 from published_files import (
     SHORT,
     WRITERS,
-    dump,
     write_aircraft,
     write_birds,
     write_cifarfs,
@@ -188,64 +186,6 @@ def test_no_class_is_in_two_splits(name) -> None:
         )  # fmt: skip
 
 
-# --- files that are missing or damaged --------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", WRITERS)
-def test_a_missing_file_is_named_with_the_command_that_fetches_it(kind, tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"comes from https://.* --download` fetches it"):
-        kind(tmp_path)
-
-
-def test_unknown_modes_are_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match="mode must be one of train, validation, test, got 'val'"):
-        datasets.FC100(tmp_path, "val")
-
-
-class Intruder:
-    def __reduce__(self):
-        return (print, ("code from a data file",))
-
-
-@pytest.mark.parametrize("contents", [Intruder(), {"image_data": 3}, {"class_dict": {}}])
-def test_foreign_pickles_are_refused(contents, tmp_path, capsys) -> None:
-    dump(contents, tmp_path / "mini-imagenet-cache-train.pkl")
-    with pytest.raises(ValueError, match=r"mini-imagenet-cache-train\.pkl (is damaged|must hold)"):
-        datasets.MiniImagenet(tmp_path)
-    assert capsys.readouterr().out == ""
-
-
-def test_truncated_files_are_named(tmp_path) -> None:
-    write_fc100(tmp_path)
-    path = tmp_path / "FC100_train.pickle"
-    path.write_bytes(path.read_bytes()[:90])
-    with pytest.raises(ValueError, match=re.escape(f"{path} is damaged")):
-        datasets.FC100(tmp_path)
-    write_textures(tmp_path)
-    data = datasets.DescribableTextures(tmp_path)
-    Path(data.samples[0][0]).write_bytes(b"\xff\xd8")
-    with pytest.raises(ValueError, match=re.escape(f"{data.samples[0][0]} cannot be read")):
-        data[0]
-
-
-def test_a_truncated_zip_is_named_and_not_half_unpacked(tmp_path) -> None:
-    write_omniglot(tmp_path, zipped=True)
-    archive = tmp_path / "omniglot-py" / "images_background.zip"
-    archive.write_bytes(archive.read_bytes()[:-30])
-    for _ in range(2):
-        with pytest.raises(ValueError, match=re.escape(f"{archive} is damaged")):
-            datasets.FullOmniglot(tmp_path)
-    assert {p.suffix for p in archive.parent.iterdir()} == {".zip"}
-
-
-def test_labels_that_do_not_fit_are_refused(tmp_path) -> None:
-    write_tiered_imagenet(tmp_path)
-    labels = tmp_path / "tiered-imagenet" / "train_labels.pkl"
-    dump({"label_specific": np.arange(7)}, labels)
-    with pytest.raises(ValueError, match="must label the 8 images"):
-        datasets.TieredImagenet(tmp_path)
-
-
 # --- benchmarks and the command ---------------------------------------------------------------
 
 
@@ -341,3 +281,13 @@ def test_the_command_counts_and_compares(tmp_path, capsys) -> None:
     assert all(expected.open.name == name for name, expected in DATA_SETS.items())
     assert main(["data", "cifarfs", "--root", str(tmp_path)]) == 1
     assert "cifarfs: " in capsys.readouterr().err
+
+
+def test_the_command_opens_every_image_where_it_is_told_to(tmp_path, capsys) -> None:
+    write_cifarfs(tmp_path)
+    data = datasets.CIFARFS(tmp_path)
+    file = Path(data.samples[7][0])
+    file.write_bytes(file.read_bytes()[:50])
+    command = ["data", "cifarfs", "--root", str(tmp_path)]
+    assert main([*command, "--every-image"]) == 1
+    assert f"cifarfs: {file} cannot be read" in capsys.readouterr().err

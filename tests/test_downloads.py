@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from urllib.error import URLError
 from urllib.parse import quote
 
 import pytest
@@ -20,6 +21,7 @@ from published_files import (
     write_quickdraw,
 )
 
+from fastmaml.cli import main
 from fastmaml.data.utils import download_file, download_file_from_google_drive
 from fastmaml.vision import datasets
 from fastmaml.vision.datasets import fetching
@@ -112,8 +114,48 @@ def test_files_are_fetched_one_by_one(server, tmp_path) -> None:
 def test_a_file_with_another_checksum_is_refused(server, tmp_path, monkeypatch) -> None:
     write_mini_imagenet(server)
     monkeypatch.setattr(fetching, "published_md5", lambda source: "0" * 32)
-    with pytest.raises(RuntimeError, match="corrupted"):
+    with pytest.raises(
+        ValueError, match=r"train\.pkl came with another checksum than the published"
+    ):
         datasets.MiniImagenet(tmp_path / "data", download=True)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_file_with_the_published_checksum_is_not_fetched_again(server, tmp_path) -> None:
+    (server / "a.zip").write_bytes(b"contents")
+    source = "https://zenodo.org/record/12/files/a.zip"
+    own = tmp_path / "data" / "a.zip"
+    for before in (None, b"half of it"):
+        if before is not None:
+            own.write_bytes(before)
+        assert fetching.fetch(source, own.parent) == own
+        assert own.read_bytes() == b"contents"
+    modified = own.stat().st_mtime_ns
+    fetching.fetch(source, own.parent)
+    assert own.stat().st_mtime_ns == modified
+
+
+@pytest.mark.parametrize("where", ["the list of checksums", "the file"])
+def test_a_server_that_is_not_reached_is_one_line(where, server, tmp_path, monkeypatch, capsys):
+    def unreachable(*_, **__):
+        raise URLError("no route to host")
+
+    write_mini_imagenet(server)
+    module, name = (
+        (fetching, "urlopen")
+        if where == "the list of checksums"
+        else (torchvision.datasets.utils, "_urlretrieve")
+    )
+    monkeypatch.setattr(module, name, unreachable)
+    root = tmp_path / "data"
+    assert main(["data", "mini-imagenet", "--root", str(root), "--download"]) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(
+        r"fastmaml: https://zenodo\.org/\S+train\.pkl cannot be fetched \(.*no route to host.*\); "
+        rf"try again, or put it into {root} by hand\n",
+        error,
+    )
+    assert list(root.rglob("*")) == []
 
 
 def test_published_checksums_are_known(server) -> None:

@@ -136,14 +136,14 @@ def test_missing_file_says_which_where_and_how_to_get_it(tmp_path):
     assert "images_background.zip" in message
     assert str(tmp_path / "omniglot-py") in message
     assert "https://raw.githubusercontent.com/brendenlake/omniglot" in message
-    assert f"fastmaml train omniglot --data {tmp_path} --download" in message
+    assert f"fastmaml data omniglot --root {tmp_path} --download" in message
 
 
 def test_download_fetches_only_what_is_missing(root, monkeypatch):
     calls = []
 
     def fake(url, folder, name, md5):
-        calls.append((url.rsplit("/", 1)[1], Path(folder), name, md5))
+        calls.append((url.rsplit("/", 1)[1], Path(folder).parent, name, md5))
         with zipfile.ZipFile(Path(folder) / name, "w") as archive:
             drawing(1, 1).save(Path(folder) / "one.png")
             archive.write(Path(folder) / "one.png", "images_evaluation/Angelic/character01/a.png")
@@ -178,6 +178,33 @@ def test_an_image_that_is_none(tmp_path):
     write_folders(folder)
     (folder / "images_background" / "Greek" / "character02" / "0002_01.png").write_bytes(b"text")
     with pytest.raises(ValueError, match=r"Greek/character02/0002_01\.png must be a PNG image"):
+        load_omniglot(tmp_path)
+
+
+def test_a_character_without_drawings(tmp_path):
+    folder = tmp_path / "omniglot-py"
+    write_folders(folder)
+    character = folder / "images_background" / "Greek" / "character02"
+    for file in character.iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match=rf"character, {character}, must hold images, got none"):
+        load_omniglot(tmp_path)
+
+
+@pytest.mark.parametrize("method", [1, 99])
+def test_an_archive_of_a_kind_that_there_is_not(method, tmp_path):
+    """As a flipped bit may make it: zipfile raises NotImplementedError."""
+    folder = tmp_path / "omniglot-py"
+    write_folders(folder)
+    zip_folders(folder)
+    archive = folder / "images_background.zip"
+    contents = bytearray(archive.read_bytes())
+    for start in (b"PK\x03\x04", b"PK\x01\x02"):
+        entry = contents.rindex(start)  # of the last file; its method is two bytes
+        place = entry + (8 if start[2] == 3 else 10)
+        contents[place : place + 2] = method.to_bytes(2, "little")
+    archive.write_bytes(contents)
+    with pytest.raises(ValueError, match=r"images_background\.zip is damaged"):
         load_omniglot(tmp_path)
 
 

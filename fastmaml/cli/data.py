@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from fastmaml.cli.options import Verbs
 from fastmaml.vision import datasets
 from fastmaml.vision.datasets import FewShotImages
@@ -41,7 +43,7 @@ DATA_SETS = {
     "quickdraw": Expected(datasets.Quickdraw, {"all": (345, 50426266)}),
     "vgg-flower102": Expected(datasets.VGGFlower102, {"all": (102, 8189)}),
 }
-_OPENED = 20  # images of each mode that are opened
+_OPENED = 20  # images of each mode that are opened, if not every one
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -50,11 +52,14 @@ def add_parser(verbs: Verbs) -> None:
         "data",
         help="fetch a data set, or check the one that is there",
         description="Fetch a data set with --download, then count its classes and images, compare "
-        "with the published numbers, and open some of the images.",
+        "with the published numbers, and open some of the images, or every one.",
     )
     parser.add_argument("name", choices=sorted(DATA_SETS))
     parser.add_argument("--root", required=True, help="the folder of all data")
     parser.add_argument("--download", action="store_true", help="fetch what is missing")
+    parser.add_argument(
+        "--every-image", action="store_true", help="open all images, and name the first damaged one"
+    )
     parser.set_defaults(run=run)
 
 
@@ -65,14 +70,21 @@ def run(arguments: argparse.Namespace) -> int:
     for mode, size in expected.sizes.items():
         named = {} if expected.open is datasets.FullOmniglot else {"mode": mode}
         data = expected.open(arguments.root, download=arguments.download, **named)
-        complete &= verify(data, mode, size)
+        complete &= verify(data, mode, size, arguments.every_image)
     return 0 if complete else 1
 
 
-def verify(data: FewShotImages, mode: str, size: tuple[int, int]) -> bool:
-    """Print what is there; False where it is not what was published."""
+def verify(
+    data: FewShotImages, mode: str, size: tuple[int, int], every_image: bool = False
+) -> bool:
+    """Print what is there; False where it is not what was published.
+
+    Raises:
+        ValueError: an image that is opened is damaged.
+    """
     found = (len(data.class_sizes()), len(data))
-    for i in range(0, len(data), max(1, len(data) // _OPENED)):
+    step = 1 if every_image else max(1, len(data) // _OPENED)
+    for i in tqdm(range(0, len(data), step), unit="image", leave=False, disable=not every_image):
         data[i]
     verdict = "complete" if found == size else f"expected {size[0]} classes, {size[1]:,} images"
     print(f"{data.name} {mode}: {found[0]} classes, {found[1]:,} images: {verdict}")

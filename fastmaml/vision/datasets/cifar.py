@@ -29,13 +29,12 @@ class CIFARFS(FewShotImages):
             fetch_archive(source, root / "cifarfs")
         short = "val" if self.mode == "validation" else self.mode
         split = folder / "splits" / "bertinetto" / f"{short}.txt"
-        self.require(split, source)
-        samples = []
-        for label, name in enumerate(sorted(split.read_text().split())):
-            self.require(folder / "data" / name, source)
-            files = sorted((folder / "data" / name).glob("*.png"))
-            samples += [(str(file), label) for file in files]
-        return samples
+        self.require(split, source, folder)
+        return [
+            (file, label)
+            for label, name in enumerate(sorted(split.read_text().split()))
+            for file in self.listed(folder / "data" / name, "*.png", source, folder)
+        ]
 
 
 class FC100(FewShotImages):
@@ -57,10 +56,15 @@ class FC100(FewShotImages):
         self.require(path, source)
         contents = read_pickle(path, "latin1")
         try:
-            self._images = np.asarray(contents["data"], np.uint8)
+            self._images = np.asarray(contents["data"])
             labels = [int(label) for label in contents["labels"]]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} must hold data and labels, got {error}") from error
+        if self._images.dtype != np.uint8 or self._images.shape[1:] != (32, 32, 3):
+            raise ValueError(
+                f"{path} must hold data [N, 32, 32, 3] of uint8, got {list(self._images.shape)} of "
+                f"{self._images.dtype}"
+            )
         if len(labels) != len(self._images):
             raise ValueError(
                 f"{path} must label its {len(self._images)} images, got {len(labels)} labels"

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import tarfile
-import zipfile
-import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote
 from urllib.request import urlopen
 
-from torchvision.datasets.utils import download_url, extract_archive
+from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+
+from fastmaml.vision.datasets.archives import DAMAGED
 
 ZENODO = "https://zenodo.org/record/7978538/files"  # learn2learn's copies
 _MD5 = {
@@ -28,14 +27,31 @@ _ZENODO_FILE = re.compile(r"https://zenodo\.org/record/(\d+)/files/(.+)")
 def fetch(source: str, folder: Path, name: str | None = None) -> Path:
     """Download ``source`` into ``folder``, under its own name or ``name``; returns the file.
 
-    A file that is there already and has the published checksum is taken as it is.
+    A file that is there already and has the published checksum is taken as it is. What comes
+    takes its name only when it is complete.
 
     Raises:
-        RuntimeError: what came has another checksum.
+        FileNotFoundError: it cannot be fetched.
+        ValueError: what came has another checksum.
     """
-    own = unquote(source.rsplit("/", 1)[1])
-    download_url(source, str(folder), name or own, published_md5(source))
-    return folder / (name or own)
+    target = folder / (name or unquote(source.rsplit("/", 1)[1]))
+    try:
+        md5 = published_md5(source)
+        if md5 is not None and check_integrity(str(target), md5):
+            return target
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder) as unfinished:
+            download_url(source, unfinished, target.name, md5)
+            (Path(unfinished) / target.name).replace(target)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{source} cannot be fetched ({error}); try again, or put it into {folder} by hand"
+        ) from error
+    except RuntimeError as error:
+        raise ValueError(
+            f"{source} came with another checksum than the published one ({error}); try again"
+        ) from error
+    return target
 
 
 def fetch_archive(source: str, folder: Path, name: str | None = None) -> None:
@@ -54,7 +70,7 @@ def unpack(archive: Path) -> None:
     with TemporaryDirectory(dir=archive.parent) as unfinished:
         try:
             extract_archive(str(archive), unfinished)
-        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
+        except DAMAGED as error:
             raise ValueError(
                 f"{archive} is damaged ({error}); delete it and fetch it again"
             ) from error

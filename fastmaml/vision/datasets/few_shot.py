@@ -57,12 +57,15 @@ class FewShotImages(Dataset):
             Path(self.root) / f"{self.name}-bookkeeping-{mode}.pkl"
         )
         self.samples: Sequence[tuple[Any, int]] = self._load(Path(self.root), download)
+        if not len(self.samples):
+            raise ValueError(f"{self.name}: there are no images of mode {mode} in {self.root}")
 
     def _load(self, root: Path, download: bool) -> Sequence[tuple[Any, int]]:
         raise NotImplementedError
 
     def _open(self, source: Any) -> Any:
-        return Image.open(source).convert("RGB")
+        with Image.open(source) as image:
+            return image.convert("RGB")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -71,10 +74,11 @@ class FewShotImages(Dataset):
         source, label = self.samples[index]
         try:
             image = self._open(source)
-        except OSError as error:
+        except Exception as error:  # damaged files raise nearly anything
             raise ValueError(
                 f"{self.name}: {source if isinstance(source, str) else f'image {index}'} cannot be "
-                f"read ({error}); fetch the data again"
+                f"read ({error!r}); delete what is damaged and fetch the data again with "
+                f"`{self.command}`"
             ) from error
         if self.transform is not None:
             image = self.transform(image)
@@ -89,13 +93,41 @@ class FewShotImages(Dataset):
         """The number of images of each class that has any."""
         return list(Counter(label for _, label in self.samples).values())
 
-    def require(self, path: Path, source: str) -> None:
-        """Raise where ``path`` is missing, naming what to do."""
+    @property
+    def command(self) -> str:
+        """What fetches the data."""
+        return f"fastmaml data {self.name} --root {self.root} --download"
+
+    def require(self, path: Path, source: str, unpacked: Path | None = None) -> None:
+        """Raise where ``path`` is missing, naming what to do.
+
+        Args:
+            unpacked: the folder that the archive ``source`` is unpacked to, which is not fetched
+                again while it is there.
+        """
         if not path.exists():
+            first = "" if unpacked is None or not unpacked.exists() else f"delete {unpacked}, then "
             raise FileNotFoundError(
-                f"{self.name}: {path} is missing; it comes from {source}, and "
-                f"`fastmaml data {self.name} --root {self.root} --download` fetches it"
+                f"{self.name}: {path} is missing; it comes from {source}, and {first}"
+                f"`{self.command}` fetches it"
             )
+
+    def listed(self, folder: Path, pattern: str, source: str, unpacked: Path) -> list[str]:
+        """The images of a class, which is a folder; see :meth:`require` for the arguments.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            ValueError: it is empty.
+        """
+        self.require(folder, source, unpacked)
+        files = sorted(str(file) for file in folder.glob(pattern))
+        if not files:
+            raise ValueError(
+                f"{self.name}: the folder of a class, {folder}, must hold images {pattern}, got "
+                f"none; they come from {source}: delete {unpacked}, then `{self.command}` fetches "
+                "them"
+            )
+        return files
 
 
 class MetaDatasetImages(FewShotImages):

@@ -74,16 +74,15 @@ class CUBirds200(_Boxed):
         )
         samples = []
         for label, name in enumerate(chosen_classes("CUBirds200", self.mode)):
-            self.require(folder / "images" / name, self._source)
-            files = sorted((folder / "images" / name).glob("*.jpg"))
-            samples += [(str(file), label) for file in files if file.name not in left_out]
+            files = self.listed(folder / "images" / name, "*.jpg", self._source, folder)
+            samples += [(file, label) for file in files if Path(file).name not in left_out]
         if self.bounding_box_crop:
             self._read_boxes(folder)
         return samples
 
     def _read_boxes(self, folder: Path) -> None:
         for name in ("images.txt", "bounding_boxes.txt"):
-            self.require(folder / name, self._source)
+            self.require(folder / name, self._source, folder)
         names = dict(line.split() for line in (folder / "images.txt").read_text().splitlines())
         for line in (folder / "bounding_boxes.txt").read_text().splitlines():
             number, *values = line.split()
@@ -111,17 +110,19 @@ class FGVCAircraft(_Boxed):
         samples = []
         for part in ("train", "val", "test"):
             listing = folder / f"images_variant_{part}.txt"
-            self.require(listing, self._source)
+            self.require(listing, self._source, folder)
             for line in listing.read_text().splitlines():
                 image, variant = line.split(" ", 1)
                 if variant in label_of:
-                    samples.append((str(folder / "images" / f"{image}.jpg"), label_of[variant]))
+                    file = folder / "images" / f"{image}.jpg"
+                    self.require(file, self._source, folder)
+                    samples.append((str(file), label_of[variant]))
         if self.bounding_box_crop:
             self._read_boxes(folder)
         return samples
 
     def _read_boxes(self, folder: Path) -> None:
-        self.require(folder / "images_box.txt", self._source)
+        self.require(folder / "images_box.txt", self._source, folder)
         for line in (folder / "images_box.txt").read_text().splitlines():
             image, *box = line.split()
             left, upper, right, lower = (int(v) for v in box)
@@ -142,11 +143,11 @@ class DescribableTextures(MetaDatasetImages):
         folder = root / "describable_textures" / "dtd" / "images"
         if download and not folder.exists():
             fetch_archive(self._source, root / "describable_textures")
-        samples = []
-        for label, name in enumerate(chosen_classes("DescribableTextures", self.mode)):
-            self.require(folder / name, self._source)
-            samples += [(str(file), label) for file in sorted((folder / name).glob("*.jpg"))]
-        return samples
+        return [
+            (file, label)
+            for label, name in enumerate(chosen_classes("DescribableTextures", self.mode))
+            for file in self.listed(folder / name, "*.jpg", self._source, folder)
+        ]
 
 
 class VGGFlower102(MetaDatasetImages):
@@ -168,11 +169,14 @@ class VGGFlower102(MetaDatasetImages):
         self.require(folder / "imagelabels.mat", f"{self._source}/imagelabels.mat")
         self.require(folder / "jpg", f"{self._source}/102flowers.tgz")
         label_of = {kind: i for i, kind in enumerate(chosen_classes("VGGFlower102", self.mode))}
-        return [
+        samples = [
             (str(folder / "jpg" / f"image_{number:05d}.jpg"), label_of[kind])
             for number, kind in enumerate(_flower_labels(folder / "imagelabels.mat"), start=1)
             if kind in label_of
         ]
+        for file, _ in samples:
+            self.require(Path(file), f"{self._source}/102flowers.tgz", folder / "jpg")
+        return samples
 
 
 class FGVCFungi(MetaDatasetImages):
@@ -193,12 +197,15 @@ class FGVCFungi(MetaDatasetImages):
                 fetch_archive(f"{self._source}/{archive}", folder)
             self.require(folder / part, f"{self._source}/{archive}")
         label_of = {kind: i for i, kind in enumerate(chosen_classes("FGVCFungi", self.mode))}
-        return [
+        samples = [
             (str(folder / file), label_of[kind])
             for listing in ("train.json", "val.json")
             for file, kind in _annotated(folder / listing)
             if kind in label_of
         ]
+        for file, _ in samples:
+            self.require(Path(file), f"{self._source}/{archives['images']}", folder / "images")
+        return samples
 
 
 def _annotated(path: Path) -> list[tuple[str, int]]:

@@ -47,11 +47,14 @@ class FullOmniglot(FewShotImages):
                 if not archive.is_file():
                     fetch_part(root / FOLDER, part, download)
                 unpack(archive)
-            self.require(folder, f"{SOURCE}/{archive.name}")
+            source = f"{SOURCE}/{archive.name}"
+            self.require(folder, source)
             for character in sorted(folder.glob("*/character*")):
-                samples += [(str(file), classes) for file in sorted(character.glob("*.png"))]
+                files = self.listed(character, "*.png", source, folder)
+                samples += [(file, classes) for file in files]
                 classes += 1
         return samples
 
     def _open(self, source: str) -> Image.Image:
-        return Image.open(source).convert("L")
+        with Image.open(source) as image:
+            return image.convert("L")

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -31,12 +32,17 @@ class MiniImagenet(FewShotImages):
         self.require(path, f"{ZENODO}/{path.name}")
         contents = read_pickle(path)
         try:
-            images, classes = contents["image_data"], contents["class_dict"]
-            self._images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        except (KeyError, TypeError, RuntimeError) as error:
+            images, classes = np.asarray(contents["image_data"]), dict(contents["class_dict"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} must hold image_data and class_dict, got {error}") from error
+        if images.dtype != np.uint8 or images.shape[1:] != (84, 84, 3):
             raise ValueError(
-                f"{path} must hold image_data [M, 84, 84, 3] and class_dict, got {error}"
-            ) from error
+                f"{path} must hold image_data [M, 84, 84, 3] of uint8, got {list(images.shape)} of "
+                f"{images.dtype}"
+            )
+        if empty := [name for name, members in classes.items() if not len(members)]:
+            raise ValueError(f"{path} must hold images of every class, got none of {empty[0]}")
+        self._images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         labels = {i: label for label, members in enumerate(classes.values()) for i in members}
         if labels.keys() != set(range(len(self._images))):
             raise ValueError(f"{path} must give each of its {len(self._images)} images one class")
@@ -79,4 +85,5 @@ class TieredImagenet(FewShotImages):
         return list(enumerate(numbers))[: len(images)]
 
     def _open(self, source: int) -> Image.Image:
-        return Image.open(io.BytesIO(bytes(self._png[source]))).convert("RGB")
+        with Image.open(io.BytesIO(bytes(self._png[source]))) as image:
+            return image.convert("RGB")

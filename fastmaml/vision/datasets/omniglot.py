@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from fastmaml.files import cache_directory
+from fastmaml.vision.datasets.archives import DAMAGED
 from fastmaml.vision.datasets.image_classes import ImageClasses, Split, load_or_make
 
 SIZE = 28
@@ -91,7 +92,7 @@ def fetch_part(folder: Path, part: str, download: bool) -> None:
         raise FileNotFoundError(
             f"Omniglot: neither {archive.name} nor the folder {part} is in {folder.resolve()}; "
             f"it comes from {SOURCE}/{archive.name}, and "
-            f"`fastmaml train omniglot --data {folder.parent} --download` fetches it"
+            f"`fastmaml data omniglot --root {folder.parent} --download` fetches it"
         )
     from fastmaml.vision.datasets.fetching import fetch  # which imports torchvision
 
@@ -108,10 +109,10 @@ def _open(folder: Path, part: str) -> Iterator[tuple[Files, Callable[[str], int]
     try:
         with zipfile.ZipFile(archive) as opened:
             yield _open_zip(opened)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except DAMAGED as error:
         raise ValueError(
             f"{archive} is damaged ({error}); delete it and fetch it again with "
-            f"`fastmaml train omniglot --data {folder.parent} --download`"
+            f"`fastmaml data omniglot --root {folder.parent} --download`"
         ) from error
 
 
@@ -133,6 +134,9 @@ def _inner(name: str) -> str:
 
 
 def _open_folder(folder: Path) -> tuple[Files, Callable[[str], int]]:
+    for character in sorted(folder.glob("*/*/")):
+        if not any(character.glob("*.png")):
+            raise ValueError(f"the folder of a character, {character}, must hold images, got none")
     files: Files = {
         path.relative_to(folder).as_posix(): path.read_bytes for path in folder.glob("*/*/*.png")
     }
@@ -172,6 +176,6 @@ def _shrink(name: str, png: bytes) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(png)) as image:
             small = image.convert("L").resize((SIZE, SIZE), Image.Resampling.BOX)
-    except OSError as error:
+    except Exception as error:  # damaged files raise nearly anything
         raise ValueError(f"{name} must be a PNG image, but it cannot be read: {error}") from error
     return 255 - np.asarray(small)
