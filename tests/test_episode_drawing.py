@@ -90,6 +90,24 @@ def test_support_and_query_images_are_uniform_and_disjoint() -> None:
         assert chi_square(x.flatten().long().bincount(minlength=10).double()) < 46  # 9 degrees
 
 
+def test_pairs_of_instances_are_uniform_and_turns_too() -> None:
+    """Support and query image of a class together, and two classes' turns together."""
+    corner = torch.zeros(2 * 5, 1, 2, 2)
+    corner[:, 0, 0, 0] = torch.arange(1.0, 11.0)
+    labels = torch.arange(10) // 5
+    batch = EpisodeSampler((corner, labels), 2, 1, 1, 6000, seed=2, rotations=True).sample()
+    support, query = (x.flatten(2) for x in (batch.support_x, batch.query_x))  # [T, 2, 4]
+    who, other = (x.amax(-1).long() - 1 for x in (support, query))
+    pairs = (who * 10 + other).flatten().bincount(minlength=100).view(10, 10).double()
+    within = torch.block_diag(*[torch.ones(5, 5) - torch.eye(5)] * 2).bool()
+    assert not pairs[~within].any()
+    assert chi_square(pairs[within]) < 95  # 2 x 19 degrees of freedom, p = 1e-6
+    turns = support.argmax(-1)
+    assert torch.equal(turns, query.argmax(-1))
+    both = (turns[:, 0] * 4 + turns[:, 1]).bincount(minlength=16).double()
+    assert chi_square(both) < 57  # 15 degrees of freedom, p = 1e-6
+
+
 def chi_square(counts: Tensor) -> float:
     expected = counts.mean()
     return float(((counts - expected) ** 2 / expected).sum())

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from torchvision.datasets import ImageFolder
+from torchvision.transforms import ToTensor
 
-from fastmaml.data import EpisodeSampler, MetaDataset, pack
+from fastmaml.data import EpisodeSampler, MetaDataset, Taskset, pack
 from fastmaml.data.packed import PackedImages
+from fastmaml.data.transforms import FusedNWaysKShots, LoadData, RemapLabels
 
 
 def write_folder(root: Path, classes: int = 3, per_class: int = 4, side: int = 6) -> Path:
@@ -119,6 +121,41 @@ def test_any_change_of_what_is_in_memory_is_noticed(tmp_path, part) -> None:
         assert again.labels_to_indices == expected.labels_to_indices
 
 
+class Relative(Dataset):
+    """Knows its files by names below its root, as torchvision's Omniglot and Caltech101 do."""
+
+    def __init__(self, folder: ImageFolder) -> None:
+        self.root, self.transform = folder.root, None
+        self._samples = [(os.path.relpath(path, self.root), c) for path, c in folder.samples]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, i: int):
+        name, label = self._samples[i]
+        with Image.open(os.path.join(self.root, name)) as image:
+            return image.copy(), label
+
+
+@pytest.mark.parametrize("kind", [ImageFolder, Relative])
+def test_any_change_of_a_file_is_noticed(tmp_path, monkeypatch, kind) -> None:
+    """Of as many bytes, with its time set back, in an example that is not looked at."""
+    monkeypatch.setattr("fastmaml.data.packed._SAMPLED", 2)
+    folder = ImageFolder(str(write_folder(tmp_path / "data")))
+    file = Path(folder.samples[5][0]).with_suffix(".ppm")
+    Image.open(folder.samples[5][0]).save(file)
+    Path(folder.samples[5][0]).unlink()
+    folder = ImageFolder(str(tmp_path / "data"))
+    data = folder if kind is ImageFolder else kind(folder)
+    before = pack(data, progress=False).images.clone()
+    status, contents = file.stat(), file.read_bytes()
+    file.write_bytes(contents[:-1] + bytes([contents[-1] ^ 1]))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    after = pack(data, progress=False).images
+    assert (after != before).sum() == 1
+    assert len(kept(tmp_path / "data")) == 1
+
+
 def test_parts_of_a_data_set_are_kept_side_by_side(tmp_path) -> None:
     for _ in range(2):
         for train in (True, False):
@@ -191,6 +228,24 @@ def test_mapped_and_loaded_images_give_the_same_episodes(tmp_path) -> None:
     for batch in batches[1:]:
         assert torch.equal(batch.support_x, batches[0].support_x)
         assert torch.equal(batch.query_x, batches[0].query_x)
+
+
+def test_task_sets_are_drawn_from_the_packed_file_too(tmp_path) -> None:
+    """They may be larger than memory."""
+    data = MetaDataset(ImageFolder(str(write_folder(tmp_path / "data")), transform=ToTensor()))
+    steps = [FusedNWaysKShots(data, 2, 3), LoadData(data), RemapLabels(data)]
+    batch = next(Taskset(data, steps).batches(tasks=3, shots=1, seed=4))
+    (stored,) = kept(tmp_path / "data")
+    images = torch.from_numpy(np.load(stored / "images.npy"))
+    same = EpisodeSampler((images, data.labels_to_indices), 2, 1, 2, tasks=3, seed=4).sample()
+    assert torch.equal(batch.query_x, same.query_x)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_progress_bar_counts_the_images(progress, capsys) -> None:
+    pack(TensorDataset(torch.zeros(7, 2), torch.zeros(7)), progress=progress)
+    shown = capsys.readouterr().err
+    assert ("packing" in shown and "/7" in shown) if progress else shown == ""
 
 
 def test_tensors_stay_as_they_are() -> None:

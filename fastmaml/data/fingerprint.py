@@ -18,10 +18,15 @@ from torch.utils.data import Dataset
 
 class Fingerprint:
     """Changes with the arrays, numbers and texts a data set holds, with its transforms, and with
-    the size and time of the files it names. Objects of other kinds count by their type alone.
+    the size and times of the files it names. Objects of other kinds count by their type alone.
+
+    Attributes:
+        files: how many files have been named.
+        values: how many elements the arrays have had.
     """
 
     def __init__(self) -> None:
+        self.files = self.values = 0
         self._digest = hashlib.blake2b(digest_size=8)
         self._seen: dict[int, tuple[int, object]] = {}  # also keeps what has an id alive
 
@@ -32,15 +37,28 @@ class Fingerprint:
         if isinstance(value, Tensor):
             value = value.detach().cpu().numpy()
         if isinstance(value, np.ndarray) and value.dtype != object:
+            self.values += value.size
             self._write(value.shape, value.dtype.str)
             self._digest.update(np.ascontiguousarray(value).data)
         elif isinstance(value, (str, Path)):
-            self._write(str(value), *_size_and_time(value))
+            self._add_file(str(value))
         elif isinstance(value, (int, float, complex, bytes, type(None), np.generic)):
             self._write(value)
         else:
             self._write(type(value).__qualname__)
             self._add_inside(value)
+
+    def add_folder(self, root: str | os.PathLike[str]) -> None:
+        """Every file below a folder."""
+        for folder, inner, files in os.walk(root):
+            inner.sort()
+            for name in sorted(files):
+                self._add_file(os.path.join(folder, name))
+
+    def _add_file(self, path: str) -> None:
+        state = _size_and_times(path)
+        self.files += bool(state)
+        self._write(path, *state)
 
     def _add_inside(self, value: object) -> None:
         if id(value) in self._seen:
@@ -69,9 +87,12 @@ def _parts(value: Any) -> list[object]:
     return []
 
 
-def _size_and_time(path: str | Path) -> tuple[int, ...]:
+def _size_and_times(path: str) -> tuple[int, ...]:
+    """Empty where this is no file. What is written changes a time that no program can set back."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
         return ()
-    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else ()
+    if not stat.S_ISREG(status.st_mode):
+        return ()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -28,7 +28,8 @@ ClassIndex = Mapping[Any, Sequence[int]]
 Packed = tuple[Tensor, list[Hashable]]  # images, and the label of each
 
 _SAMPLED = 64  # examples whose contents go into a fingerprint
-_FORMAT = 2
+_LEAST_VALUES = 64  # of an image that a data set holds in an array
+_FORMAT = 3
 
 
 class PackedImages(NamedTuple):
@@ -150,8 +151,14 @@ def _settings(dataset: Dataset) -> str:
 
 def _contents(dataset: Dataset) -> Fingerprint:
     fingerprint = Fingerprint()
-    fingerprint.add([_FORMAT, inner_dataset(dataset)])
+    inner = inner_dataset(dataset)
+    fingerprint.add([_FORMAT, inner])
     length = len(dataset)  # type: ignore[arg-type]
+    root = getattr(inner, "root", None)
+    if root is not None and not (
+        fingerprint.files >= length or fingerprint.values >= _LEAST_VALUES * length
+    ):
+        fingerprint.add_folder(root)  # its examples come from files that it does not name
     for i in sorted({int(k) for k in np.linspace(0, length - 1, min(length, _SAMPLED))}):
         fingerprint.add(_example(dataset, i))
     return fingerprint
