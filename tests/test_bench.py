@@ -1,5 +1,6 @@
 """The benchmark suite's own honesty: its gate, its flop counts, its report."""
 
+import argparse
 import json
 
 import pytest
@@ -78,10 +79,24 @@ def test_the_report_shows_wrong_contenders_without_a_time(tmp_path):
     [(9000.0, 10.0, 4000.0), (3000.0, 10.0, 2000.0), (3e3, 900.0, 9e3)],
 )
 def test_the_goal_of_the_sampler(write, engine, expected):
-    measured = {"fastmaml": 3999.0, "write": write, "learn2learn": 100.0}
-    assert episodes.goal(measured, engine) == expected
-    assert "MISSED" in episodes.summary("5-way", measured | {"fastmaml": expected - 1}, engine)
-    assert "MISSED" not in episodes.summary("5-way", measured | {"fastmaml": expected}, engine)
+    by_name = {"fastmaml, turned": 3999.0, "write": write, "learn2learn": 100.0}
+    assert episodes.goal(by_name, engine) == expected
+    for rate, reached in ((expected, True), (expected - 1, False)):
+        measured = {"omni51": {"engine": engine}, "5-way": by_name | {"fastmaml, turned": rate}}
+        (verdict,) = episodes.rate_verdicts("5-way", measured)
+        assert verdict.reached == reached
+        assert str(verdict).startswith("reached" if reached else "MISSED")
+        assert f"{expected:,.4g} wanted" in str(verdict)
+
+
+def test_the_engine_must_not_wait_for_the_sampler():
+    for fed, reached in ((96.0, True), (94.0, False)):
+        measured = {"omni51": {"engine": 100.0, "engine, fed": fed}}
+        (verdict,) = episodes.rate_verdicts("omni51", measured)
+        assert verdict.reached == reached
+    at_most = episodes.Verdict("waiting", 5.0, 4.0, "us", at_most=True)
+    assert not at_most.reached
+    assert at_most._replace(measured=3.0).reached
 
 
 def test_every_sampler_of_the_benchmark_draws_the_same_amount():
@@ -96,6 +111,36 @@ def test_every_sampler_of_the_benchmark_draws_the_same_amount():
                 sum(x.numel() for x, _ in drawn) if isinstance(drawn, list) else drawn.numel()
             )
         assert elements == 32 * 5 * 2 * 16, name
+
+
+def test_packing_and_drawing_take_the_packed_data_and_one_batch():
+    pixels = torch.randint(256, (20_000, 1, 40, 40), dtype=torch.uint8)
+    verdict = episodes.memory_verdict(pixels, torch.arange(len(pixels)) // 20)
+    batch = 32 * 5 * 16 * 1600 * 4
+    assert verdict.wanted == pytest.approx(1.1 * (pixels.nbytes + batch) / 2**20, rel=1e-3)
+    assert verdict.reached, str(verdict)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # learn2learn's
+def test_the_benchmark_of_episodes_records_rates_and_verdicts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(episodes, "CLASSES", 20)
+    monkeypatch.setattr(episodes, "TASKS", 2)
+    tiny = CASES["omni51"].resized(tasks=2)
+    monkeypatch.setattr(episodes, "CASES", {"omni51": tiny})
+    parser = argparse.ArgumentParser()
+    episodes.add_arguments(parser)
+    output = tmp_path / "episodes.jsonl"
+    options = ["--rounds", "1", "--budget", "1e-4", "--threads", "1", "--output", str(output)]
+    code = episodes.main(parser.parse_args(options))
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    verdicts = [line for line in lines if "claim" in line]
+    assert code == (0 if all(line["reached"] for line in verdicts) else 1)
+    assert capsys.readouterr().out.count(" wanted\n") == len(verdicts) == 3 + 3 * 3
+    rates = {(line["size"], line["contender"]) for line in lines if "size" in line}
+    for size in ("5-way 2-image", "20-way 2-image", "5-way 16-image"):
+        assert len({contender for own, contender in rates if own == size}) == 5
+    assert {contender for own, contender in rates if own == "omni51"} == {"engine", "engine, fed"}
+    assert all(line["environment"]["threads"] == 1 for line in lines)
 
 
 @pytest.mark.parametrize("name", family.ALGORITHMS)

@@ -263,7 +263,7 @@ def _index_of_list(labels: list[Any], images: int) -> ClassIndex:
     for i, label in enumerate(plain):
         if not isinstance(label, Hashable) or label != label:
             raise _bad_label(i, label)
-    index = group_by_label(dict(enumerate(plain)))
+    index = group_by_label(enumerate(plain))
     try:
         return {name: index[name] for name in sorted(index)}
     except TypeError:  # numbers and texts, say, have no order but that of appearance

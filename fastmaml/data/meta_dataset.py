@@ -89,7 +89,7 @@ class MetaDataset(Dataset):
         else:
             if indices_to_labels is None:
                 indices_to_labels = self._read_labels()
-            labels_to_indices = group_by_label(indices_to_labels)
+            labels_to_indices = group_by_label(indices_to_labels.items())
         self._set(labels_to_indices, indices_to_labels)
 
     def _read_labels(self) -> dict[int, Any]:
@@ -114,7 +114,7 @@ class MetaDataset(Dataset):
         """Fill the attributes from a file, or create them and, where possible, the file."""
         stored = _read(path)
         if stored is not None and self._fits(stored):
-            self._set(group_by_label(stored), stored)
+            self._set(group_by_label(stored.items()), stored)
             return
         self.create_bookkeeping()
         with suppress(OSError):  # only a later start is slower for it
@@ -169,7 +169,7 @@ class UnionMetaDataset(MetaDataset):
             self.shapes |= {position[label]: shapes for label, shapes in dataset.shapes.items()}
             classes += len(position)
             examples += len(dataset)
-        self._set(group_by_label(indices_to_labels), indices_to_labels)
+        self._set(group_by_label(indices_to_labels.items()), indices_to_labels)
 
     def __getitem__(self, item: int) -> Any:
         item = checked_index(item, len(self))
@@ -215,7 +215,7 @@ class FilteredMetaDataset(MetaDataset):
         indices_to_labels = {
             new: dataset.indices_to_labels[old] for new, old in enumerate(self._indices)
         }
-        self._set(group_by_label(indices_to_labels), indices_to_labels)
+        self._set(group_by_label(indices_to_labels.items()), indices_to_labels)
 
     def __getitem__(self, item: int) -> Any:
         return self.dataset[self._indices[checked_index(item, len(self))]]
@@ -233,10 +233,10 @@ def as_meta_dataset(dataset: Dataset) -> MetaDataset:
     return dataset if isinstance(dataset, MetaDataset) else MetaDataset(dataset)
 
 
-def group_by_label(indices_to_labels: Mapping[int, Any]) -> dict[Any, list[int]]:
+def group_by_label(labelled: Iterable[tuple[int, Any]]) -> dict[Any, list[int]]:
     """Label to indices, labels in order of first appearance."""
     groups: dict[Any, list[int]] = defaultdict(list)
-    for index, label in indices_to_labels.items():
+    for index, label in labelled:
         groups[label].append(index)
     return dict(groups)
 

@@ -74,7 +74,7 @@ def pack(
         images, labels = _kept(dataset, folder, progress)
     if isinstance(dataset, MetaDataset):
         return PackedImages(images, dataset.labels_to_indices)
-    return PackedImages(images, group_by_label(dict(enumerate(labels))))
+    return PackedImages(images, group_by_label(enumerate(labels)))
 
 
 def _cache_folder(dataset: Dataset, cache: str | Path | bool | None) -> Path | None:
