@@ -105,12 +105,12 @@ def write_mnist(root: Path, per_class: int = 20) -> None:
             (folder / f"{part}-{name}-ubyte").write_bytes(header + data.tobytes())
 
 
-def write_birds(root: Path) -> None:
+def write_birds(root: Path, per_class: int = 1) -> None:
     folder = root / "cubirds200" / "CUB_200_2011"
     twin = meta_dataset_splits()["CUBirds200 images in ImageNet"][0]
     listing, boxes = [], []
     for name in chosen_classes("CUBirds200", "all"):
-        for file in ("a.jpg", twin):
+        for file in (*(f"{i}.jpg" for i in range(per_class)), twin):
             save(picture(), folder / "images" / name / file)
             listing.append(f"{len(listing) + 1} {name}/{file}")
             boxes.append(f"{len(listing)} 1.0 2.0 4.0 3.0")
@@ -118,11 +118,11 @@ def write_birds(root: Path) -> None:
     (folder / "bounding_boxes.txt").write_text("\n".join(boxes))
 
 
-def write_aircraft(root: Path) -> None:
+def write_aircraft(root: Path, per_class: int = 1) -> None:
     folder = root / "fgvc_aircraft" / "fgvc-aircraft-2013b" / "data"
     lines: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     boxes = []
-    for i, name in enumerate(chosen_classes("FGVCAircraft", "all")):
+    for i, name in enumerate(chosen_classes("FGVCAircraft", "all") * per_class):
         save(picture(), folder / "images" / f"{i:07d}.jpg")
         lines[list(lines)[i % 3]].append(f"{i:07d} {name}")
         boxes.append(f"{i:07d} 1 2 5 7")
@@ -131,9 +131,11 @@ def write_aircraft(root: Path) -> None:
     (folder / "images_box.txt").write_text("\n".join(boxes))
 
 
-def write_textures(root: Path) -> None:
+def write_textures(root: Path, per_class: int = 1) -> None:
     for name in chosen_classes("DescribableTextures", "all"):
-        save(picture(), root / "describable_textures/dtd/images" / name / f"{name}_0001.jpg")
+        for i in range(1, per_class + 1):
+            file = f"{name}_{i:04d}.jpg"
+            save(picture(), root / "describable_textures/dtd/images" / name / file)
 
 
 def write_flowers(root: Path) -> None:

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from published_files import write_birds, write_cifarfs, write_mini_imagenet, write_omniglot
+from published_files import (
+    write_aircraft,
+    write_birds,
+    write_cifarfs,
+    write_fc100,
+    write_flowers,
+    write_fungi,
+    write_mini_imagenet,
+    write_omniglot,
+    write_quickdraw,
+    write_textures,
+    write_tiered_imagenet,
+)
 
 import fastmaml
 from fastmaml.data import Harmonic, Sinusoid, SinusoidAndLine
@@ -106,6 +120,33 @@ def test_pictures_of_any_size_become_squares(tmp_path) -> None:
     batch = fastmaml.data.mini_imagenet(tmp_path, 1, 2, meta_train=True, tasks=2).sample()
     assert batch.support_x.shape == (2, 2, 3, 84, 84)
     assert 0.9 < batch.support_x.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "classes", "shape"),
+    [
+        ("mini_imagenet", write_mini_imagenet, 6, [3, 84, 84]),
+        ("tiered_imagenet", write_tiered_imagenet, 4, [3, 84, 84]),
+        ("cifarfs", write_cifarfs, 3, [3, 32, 32]),
+        ("fc100", write_fc100, 3, [3, 32, 32]),
+        ("cub", partial(write_birds, per_class=2), 30, [3, 84, 84]),
+        ("aircraft", partial(write_aircraft, per_class=2), 15, [3, 84, 84]),
+        ("textures", partial(write_textures, per_class=2), 7, [3, 84, 84]),
+        ("flowers", write_flowers, 16, [3, 84, 84]),
+        ("fungi", partial(write_fungi, per_class=2), 200, [3, 84, 84]),
+        ("quickdraw", write_quickdraw, 52, [1, 28, 28]),
+    ],
+)
+def test_every_data_set_is_one_call(name, write, classes, shape, tmp_path) -> None:
+    write(tmp_path)
+    make = getattr(fastmaml.data, name)
+    data = make(tmp_path, shots=1, ways=3, meta_test=True, tasks=2)
+    assert len(data.sampler.classes) == classes
+    batch = data.sample()
+    assert batch.support_x.shape == batch.query_x.shape == (2, 3, *shape)
+    assert 0 <= batch.support_x.min() <= batch.support_x.max() <= 1
+    again = make(tmp_path, shots=1, ways=3, meta_test=True, tasks=1, rank=1, world_size=2, scale=1)
+    assert torch.equal(again.sample().query_x, (batch.query_x[1:] * 255).round())
 
 
 @pytest.mark.parametrize("parts", [{}, {"meta_train": True, "meta_test": True}])

@@ -82,6 +82,7 @@ def _helper(
         seed: int = 0,
         device: torch.device | str | None = None,
         download: bool = False,
+        **options: Any,
     ) -> FewShot:
         chosen = [p for p, on in zip(_PARTS, (meta_train, meta_val, meta_test), strict=True) if on]
         if len(chosen) != 1:
@@ -97,9 +98,9 @@ def _helper(
             shots if test_shots is None else test_shots,
             tasks,
             classes=classes,
-            rotations=rotations,
             seed=seed,
             device=device,
+            **({"rotations": rotations} | options),
         )
         return FewShot(sampler, transform, test_transform)
 
@@ -112,11 +113,12 @@ def _helper(
         test_shots: query images of each class; None: as many as ``shots``.
         tasks: T, the tasks of a batch.
         meta_train, meta_val, meta_test: which classes; one of them is True.
-        transform: of the support images ``[T, N, C, H, W]``, float32 from 0 to 1.
+        transform: of the support images ``[T, N, C, H, W]``, float32 from 0 to 1 unless scaled.
         test_transform: of the query images.
         seed: of the tasks; the split by classes is always the same.
         device: where images and batches are.
         download: fetch what is missing.
+        options: rotations, scale, mean, std, rank, world_size, prefetch of :class:`EpisodeSampler`.
 
     Returns:
         An endless stream of :class:`TaskBatch`.
@@ -172,3 +174,5 @@ textures = _helper(
     "Describable Textures, 84x84: 33 / 7 / 7 kinds.", _mode("DescribableTextures", _SQUARE)
 )
 flowers = _helper("VGG Flowers, 84x84: 71 / 15 / 16 kinds.", _mode("VGGFlower102", _SQUARE))
+fungi = _helper("FGVC Fungi, 84x84: 994 / 200 / 200 species.", _mode("FGVCFungi", _SQUARE))
+quickdraw = _helper("Quick, Draw!, 28x28: 241 / 52 / 52 things.", _mode("Quickdraw"))
