@@ -152,7 +152,7 @@ def test_a_server_that_is_not_reached_is_one_line(where, server, tmp_path, monke
     error = capsys.readouterr().err
     assert re.fullmatch(
         r"fastmaml: https://zenodo\.org/\S+train\.pkl cannot be fetched \(.*no route to host.*\); "
-        rf"try again, or put it into {root} by hand\n",
+        rf"try again, or put the file into {root} and give the same command\n",
         error,
     )
     assert list(root.rglob("*")) == []
@@ -166,6 +166,15 @@ def test_published_checksums_are_known(server) -> None:
         fetching.published_md5("https://zenodo.org/record/12/files/b.zip")
     assert fetching.published_md5(datasets.DescribableTextures._source).startswith("fff73e50")
     assert fetching.published_md5(datasets.FGVCAircraft._source) is None
+
+
+def test_an_archive_put_there_by_hand_is_unpacked_and_stays(server, tmp_path) -> None:
+    publish(write_aircraft, server, "fgvc-aircraft-2013b.tar.gz", "fgvc_aircraft")
+    archive = tmp_path / "data" / "fgvc_aircraft" / "fgvc-aircraft-2013b.tar.gz"
+    archive.parent.mkdir(parents=True)
+    (server / archive.name).rename(archive)
+    assert len(datasets.FGVCAircraft(tmp_path / "data", download=True)) == 100
+    assert archive.exists()
 
 
 def test_a_truncated_download_is_named(server, tmp_path) -> None:

@@ -34,7 +34,7 @@ def fetch(source: str, folder: Path, name: str | None = None) -> Path:
         FileNotFoundError: it cannot be fetched.
         ValueError: what came has another checksum.
     """
-    target = folder / (name or unquote(source.rsplit("/", 1)[1]))
+    target = folder / (name or _file_name(source))
     try:
         md5 = published_md5(source)
         if md5 is not None and check_integrity(str(target), md5):
@@ -45,7 +45,8 @@ def fetch(source: str, folder: Path, name: str | None = None) -> Path:
             (Path(unfinished) / target.name).replace(target)
     except OSError as error:
         raise FileNotFoundError(
-            f"{source} cannot be fetched ({error}); try again, or put it into {folder} by hand"
+            f"{source} cannot be fetched ({error}); try again, or put the file into {folder} and "
+            "give the same command"
         ) from error
     except RuntimeError as error:
         raise ValueError(
@@ -54,11 +55,22 @@ def fetch(source: str, folder: Path, name: str | None = None) -> Path:
     return target
 
 
-def fetch_archive(source: str, folder: Path, name: str | None = None) -> None:
-    """:func:`fetch` and :func:`unpack` into ``folder``; the archive is deleted."""
-    archive = fetch(source, folder, name)
+def fetch_archive(source: str, folder: Path) -> None:
+    """:func:`fetch` and :func:`unpack` into ``folder``; the archive is deleted.
+
+    One that somebody has put there is unpacked as it is, and stays.
+    """
+    archive = folder / _file_name(source)
+    if archive.exists():
+        unpack(archive)
+        return
+    fetch(source, folder)
     unpack(archive)
     archive.unlink()
+
+
+def _file_name(source: str) -> str:
+    return unquote(source.rsplit("/", 1)[1])
 
 
 def unpack(archive: Path) -> None:
