@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
-from fastmaml.data import EpisodeSampler
+from fastmaml.data import EpisodeSampler, MetaDataset
 
 IMAGES = {
     "grey bytes": torch.randint(256, (70, 7, 7), dtype=torch.uint8),
@@ -33,3 +34,11 @@ def sampler(**changes) -> EpisodeSampler:
     images, labels = coded()
     sizes = {"ways": 4, "shots": 2, "queries": 3, "tasks": 5}
     return EpisodeSampler((images, labels), **(sizes | changes))
+
+
+def pictures(classes: int = 6, per_class: int = 5, side: int = 4) -> MetaDataset:
+    """Each picture tells its class; its corner is marked so that turns show."""
+    labels = torch.arange(classes * per_class) // per_class
+    images = labels.view(-1, 1, 1, 1).float().repeat(1, 1, side, side)
+    images[:, :, 0, 0] += 100
+    return MetaDataset(TensorDataset(images, labels))

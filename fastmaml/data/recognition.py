@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,11 @@ from torch.utils.data import default_collate
 
 from fastmaml.data.episodes import EpisodeSampler
 from fastmaml.data.examples import check_finite, read_labelled, unlike
+from fastmaml.data.fixed_tasks import FixedTasks
 from fastmaml.data.meta_dataset import MetaDataset
 from fastmaml.data.packed import PackedImages, pack
 from fastmaml.data.rotation import RandomClassRotation
+from fastmaml.data.task_batch import TaskBatch
 from fastmaml.data.transforms import (
     ClassSizes,
     ConsecutiveLabels,
@@ -38,15 +40,24 @@ _packed: weakref.WeakKeyDictionary[MetaDataset, PackedImages] = weakref.WeakKeyD
 
 @dataclass(frozen=True)
 class Episodes:
-    """Tasks of ``ways`` classes with ``images`` examples each."""
+    """Tasks of ``ways`` classes with ``images`` examples each: ``fixed`` of them, or endless."""
 
     dataset: MetaDataset
     ways: int
     images: int
     classes: tuple[Any, ...]
     rotations: bool
+    fixed: int | None
 
-    def sampler(
+    def batches(
+        self, tasks: int, shots: int | None, device: torch.device | str | None, seed: int
+    ) -> Iterator[TaskBatch]:
+        """The native sampler's batches of ``tasks`` tasks each, without end."""
+        if self.fixed is None:
+            return iter(self._sampler(tasks, shots, device, seed))
+        return FixedTasks(self._sampler(1, shots, device, seed), self.fixed, tasks)
+
+    def _sampler(
         self, tasks: int, shots: int | None, device: torch.device | str | None, seed: int
     ) -> EpisodeSampler:
         shots = self.images // 2 if shots is None else shots
@@ -71,14 +82,16 @@ class Episodes:
 
     def __str__(self) -> str:
         turned = ", each class turned by a multiple of 90 degrees" if self.rotations else ""
-        return f"{self.ways} of {len(self.classes)} classes, {self.images} examples of each{turned}"
+        fixed = "" if self.fixed is None else f", {self.fixed} tasks"
+        return (
+            f"{self.ways} of {len(self.classes)} classes, {self.images} examples of each{turned}"
+            f"{fixed}"
+        )
 
 
 def recognise(taskset: Taskset) -> Episodes | str:
     """What the native sampler can draw in the same distribution, or why it cannot."""
     transforms = taskset.task_transforms
-    if taskset.num_tasks != -1:
-        return f"there are {taskset.num_tasks} fixed tasks"
     if taskset.task_collate is not default_collate:
         return "task_collate is not PyTorch's default"
     if callable(transforms):
@@ -89,7 +102,8 @@ def recognise(taskset: Taskset) -> Episodes | str:
     drawn = _drawn(list(transforms))
     if isinstance(drawn, str):
         return drawn
-    return _fixed_pictures(taskset.dataset) or _episodes(taskset.dataset, *drawn)
+    fixed = None if taskset.num_tasks == -1 else taskset.num_tasks
+    return _fixed_pictures(taskset.dataset) or _episodes(taskset.dataset, *drawn, fixed)
 
 
 def check_possible(transforms: Sequence[Any], dataset: MetaDataset, stacked: bool) -> None:
@@ -185,10 +199,15 @@ def _drawn(transforms: list[Any]) -> tuple[int, int, list[list[Any]], bool] | st
 
 
 def _episodes(
-    dataset: MetaDataset, ways: int, images: int, allowed: list[list[Any]], rotations: bool
+    dataset: MetaDataset,
+    ways: int,
+    images: int,
+    allowed: list[list[Any]],
+    rotations: bool,
+    fixed: int | None,
 ) -> Episodes:
     classes = [c for c in dataset.labels if all(c in labels for labels in allowed)]
-    return Episodes(dataset, ways, images, tuple(classes), rotations)
+    return Episodes(dataset, ways, images, tuple(classes), rotations, fixed)
 
 
 def _fixed_pictures(dataset: MetaDataset) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -63,7 +64,7 @@ class Taskset(Dataset):
             check_possible(self.task_transforms, self.dataset, stacked)
         self.sampled_descriptions: dict[int, TaskDescription] = {}
         self._task_id = 0
-        self._seed = hash(random.getstate())  # of this moment, without drawing from it
+        self._seed = _seed_of_this_moment()
 
     def sample_task_description(self) -> TaskDescription:
         """A new task, described."""
@@ -154,21 +155,24 @@ class Taskset(Dataset):
     ) -> Iterator[TaskBatch]:
         """The tasks as :class:`TaskBatch` without end, split into support and query.
 
-        Where the transforms are known ones and the tasks new every time, the native sampler draws
-        them (the same distribution, other random numbers); otherwise they are drawn as written and
-        put side by side. :meth:`explain` says which.
+        Where the transforms are known ones, the native sampler draws the tasks (the same
+        distribution, other random numbers; of a fixed number of tasks, as many others than
+        ``self[i]``, and the same at each call); otherwise they are drawn as written and put side
+        by side. :meth:`explain` says which.
 
         Args:
             tasks: T, the tasks of a batch.
             shots: support examples of each class, the others are the query set; None: half.
             device: None: where the data are.
-            seed: of the native sampler; None: drawn from ``random``.
+            seed: of the native sampler; None: drawn from ``random``, or for a fixed number of tasks
+                from the state of ``random`` when the taskset was made.
         """
         episodes = recognise(self)
         if isinstance(episodes, str):
             return self._as_written(tasks, shots, device)
-        seed = random.getrandbits(63) if seed is None else seed
-        return iter(episodes.sampler(tasks, shots, device, seed))
+        if seed is None:
+            seed = random.getrandbits(63) if episodes.fixed is None else self._seed
+        return episodes.batches(tasks, shots, device, seed)
 
     def explain(self) -> str:
         """What :meth:`batches` runs, and why."""
@@ -184,6 +188,12 @@ class Taskset(Dataset):
             drawn = [self.sample() for _ in range(tasks)]
             parts = [_split(x, y, shots) for x, y in drawn]
             yield TaskBatch(*(torch.stack(part).to(device) for part in zip(*parts, strict=True)))
+
+
+def _seed_of_this_moment() -> int:
+    """From the state of ``random``, without drawing from it; the same in every process."""
+    state = repr(random.getstate()).encode()  # whose hash depends on where None lies in memory
+    return int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little")
 
 
 class TaskDataset(Taskset):
