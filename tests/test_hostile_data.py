@@ -209,6 +209,13 @@ def test_examples_are_named_through_what_wraps_their_data_set(tmp_path) -> None:
         assert example_name(dataset, index) == last
 
 
+def test_labels_that_no_tensor_holds_are_named() -> None:
+    pairs = FilteredMetaDataset(six_classes(), [17])
+    pairs.dataset.dataset = [(torch.zeros(2), "owl")] * 66
+    with pytest.raises(ValueError, match=r"must have a number as its label .* got 'owl'"):
+        OnDeviceDataset(pairs)
+
+
 def test_shots_that_leave_no_query_set_are_refused() -> None:
     data = six_classes()
     taskset = Taskset(data, two_by_two(data))

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import ToTensor
 
-from fastmaml.data import EpisodeSampler, MetaDataset, Taskset, pack
+from fastmaml.data import EpisodeSampler, FilteredMetaDataset, MetaDataset, Taskset, pack
 from fastmaml.data.packed import PackedImages
 from fastmaml.data.transforms import FusedNWaysKShots, LoadData, RemapLabels
 
@@ -239,6 +239,29 @@ def test_task_sets_are_drawn_from_the_packed_file_too(tmp_path) -> None:
     images = torch.from_numpy(np.load(stored / "images.npy"))
     same = EpisodeSampler((images, data.labels_to_indices), 2, 1, 2, tasks=3, seed=4).sample()
     assert torch.equal(batch.query_x, same.query_x)
+
+
+def test_parts_of_a_folder_have_packed_files_of_their_own(tmp_path) -> None:
+    """Classes that are held out may be more than memory holds, too."""
+    folder = ImageFolder(str(write_folder(tmp_path / "data")))
+    data = MetaDataset(folder)
+    parts = [
+        FilteredMetaDataset(data, [2, 0]),
+        FilteredMetaDataset(data, [1]),
+        Subset(folder, [5, 2, 7]),
+        Subset(MetaDataset(folder), [6]),
+        FilteredMetaDataset(Subset(folder, [1, 9, 10]), [2]),
+    ]
+    indices = ([8, 9, 10, 11, 0, 1, 2, 3], [4, 5, 6, 7], [5, 2, 7], [6], [9, 10])
+    assert torch.equal(pack(parts[2]).images[1], pixels_of(folder.samples[2][0]))
+    assert kept(tmp_path / "data") == []  # in memory, where nobody asks for a file
+    for _ in range(2):
+        for number, (part, chosen) in enumerate(zip(parts, indices, strict=True), start=1):
+            packed = pack(part, cache=True, progress=False)
+            expected = torch.stack([pixels_of(folder.samples[i][0]) for i in chosen])
+            assert torch.equal(packed.images, expected)
+            assert len(kept(tmp_path / "data")) >= number
+    assert len(kept(tmp_path / "data")) == len(parts)
 
 
 @pytest.mark.parametrize("progress", [True, False])

@@ -198,6 +198,9 @@ class FilteredMetaDataset(MetaDataset):
         dataset: a torch data set; made a :class:`MetaDataset` if it is none.
         labels: the classes to keep, in the order of their examples here.
 
+    Attributes:
+        indices: where the examples are in ``dataset``.
+
     Raises:
         ValueError: the data set has no such label.
     """
@@ -210,22 +213,22 @@ class FilteredMetaDataset(MetaDataset):
                 f"labels must be among the dataset's {len(dataset.labels)} labels, "
                 f"got {unknown[0]!r}"
             )
-        self._indices = [i for label in kept for i in dataset.labels_to_indices[label]]
+        self.indices = [i for label in kept for i in dataset.labels_to_indices[label]]
         self.shapes = {label: dataset.shapes[label] for label in kept if label in dataset.shapes}
         indices_to_labels = {
-            new: dataset.indices_to_labels[old] for new, old in enumerate(self._indices)
+            new: dataset.indices_to_labels[old] for new, old in enumerate(self.indices)
         }
         self._set(group_by_label(indices_to_labels.items()), indices_to_labels)
 
     def __getitem__(self, item: int) -> Any:
-        return self.dataset[self._indices[checked_index(item, len(self))]]
+        return self.dataset[self.indices[checked_index(item, len(self))]]
 
     def example_name(self, i: int) -> str:
         """What messages call an example."""
-        return example_name(self.dataset, self._indices[i])
+        return example_name(self.dataset, self.indices[i])
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
 
 def as_meta_dataset(dataset: Dataset) -> MetaDataset:
@@ -246,11 +249,6 @@ def checked_index(item: int, length: int) -> int:
     if not -length <= item < length:
         raise IndexError(f"index must be from 0 to {length - 1}, got {item}")
     return item % length
-
-
-def inner_dataset(dataset: Dataset) -> Dataset:
-    """What a plain MetaDataset wraps; a filtered one or a union is a data set of its own."""
-    return dataset.dataset if type(dataset) is MetaDataset else dataset
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -16,12 +16,17 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from fastmaml.data.examples import check_alike, check_finite, example_name, read_labelled
 from fastmaml.data.fingerprint import Fingerprint
-from fastmaml.data.meta_dataset import MetaDataset, group_by_label, inner_dataset
+from fastmaml.data.meta_dataset import (
+    FilteredMetaDataset,
+    MetaDataset,
+    UnionMetaDataset,
+    group_by_label,
+)
 from fastmaml.files import write_atomically
 
 ClassIndex = Mapping[Any, Sequence[int]]
@@ -54,9 +59,10 @@ def pack(
     Args:
         dataset: a map-style data set of ``(image, label, ...)``.
         cache: a folder for the packed file, which is then mapped and may be larger than memory;
-            True: ``ROOT.fastmaml`` beside the data set's ``root``; None: the same where the data
-            set has a ``root`` and a folder beside it can be made, and memory otherwise; False:
-            memory.
+            True: ``ROOT.fastmaml`` beside the ``root`` of the data set, or of the one that a
+            :class:`FilteredMetaDataset` or ``Subset`` is a part of; None: the same where there is a
+            ``root``, a folder beside it can be made, and the data set is no part of another, and
+            memory otherwise; False: memory.
         progress: show a progress bar.
 
     Raises:
@@ -82,16 +88,17 @@ def _cache_folder(dataset: Dataset, cache: str | Path | bool | None) -> Path | N
         return None
     if isinstance(cache, (str, Path)):
         return Path(cache)
-    inner = inner_dataset(dataset)
-    root = getattr(inner, "root", None)
+    whole, chosen, _ = _part(dataset)
+    root = getattr(whole, "root", None)
     if isinstance(root, (str, Path)) and Path(root).is_dir():
         # beside it, not inside: folders in an ImageFolder's root are classes
         folder = Path(root).resolve()
-        if cache or _writable(folder.parent):
+        # of parts, which may be drawn at random, no file is kept unasked
+        if cache or (not chosen and _writable(folder.parent)):
             return folder.with_name(folder.name + ".fastmaml")
     if cache:
         raise ValueError(
-            f"cache=True needs a data set with a root folder, {type(inner).__name__} has none; "
+            f"cache=True needs a data set with a root folder, {type(whole).__name__} has none; "
             "pass cache=FOLDER"
         )
     return None
@@ -136,25 +143,47 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+class _Part(NamedTuple):
+    """A data set as a part of another, and in words that other data have, too."""
+
+    whole: Dataset
+    chosen: list[object]
+    indices: list[object]
+
+
+def _part(dataset: Dataset) -> _Part:
+    chosen: list[object] = []
+    indices: list[object] = []
+    while isinstance(dataset, (MetaDataset, Subset)) and not isinstance(dataset, UnionMetaDataset):
+        if isinstance(dataset, FilteredMetaDataset):
+            chosen.append(dataset.labels)
+            indices.append(dataset.indices)
+        elif isinstance(dataset, Subset):
+            chosen.append(list(dataset.indices))
+            indices.append(chosen[-1])
+        dataset = dataset.dataset
+    return _Part(dataset, chosen, indices)
+
+
 def _settings(dataset: Dataset) -> str:
     """The name of a kind of packed file, of which only the newest is kept: type and options."""
-    inner = inner_dataset(dataset)
+    whole, chosen, _ = _part(dataset)
     options = {
         name: value
-        for name, value in vars(inner).items()
+        for name, value in vars(whole).items()
         if isinstance(value, (str, int, float, type(None))) or "transform" in name
     }
     fingerprint = Fingerprint()
-    fingerprint.add([type(inner).__module__, options])
-    return f"{type(inner).__name__}-{fingerprint}"
+    fingerprint.add([type(whole).__module__, options, chosen])
+    return f"{type(whole).__name__}-{fingerprint}"
 
 
 def _contents(dataset: Dataset) -> Fingerprint:
     fingerprint = Fingerprint()
-    inner = inner_dataset(dataset)
-    fingerprint.add([_FORMAT, inner])
+    whole, _, indices = _part(dataset)
+    fingerprint.add([_FORMAT, whole, indices])
     length = len(dataset)  # type: ignore[arg-type]
-    root = getattr(inner, "root", None)
+    root = getattr(whole, "root", None)
     if root is not None and not (
         fingerprint.files >= length or fingerprint.values >= _LEAST_VALUES * length
     ):

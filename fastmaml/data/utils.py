@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.datasets.utils import download_url
 
-from fastmaml.data.examples import check_alike, check_finite, read_labelled, shape_of
+from fastmaml.data.examples import (
+    check_alike,
+    check_finite,
+    example_name,
+    read_labelled,
+    shape_of,
+)
 
 
 def partition_task(
@@ -85,8 +91,8 @@ class OnDeviceDataset(TensorDataset):
         transform: applied to x whenever an example is asked for.
 
     Raises:
-        ValueError: an example cannot be read, has another shape than the first, or holds NaN or
-            infinity.
+        ValueError: an example cannot be read, has another shape than the first, holds NaN or
+            infinity, or has a label that is no number.
     """
 
     def __init__(
@@ -99,6 +105,11 @@ class OnDeviceDataset(TensorDataset):
         for i, (x, y) in enumerate(pairs):
             check_alike(dataset, i, str(shape_of(x)), 0, str(shape_of(pairs[0][0])))
             check_finite(dataset, i, x, y)
+            if not isinstance(y, (int, float)):
+                raise ValueError(
+                    f"{example_name(dataset, i)} must have a number as its label to be held as a "
+                    f"tensor, got {y!r}; number the classes with the dataset's target_transform"
+                )
         data, labels = torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
         if device is not None:
             data, labels = data.to(device), labels.to(device)
