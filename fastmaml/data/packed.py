@@ -144,7 +144,9 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 class _Part(NamedTuple):
-    """A data set as a part of another, and in words that other data have, too."""
+    """``chosen``: the classes or examples that were asked for of ``whole``, from the outermost
+    part inwards; ``indices``: the examples that these are in the present data. Both may be empty.
+    """
 
     whole: Dataset
     chosen: list[object]
