@@ -12,6 +12,7 @@ constexpr Index kLeastTiles = 32;          // fewer do not pay for transforming 
 constexpr Index kLeastChannels = 8;        // nor for transforming the tiles
 constexpr Index kBlockBytes = 192 * 1024;  // transformed tiles that stay in the L2 cache
 constexpr Index kLeastBlock = 16;
+constexpr Index kWeightBytes = 96 * 1024;  // transformed weights that stay there with them
 
 // The five transforms along one axis.
 struct InputTransform {  // B'
@@ -204,6 +205,13 @@ Index tiles_at_once(Index channels_in, Index columns, Index tiles) {
   return smaller(larger(kBlockBytes / bytes, kLeastBlock), tiles);
 }
 
+// Vectors of columns, at most, that are multiplied with the same transformed tiles: a panel, or
+// more while their transformed weights stay small.
+Index vectors_at_once(Index k, Index vectors) {
+  const Index fitting = kWeightBytes / (kPlaces * k * FASTMAML_VECTOR_BYTES);
+  return smaller(larger(fitting, kPanel), vectors);
+}
+
 // Hands out one thread's scratch memory piece by piece.
 template <typename T>
 class Pieces {
@@ -241,7 +249,7 @@ void winograd_sweep(const LineSweep<T>& sweep, Share share) {
   const Grid grid(sweep.out_height, sweep.out_width);
   const Range mine = split(sweep.images * grid.per_image(), share);
   const Index ld = sweep.terms[0].lda, vectors = sweep.columns / kLanes<T>;
-  const Index widest = smaller(vectors, kPanel) * kLanes<T>;
+  const Index at_once = vectors_at_once(sweep.k, vectors), widest = at_once * kLanes<T>;
   const Index block = tiles_at_once<T>(ld, widest, mine.end - mine.begin);
   if (block == 0) return;
   Pieces<T> scratch(ld + kPlaces * (2 * sweep.k * widest + 2 * block * ld + block * widest));
@@ -253,10 +261,11 @@ void winograd_sweep(const LineSweep<T>& sweep, Share share) {
   T* products = scratch.take(kPlaces * block * widest);
 
   const Segment all = {0, 0, sweep.k};
-  const Parts panels(vectors, panel_count(vectors));
-  for (Index p = 0; p < panel_count(vectors); ++p) {
-    const Index column = panels[p].begin * kLanes<T>;
-    const Index width = panels[p].end * kLanes<T> - column;
+  const Index groups = divide_up(vectors, at_once);
+  const Parts group(vectors, groups);
+  for (Index p = 0; p < groups; ++p) {
+    const Index column = group[p].begin * kLanes<T>;
+    const Index width = group[p].end * kLanes<T> - column;
     const Tiles<T> outputs = {products, block, width};
     for (int t = 0; t < sweep.term_count; ++t) {
       transform_weights(sweep, sweep.terms[t].b + column, width, weights[t]);
@@ -293,7 +302,8 @@ void winograd_weight_grad(const ConvPlan& plan, const ProductTerm<T> (&terms)[2]
   const ConvGeometry& g = plan.geometry;
   const Grid grid(g.out_height, g.out_width);
   const Index ld = terms[0].lda, ldo = padded_to_lanes<T>(g.out_channels), k = g.in_channels;
-  const Index vectors = ldo / kLanes<T>, widest = smaller(vectors, kPanel) * kLanes<T>;
+  const Index vectors = ldo / kLanes<T>;
+  const Index at_once = vectors_at_once(k, vectors), widest = at_once * kLanes<T>;
   const Index count = plan.images * grid.per_image();
   const Index block = tiles_at_once<T>(2 * ld, 2 * widest, count);
   Pieces<T> scratch(larger(ld, ldo) + kPlaces * (2 * block * (ld + widest) + k * widest));
@@ -304,10 +314,11 @@ void winograd_weight_grad(const ConvPlan& plan, const ProductTerm<T> (&terms)[2]
   T* sums = scratch.take(kPlaces * k * widest);
 
   const Range mine = split(vectors, share);
-  const Parts panels(mine.end - mine.begin, panel_count(mine.end - mine.begin));
-  for (Index p = 0; p < panel_count(mine.end - mine.begin); ++p) {
-    const Index column = (mine.begin + panels[p].begin) * kLanes<T>;
-    const Index width = (panels[p].end - panels[p].begin) * kLanes<T>;
+  const Index groups = divide_up(mine.end - mine.begin, at_once);
+  const Parts group(mine.end - mine.begin, groups);
+  for (Index p = 0; p < groups; ++p) {
+    const Index column = (mine.begin + group[p].begin) * kLanes<T>;
+    const Index width = (group[p].end - group[p].begin) * kLanes<T>;
     const Tiles<T> outputs[2] = {{spread[0], block, width}, {spread[1], block, width}};
     for (Index first = 0; first < count; first += block) {
       const Range tiles = {first, smaller(first + block, count)};
