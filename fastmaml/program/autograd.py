@@ -4,12 +4,15 @@
 product (gtheta, gphi, gx) of a cotangent gy; for cotangents (v, u, w) on those, symmetry of second
 derivatives gives the tangent dy in that direction to gy, and the directional derivative of
 (gtheta, gphi, gx) to theta, phi and x.
+
+dy comes back to ``ProgramForward``, through the loss, as another cotangent dgy on y: the
+directional derivative waits there, for one pass works out both (``backward_tangent`` with dgy).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +23,8 @@ from torch.autograd.function import once_differentiable
 from fastmaml.backends.base import Executor, MetaStep, MetaStepResult
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.theta import Pack, Unpack
+
+Wanted = tuple[Tensor | None, Tensor | None, Tensor | None]  # gradients: gtheta, gphi, gx
 
 
 @dataclass
@@ -32,6 +37,23 @@ class Run:
     keep: bool = True  # a backward pass may follow
     statistics: Tensor | None = None
     state: Any = None
+    # by the backward pass in which they were met: (gradient state, tangent state) of directional
+    # derivatives that wait for dgy
+    waiting: dict[int, list[tuple[Any, Any]]] = field(default_factory=dict)
+
+    def wait(self, gradient: Any, tangent: Any) -> None:
+        """Leave a directional derivative to this run's ``ProgramForward``."""
+        self.waiting.setdefault(_backward_pass(), []).append((gradient, tangent))
+
+    def waited(self, gy: Tensor | None, *, want_phi: bool, want_x: bool) -> Wanted | None:
+        """What waits in this backward pass, and ``gy`` with it; None where nothing waits."""
+        total: Wanted | None = None
+        for gradient, tangent in self.waiting.pop(_backward_pass(), ()):
+            part = self.executor.backward_tangent(
+                self.state, gradient, tangent, gy, want_phi=want_phi, want_x=want_x
+            )
+            total, gy = part if total is None else _added(total, part), None
+        return total
 
     def unpacked(self, rows: Tensor) -> Tensor:
         """Rows in the executor's order in torch's."""
@@ -49,25 +71,34 @@ class Run:
 
 
 class ProgramForward(Function):
-    """``y [T, N, ...] = f(theta [T, P], phi [Q], x [T, N, ...])``."""
+    """``y [T, N, ...] = f(theta [T, P], phi [Q], x [T, N, ...])``, and a token.
+
+    The token carries no value: by taking it, ``ProgramBackward`` makes every backward pass that
+    goes through itself come to this node afterwards.
+    """
 
     @staticmethod
-    def forward(ctx: Any, run: Run, theta: Tensor, phi: Tensor, x: Tensor) -> Tensor:
+    def forward(ctx: Any, run: Run, theta: Tensor, phi: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         keep = run.keep and any(ctx.needs_input_grad)
         y, run.statistics, run.state = run.executor.forward(theta, phi, run.buffers, x, keep=keep)
+        token = y.new_empty(0)
         ctx.run = run
-        ctx.save_for_backward(theta, phi, x)
+        ctx.save_for_backward(theta, phi, x, token)
         ctx.set_materialize_grads(False)
-        return y
+        return y, token
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if gy is None:
-            return None, None, None, None
-        theta, phi, x = ctx.saved_tensors
+    def backward(ctx: Any, gy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        run: Run = ctx.run
         _, want_theta, want_phi, want_x = ctx.needs_input_grad
-        wants = (want_phi, want_x, torch.is_grad_enabled())
-        gtheta, gphi, gx = ProgramBackward.apply(ctx.run, wants, theta, phi, x, gy)
+        gradients = run.waited(gy, want_phi=want_phi, want_x=want_x)
+        if gradients is None:
+            if gy is None:
+                return None, None, None, None
+            theta, phi, x, token = ctx.saved_tensors
+            wants = (want_phi, want_x, torch.is_grad_enabled())
+            gradients = ProgramBackward.apply(run, wants, theta, phi, x, gy, token)
+        gtheta, gphi, gx = gradients
         return None, gtheta if want_theta else None, gphi, gx
 
 
@@ -83,7 +114,8 @@ class ProgramBackward(Function):
         phi: Tensor,
         x: Tensor,
         gy: Tensor,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        token: Tensor,
+    ) -> Wanted:
         want_phi, want_x, keep = wants
         gtheta, gphi, gx, gradient = run.executor.backward(
             run.state, gy, want_phi=want_phi, want_x=want_x, keep=keep
@@ -98,25 +130,37 @@ class ProgramBackward(Function):
         ctx: Any, v: Tensor | None, u: Tensor | None, w: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         theta, phi, x, gy = ctx.saved_tensors
-        *_, want_theta, want_phi, want_x, want_gy = ctx.needs_input_grad
+        _, _, want_theta, want_phi, want_x, want_gy, _ = ctx.needs_input_grad
         if v is None and u is None and w is None:
-            return (None,) * 6
+            return (None,) * 7
         run: Run = ctx.run
-        executor, state, gradient = run.executor, run.state, ctx.gradient
         v = torch.zeros_like(theta) if v is None else v
-        if torch.is_grad_enabled():
-            # a third derivative was asked for: the rules are differentiable themselves
-            executor, v = run.reference, run.unpacked(v)
-            state, gradient = _recompute(run, run.unpacked(theta), phi, x, gy)
+        if not torch.is_grad_enabled():
+            dy, tangent = run.executor.tangent(run.state, v, u, w)
+            run.wait(ctx.gradient, tangent)
+            return None, None, None, None, None, dy if want_gy else None, None
+        # a third derivative was asked for: the rules are differentiable themselves
+        executor, v = run.reference, run.unpacked(v)
+        state, gradient = _recompute(run, run.unpacked(theta), phi, x, gy)
         dy, tangent = executor.tangent(state, v, u, w)
-        if not (want_theta or want_phi or want_x):
-            return None, None, None, None, None, dy
-        gtheta, gphi, gx = executor.backward_tangent(
+        rows, gphi, gx = executor.backward_tangent(
             state, gradient, tangent, None, want_phi=want_phi, want_x=want_x
         )
-        if executor is run.reference:
-            gtheta = run.packed(gtheta)
-        return None, None, gtheta if want_theta else None, gphi, gx, dy if want_gy else None
+        gtheta = run.packed(rows) if want_theta else None
+        return None, None, gtheta, gphi, gx, dy if want_gy else None, None
+
+
+def _added(a: Wanted, b: Wanted) -> Wanted:
+    gtheta, gphi, gx = (
+        None if p is None or q is None else p + q for p, q in zip(a, b, strict=True)
+    )
+    return gtheta, gphi, gx
+
+
+def _backward_pass() -> int:
+    """A number for the backward pass that is running."""
+    number: int = torch._C._current_graph_task_id()
+    return number
 
 
 def _recompute(run: Run, theta: Tensor, phi: Tensor, x: Tensor, gy: Tensor) -> tuple[Any, Any]:

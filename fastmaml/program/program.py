@@ -65,7 +65,7 @@ class NativeProgram:
         self.check_examples(x.shape[1], "x")
         executor, rows = theta.on(self.executor)
         run = Run(executor, self._reference, self.buffers(), keep=torch.is_grad_enabled())
-        y = ProgramForward.apply(run, rows, phi, x)
+        y, _ = ProgramForward.apply(run, rows, phi, x)
         return y, run.statistics
 
 
