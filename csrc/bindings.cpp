@@ -248,6 +248,7 @@ PYBIND11_MODULE(_core, module) {
            py::arg("memory_budget_bytes") = std::size_t{1} << 30);
 
   bind_memory(module);
+  bind_modules(module);
   bind_sampler(module);
   bind_device(module);
   module.def("info", &info, "What was built, and what this processor runs.");

@@ -11,6 +11,7 @@
 namespace fastmaml {
 
 void bind_memory(pybind11::module_& module);
+void bind_modules(pybind11::module_& module);
 void bind_sampler(pybind11::module_& module);
 void bind_device(pybind11::module_& module);
 

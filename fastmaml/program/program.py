@@ -10,6 +10,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from fastmaml import _core
 from fastmaml.backends.base import Executor
 from fastmaml.backends.reference import ReferenceExecutor
 from fastmaml.backends.select import forced_backend, make_executor, report_fallback
@@ -180,23 +181,7 @@ class ProgramCache:
 
 def module_signature(module: nn.Module) -> Signature:
     """Changes with ``train()``/``eval()``, ``requires_grad_``, swapped parts and hooks."""
-    # every call of a learner goes through here: nn.Module's own look-ups are slow
-    parts: list[object] = [torch.is_autocast_enabled("cpu")]
-    add = parts.append
-    modules = [module]
-    for m in modules:
-        state = m.__dict__
-        add(id(m))
-        add(state["training"])
-        hooks = state["_forward_hooks"], state["_forward_pre_hooks"], state["_backward_hooks"]
-        if any(hooks):
-            add(tuple(map(len, hooks)))
-        for parameter in state["_parameters"].values():
-            add(id(parameter))
-            add(parameter is not None and parameter.requires_grad)
-        if children := state["_modules"]:
-            modules += [child for child in children.values() if child is not None]
-    return tuple(parts)
+    return torch.is_autocast_enabled("cpu"), _core.module_signature(module)
 
 
 @contextmanager
