@@ -1,14 +1,15 @@
-"""`python -m bench run|scale|family|episodes|compare|report`."""
+"""`python -m bench run|scale|shapes|family|episodes|compare|report`."""
 
 from __future__ import annotations
 
 import argparse
 
-from bench import compare, episodes, family, report, run, scale
+from bench import compare, episodes, family, report, run, scale, shapes
 
 VERBS = {
     "run": run,
     "scale": scale,
+    "shapes": shapes,
     "family": family,
     "episodes": episodes,
     "compare": compare,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +95,55 @@ CASES = {
         Case("resnet12", cifar_resnet, (3, 32, 32), 2, 5, 75, steps=1, lr=0.01),
     )
 }
+
+
+def _family(base: Case, nets: dict[str, _Net], wide: Callable[[int], nn.Module]) -> list[Case]:
+    """A tuned case, and the same with other nets, other images, and 7 and 20 ways."""
+    stem = base.name[:4]
+    cases = [
+        replace(base, name=f"{stem}-{name}", net=net, shape=shape)
+        for name, (net, shape) in nets.items()
+    ]
+    for ways in (7, 20):
+        sizes = {"ways": ways, "support": ways, "query": max(ways, base.query)}
+        cases.append(replace(base, name=f"{stem}-{ways}way", net=partial(wide, ways), **sizes))
+    return [base, *cases]
+
+
+_Net = tuple[Callable[[], nn.Module], tuple[int, ...]]  # and the shape of an example
+_strided = partial(CNN4, 5, channels=1, max_pool=False)
+# Shapes that no kernel was tuned for, each family behind a tuned one. Of 16 channels nothing is
+# padding: the difference to 17 is what padding costs.
+SHAPES = {
+    "omni": _family(
+        CASES["omni51"],
+        {
+            "h16": (partial(OmniglotCNN, 5, hidden_size=16), (1, 28, 28)),
+            "h17": (partial(OmniglotCNN, 5, hidden_size=17), (1, 28, 28)),
+            "h48": (partial(OmniglotCNN, 5, hidden_size=48), (1, 28, 28)),
+            "20x20": (partial(_strided, embedding_size=64 * 2 * 2), (1, 20, 20)),
+            "33x47": (partial(_strided, embedding_size=64 * 3 * 3), (1, 33, 47)),
+        },
+        OmniglotCNN,
+    ),
+    "mini": _family(
+        CASES["mini51"].resized(tasks=2, query=15, steps=2),
+        {
+            "h16": (partial(CNN4, 5, hidden_size=16), (3, 84, 84)),
+            "h17": (partial(CNN4, 5, hidden_size=17), (3, 84, 84)),
+            "h48": (partial(CNN4, 5, hidden_size=48), (3, 84, 84)),
+            "20x20": (partial(CNN4, 5, hidden_size=32, embedding_size=32), (3, 20, 20)),
+            "33x47": (partial(CNN4, 5, hidden_size=32, embedding_size=32 * 2 * 2), (3, 33, 47)),
+        },
+        partial(CNN4, hidden_size=32),
+    ),
+}
+
+
+def find(name: str) -> Case:
+    """A case of `CASES` or `SHAPES`."""
+    shapes = {case.name: case for family in SHAPES.values() for case in family}
+    return {**shapes, **CASES}[name]
 
 
 def oracle(case: Case) -> list[Tensor]:

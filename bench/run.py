@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench.cases import CASES, oracle, useful_gflop
+from bench.cases import CASES, Case, oracle, useful_gflop
 from bench.contenders import CONTENDERS
 from bench.machine import ROOT, environment
 from bench.worker import Job, Worker
@@ -82,13 +82,22 @@ def measure(
 ) -> Iterator[dict[str, object]]:
     """Gate and time jobs on one case; one record each, printed as it is made."""
     case = jobs[0].sized_case()
-    gflop = useful_gflop(case)
-    print(
-        f"\n{case.name}: {case.tasks} tasks x ({case.support}, {case.query}), "
-        f"{case.steps} steps, {gflop:.3g} useful GFLOP"
-    )
+    print_case(case)
     exact = oracle(case) if jobs[0].gated else None
     workers = [Worker(job, exact) for job in jobs]
+    for record in take_turns(jobs, workers, rounds, budget_s, machine):
+        print_record(record)
+        yield record
+
+
+def take_turns(
+    jobs: list[Job],
+    workers: list[Worker],
+    rounds: int,
+    budget_s: float,
+    machine: dict[str, object],
+) -> Iterator[dict[str, object]]:
+    """Time workers round by round, then end them; a record of each."""
     times: list[list[float]] = [[] for _ in jobs]
     try:
         for _ in range(rounds):
@@ -104,13 +113,12 @@ def measure(
             "changes": job.changes,
             "tf32": job.tf32,
             "contender": job.contender,
-            "gflop": gflop,
+            "gflop": useful_gflop(job.sized_case()),
             **vars(worker.gate),
             **percentiles(samples),
         }
         if samples and job.device == "cpu":
-            record["peak_fraction"] = gflop / record["p50_s"] / machine["peak_gflops"]
-        print_record(record)
+            record["peak_fraction"] = record["gflop"] / record["p50_s"] / machine["peak_gflops"]
         yield record
 
 
@@ -131,6 +139,13 @@ def print_environment(machine: dict[str, object]) -> None:
         f"{device}{machine['cpu']}, {machine['threads']} threads, {machine['isa']}, "
         f"FMA peak {machine['peak_gflops']:.0f} GFLOP/s; torch {machine['torch']}; "
         f"commit {machine['commit']}{dirty}"
+    )
+
+
+def print_case(case: Case) -> None:
+    print(
+        f"\n{case.name}: {case.tasks} tasks x ({case.support}, {case.query}), "
+        f"{case.steps} steps, {useful_gflop(case):.3g} useful GFLOP"
     )
 
 

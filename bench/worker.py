@@ -36,7 +36,7 @@ WARM_UP = 3  # steps on a GPU: graphs are captured at the second or third
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is to build: a contender's step on a case of `CASES`, resized."""
+    """What a worker is to build: a contender's step on a case, resized."""
 
     contender: str
     case: str
@@ -49,9 +49,9 @@ class Job:
 
     def sized_case(self) -> Case:
         """The case with this job's sizes, on its device."""
-        from bench.cases import CASES
+        from bench.cases import find
 
-        return replace(CASES[self.case].resized(**self.changes), device=self.device)
+        return replace(find(self.case).resized(**self.changes), device=self.device)
 
 
 @dataclass(frozen=True)
