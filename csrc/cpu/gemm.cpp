@@ -12,12 +12,12 @@ constexpr int kRowTile[] = {0, FASTMAML_VECTOR_BYTES == 16 ? 6 : 12,
                             FASTMAML_VECTOR_BYTES == 64   ? 12
                             : FASTMAML_VECTOR_BYTES == 32 ? 6
                                                           : 4,
-                            8, 6};
+                            FASTMAML_VECTOR_BYTES == 64 ? 8 : 4, 6};
 constexpr int kOuterTile[] = {0, FASTMAML_VECTOR_BYTES == 16 ? 6 : 12,
                               FASTMAML_VECTOR_BYTES == 64   ? 14
                               : FASTMAML_VECTOR_BYTES == 32 ? 6
                                                             : 4,
-                              9, 6};
+                              FASTMAML_VECTOR_BYTES == 64 ? 9 : 4, 6};
 
 constexpr Index kCacheBytes = 24 * 1024;  // what a loop may keep in half of a small L1 cache
 constexpr Index kPairs = 256;             // row pairs whose offsets are worked out at once
@@ -173,10 +173,12 @@ void outer_tiles(const OuterProduct<T>& product, const Offsets* offsets, Index k
       case 2:
         outer_panel<T, 2>(product, offsets, rows, column);
         break;
-#if FASTMAML_VECTOR_BYTES == 64
+#if FASTMAML_VECTOR_BYTES >= 32
       case 3:
         outer_panel<T, 3>(product, offsets, rows, column);
         break;
+#endif
+#if FASTMAML_VECTOR_BYTES == 64
       case 4:
         outer_panel<T, 4>(product, offsets, rows, column);
         break;
@@ -203,10 +205,12 @@ void multiply_rows(const RowProduct<T>& product, const std::int32_t* source,
       case 2:
         row_panel<T, 2>(product, source, destination, first, rows, column);
         break;
-#if FASTMAML_VECTOR_BYTES == 64
+#if FASTMAML_VECTOR_BYTES >= 32
       case 3:
         row_panel<T, 3>(product, source, destination, first, rows, column);
         break;
+#endif
+#if FASTMAML_VECTOR_BYTES == 64
       case 4:
         row_panel<T, 4>(product, source, destination, first, rows, column);
         break;

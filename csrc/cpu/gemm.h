@@ -57,12 +57,15 @@ Index outer_units(Index k, Index vectors);
 template <typename T>
 void multiply_outer(const OuterProduct<T>& product, Index k, Index vectors, Range units);
 
-// Vectors of c that one tile spans, at most.
+// Vectors of c that one tile spans, at most; with AVX2 three, where two would leave one alone.
 constexpr int kPanel = FASTMAML_VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int kPanelRows = FASTMAML_VECTOR_BYTES == 16 ? 4 : 6;  // rows of such a tile
 
-// [0, vectors) in panels of at most kPanel, as even as can be.
-FASTMAML_INLINE Index panel_count(Index vectors) { return divide_up(vectors, kPanel); }
+// [0, vectors) in panels, as even as can be.
+FASTMAML_INLINE Index panel_count(Index vectors) {
+  if (FASTMAML_VECTOR_BYTES == 32) return larger(vectors / kPanel, 1);
+  return divide_up(vectors, kPanel);
+}
 FASTMAML_INLINE Range panel(Index vectors, Index which) {
   return Parts(vectors, panel_count(vectors))[which];
 }
