@@ -139,9 +139,9 @@ void meta_step(Program& self, std::uintptr_t theta, Index theta_stride, std::uin
                Index query_examples, Index tasks, Index steps, const std::string& loss,
                bool first_order, double rate, Index support_batches, std::uintptr_t rates,
                Index rate_steps, const InnerUpdateArgs* update, std::uintptr_t losses,
-               std::uintptr_t gtheta, std::uintptr_t gshared, std::uintptr_t grates,
-               std::uintptr_t stats, std::uintptr_t adapted, std::uintptr_t predictions,
-               int threads, std::size_t memory_budget_bytes) {
+               std::uintptr_t mean_loss, std::uintptr_t gtheta, std::uintptr_t gshared,
+               std::uintptr_t grates, std::uintptr_t stats, std::uintptr_t adapted,
+               std::uintptr_t predictions, int threads, std::size_t memory_budget_bytes) {
   MetaStepArgs args;
   args.theta = in(theta);
   args.theta_stride = theta_stride;
@@ -163,6 +163,7 @@ void meta_step(Program& self, std::uintptr_t theta, Index theta_stride, std::uin
   args.rate_steps = rate_steps;
   args.update = update;
   args.losses = out(losses);
+  args.mean_loss = out(mean_loss);
   args.gtheta = out(gtheta);
   args.gshared = out(gshared);
   args.grates = out(grates);
@@ -242,9 +243,9 @@ PYBIND11_MODULE(_core, module) {
            py::arg("query_examples"), py::arg("tasks"), py::arg("steps"), py::arg("loss"),
            py::arg("first_order"), py::arg("rate"), py::arg("support_batches") = 1,
            py::arg("rates") = 0, py::arg("rate_steps") = 1, py::arg("update") = nullptr,
-           py::arg("losses") = 0, py::arg("gtheta") = 0, py::arg("gshared") = 0,
-           py::arg("grates") = 0, py::arg("stats") = 0, py::arg("adapted") = 0,
-           py::arg("predictions") = 0, py::arg("threads") = 1,
+           py::arg("losses") = 0, py::arg("mean_loss") = 0, py::arg("gtheta") = 0,
+           py::arg("gshared") = 0, py::arg("grates") = 0, py::arg("stats") = 0,
+           py::arg("adapted") = 0, py::arg("predictions") = 0, py::arg("threads") = 1,
            py::arg("memory_budget_bytes") = std::size_t{1} << 30);
 
   bind_memory(module);

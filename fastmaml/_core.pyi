@@ -110,6 +110,7 @@ class Program:
         rate_steps: int = 1,
         update: InnerUpdate | None = None,
         losses: int = 0,
+        mean_loss: int = 0,
         gtheta: int = 0,
         gshared: int = 0,
         grates: int = 0,

@@ -1,6 +1,8 @@
 // The meta-step as a whole: memory, groups of tasks, sums over them.
 #include "cpu/program_meta.h"
 
+#include <numeric>
+
 namespace fastmaml {
 
 template <typename T>
@@ -148,6 +150,10 @@ void NativeProgram<T>::meta_step(const MetaStepArgs& args) {
   } else {
     MetaStep<T>(*this, args).run();
   }
+  if (args.mean_loss == nullptr) return;
+  const T* losses = static_cast<const T*>(args.losses);
+  const double sum = std::accumulate(losses, losses + args.tasks, 0.0);
+  *static_cast<T*>(args.mean_loss) = static_cast<T>(sum / static_cast<double>(args.tasks));
 }
 
 template void NativeProgram<float>::meta_step(const MetaStepArgs&);

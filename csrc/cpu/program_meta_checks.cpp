@@ -70,6 +70,8 @@ void check_meta_step(const MetaStepArgs& args, const ProgramSizes& sizes, Index 
     require(!gradient && args.losses == nullptr && args.predictions == nullptr,
             "query_examples must be at least 1 where losses, predictions or gradients are wanted");
   }
+  require(args.mean_loss == nullptr || args.losses != nullptr,
+          "losses must be given where their mean is wanted");
   if (args.update != nullptr) check_update(*args.update, args);
   require(args.rate_steps == 1 || args.rate_steps == args.steps,
           "rate_steps must be 1 or the number of steps");

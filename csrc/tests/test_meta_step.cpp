@@ -29,7 +29,7 @@ struct Inputs {
 };
 
 struct Results {
-  Values losses, theta, phi, rates, coefficients, adapted, predictions, stats;
+  Values losses, theta, phi, rates, coefficients, adapted, predictions, stats, mean_loss;
 };
 
 class Meta {
@@ -68,7 +68,8 @@ class Meta {
                 poisoned<double>(static_cast<Index>(in.coefficients.size())),
                 poisoned<double>(kTasks * sizes_.theta),
                 poisoned<double>(kTasks * kQuery * output_size_),
-                poisoned<double>(kTasks * (variant_.steps + 1) * sizes_.stats)};
+                poisoned<double>(kTasks * (variant_.steps + 1) * sizes_.stats),
+                poisoned<double>(1)};
     fastmaml::MetaStepArgs args;
     args.theta = in.theta.data();
     args.shared = in.phi.data();
@@ -93,6 +94,7 @@ class Meta {
     const fastmaml::InnerUpdateArgs update = update_of(in, gradient, &out);
     args.update = variant_.adaptive ? &update : nullptr;
     args.losses = out.losses.data();
+    args.mean_loss = out.mean_loss.data();
     args.adapted = out.adapted.data();
     args.predictions = out.predictions.data();
     args.stats = out.stats.data();
@@ -108,9 +110,11 @@ class Meta {
   }
 
   double mean_loss(const Inputs& in) const {
+    const Results out = run(in, false);
     double sum = 0;
-    for (double loss : run(in, false).losses) sum += loss;
-    return sum / kTasks;
+    for (double loss : out.losses) sum += loss;
+    check(out.mean_loss[0] == sum / kTasks, "the mean of the losses");
+    return out.mean_loss[0];
   }
 
  private:

@@ -47,11 +47,11 @@ class MetaStep:
 
 @dataclass
 class MetaStepResult:
-    """``losses [T]``; means over tasks ``theta_grad [P]``, ``phi_grad [Q]``, ``rates_grad`` like
-    ``rates``, ``coefficient_grads`` like the coefficients (None where not asked for); where tasks
-    do not start alike, ``theta_grad [T, P]`` holds the summands of the mean;
-    ``statistics [T, steps + 1, S]``; without a gradient also ``adapted [T, P]`` and
-    ``predictions [T, N_query, ...]``.
+    """``losses [T]``, and their mean where it came with them; means over tasks ``theta_grad [P]``,
+    ``phi_grad [Q]``, ``rates_grad`` like ``rates``, ``coefficient_grads`` like the coefficients
+    (None where not asked for); where tasks do not start alike, ``theta_grad [T, P]`` holds the
+    summands of the mean; ``statistics [T, steps + 1, S]``; without a gradient also
+    ``adapted [T, P]`` and ``predictions [T, N_query, ...]``.
     """
 
     losses: Tensor
@@ -62,6 +62,14 @@ class MetaStepResult:
     phi_grad: Tensor | None = None
     rates_grad: Tensor | None = None
     coefficient_grads: Sequence[Tensor | None] = ()
+    mean_loss: Tensor | None = None
+
+    def take_loss(self) -> Tensor:
+        """The mean of ``losses``, a tensor that this result no longer holds: as the output of a
+        graph's node that holds this result, it would make a cycle.
+        """
+        loss, self.mean_loss = self.mean_loss, None
+        return self.losses.mean() if loss is None else loss
 
 
 class Executor(Protocol):

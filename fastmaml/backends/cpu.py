@@ -199,6 +199,8 @@ class CpuExecutor:
         result = MetaStepResult(
             losses=theta.new_zeros(tasks), statistics=self._statistics(theta, tasks, rows)
         )
+        if call.query_y is not None:
+            result.mean_loss = self._empty()
         if call.gradient:
             result.theta_grad = self._empty(*theta.shape)
             result.phi_grad = self._empty(*phi.shape) if call.shared_gradient else None
@@ -220,6 +222,7 @@ class CpuExecutor:
         budget = call.memory_budget
         self._program.meta_step(
             **arguments.common(result.losses),
+            mean_loss=pointer(result.mean_loss),
             theta_stride=theta.shape[1] if theta.ndim == 2 else 0,
             shared=phi.data_ptr(),
             buffers=pointer(flat),

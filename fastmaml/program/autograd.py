@@ -206,7 +206,7 @@ class MetaGradient(Function):
         ctx.result, ctx.layout, ctx.coefficients = result, layout, coefficients
         ctx.own_starts = start is not None
         ctx.set_materialize_grads(False)
-        return result.losses.mean()
+        return result.take_loss()
 
     @staticmethod
     @once_differentiable
@@ -233,7 +233,7 @@ def fused_meta_loss(
     """
     result = executor.meta_step(call)
     if not call.gradient:
-        return result.losses.mean(), result
+        return result.take_loss(), result
     own = () if call.update is None else call.update.coefficients
     tensors = (*own, *layout.parameters)
     return MetaGradient.apply(result, layout, call.rates, len(own), start, *tensors), result

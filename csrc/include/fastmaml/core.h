@@ -167,6 +167,7 @@ struct MetaStepArgs {
   Index rate_steps = 1;                     // 1 (every step alike) or `steps`
   const InnerUpdateArgs* update = nullptr;  // takes the inner steps, instead of the rates
   void* losses = nullptr;                   // [tasks]
+  void* mean_loss = nullptr;                // [1], of `losses`
   // [sizes.theta], mean over tasks; with starts of their own [tasks, sizes.theta], its summands
   void* gtheta = nullptr;
   void* gshared = nullptr;      // [sizes.shared], mean over tasks
