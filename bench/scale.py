@@ -12,12 +12,13 @@ from bench.worker import Job
 
 # axis: the case it is measured on, the values, and what each value changes
 AXES = {
-    "tasks": ("omni51", (1, 4, 16, 32, 100), ("tasks",)),
+    "tasks": ("omni51", (1, 2, 4, 16, 32, 100, 1000), ("tasks",)),
     "steps": ("mini51", (1, 2, 5, 10, 20, 50), ("steps",)),
     "examples": ("omni51", (5, 10, 25, 50, 100), ("support", "query")),
 }
-# The loop's memory and time grow with every step: past this it says nothing new.
-LONGEST_LOOP = 10
+# The loop's time grows with every task and step, its memory with every step: past these values it
+# says nothing new.
+LONGEST_LOOP = {"tasks": 100, "steps": 10}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +53,7 @@ def jobs_along(axis: str, arguments: argparse.Namespace) -> list[tuple[int, list
             [
                 Job(name, case, dict.fromkeys(fields, value), arguments.threads, gated=False)
                 for name in arguments.against
-                if axis != "steps" or name.startswith("door") or value <= LONGEST_LOOP
+                if name.startswith("door") or value <= LONGEST_LOOP.get(axis, value)
             ],
         )
         for value in values
