@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaml import checks
+from fastmaml.data.episodes import EpisodeSampler, next_batch
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.program.autograd import GivenGradients
 
@@ -18,9 +19,13 @@ if TYPE_CHECKING:
 
 
 def in_chunks(
-    maml: MAML, batch: TaskBatch, chunk: int, meta_loss: Callable[[TaskBatch], Tensor]
+    maml: MAML,
+    source: TaskBatch | EpisodeSampler,
+    chunk: int,
+    meta_loss: Callable[[TaskBatch], Tensor],
 ) -> Tensor:
-    """The mean of ``meta_loss`` over all tasks of ``batch``, of which ``chunk`` at a time run.
+    """The mean of ``meta_loss`` over all tasks of a batch (of a sampler's next one), of which
+    ``chunk`` at a time run.
 
     Gradients of a chunk are worked out before the next one runs, so that the graph of one chunk is
     all there is; they wait in the result for its ``backward()``.
@@ -31,7 +36,7 @@ def in_chunks(
     checks.positive_int("chunk", chunk)
     with torch.no_grad():
         theta = maml.layout().pack(adapted=True)
-    batch = checks.batch(batch, theta, labels_needed=True)
+    batch = checks.batch(next_batch(source), theta, labels_needed=True)
     if any(t.requires_grad for t in batch):
         raise ValueError(
             "chunk must be None where the batch's tensors require gradients, which are kept for "

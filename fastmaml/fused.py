@@ -10,6 +10,7 @@ from torch import Tensor
 from fastmaml import checks
 from fastmaml.backends.base import MetaStep
 from fastmaml.backends.select import forced_backend
+from fastmaml.data.episodes import EpisodeSampler
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.learner import Learner
 from fastmaml.losses import TaskLoss, built_in, per_task
@@ -23,21 +24,31 @@ if TYPE_CHECKING:
 
 
 def meta_loss(
-    maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss, first_order: bool | None
+    maml: MAML,
+    source: TaskBatch | EpisodeSampler,
+    steps: int,
+    loss: TaskLoss,
+    first_order: bool | None,
 ) -> Tensor:
-    """See :meth:`fastmaml.MAML.meta_loss`."""
+    """See :meth:`fastmaml.MAML.meta_loss`; of a sampler the next batch."""
     order = maml.first_order if first_order is None else first_order
     checks.steps_count(steps)
     with torch.no_grad():
         layout, theta, phi = maml.packed()
-    batch, program, kind = _recognised(maml, layout, theta, batch, loss)
+    sampler, episodes = None, None
+    if isinstance(source, EpisodeSampler):
+        sampler, (source, episodes) = source, source.in_place()
+    batch, program, kind = _recognised(maml, layout, theta, source, loss)
     checks.minibatch_steps(batch, steps)
     rates = maml.fused_rates(layout, theta, steps)
     if program is None or rates is None:
+        if sampler is not None and episodes is not None:  # which would overwrite what is saved
+            batch = sampler.sample()
         return _by_autograd(maml, batch, steps, loss, order)
     start = maml.fused_start(layout, batch)
     theta = theta if start is None else start.detach()
     call = _call(program, batch, steps, kind, theta, phi, rates, order)
+    call.episodes = episodes
     call.memory_budget = checks.memory_budget(maml.memory_budget)
     if torch.is_grad_enabled():
         call.rates_gradient = call.rates is not None and call.rates.requires_grad

@@ -70,7 +70,7 @@ def test_a_pickled_drawing_goes_on_where_it_was():
     drawing = DeviceDrawing(make(IMAGES["grey bytes"])._drawing._plan)
     drawing.go_to(SEED, BATCH)
     again = pickle.loads(pickle.dumps(drawing))
-    assert again.place() == (SEED, BATCH)
+    assert again.position() == (SEED, BATCH)
     assert all(map(torch.equal, again.draw_next(), drawing.draw_next()))
 
 

@@ -109,7 +109,6 @@ def test_the_second_call_of_a_form_is_captured_and_later_ones_replayed():
     "changes",
     [
         {"steps": 3},
-        {"rate": 0.2},
         {
             "loss": "mse",
             "support_y": torch.randn(T, N, 2).double(),
@@ -137,6 +136,19 @@ def test_another_form_gets_another_graph(changes):
             assert alike(found, expected, gradient=False)
         assert pretended.captures == (1 if i == 0 else 2)
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("rates", [True, False])
+def test_a_changed_rate_is_picked_up(rates):
+    pretended = Pretended()
+    graphs = MetaStepGraphs(pretended)
+    without = {} if rates else {"rates": None, "rates_gradient": False}
+    for rate in (0.1, 0.1, 0.03, 0.7):
+        one = call(rate=rate, **without)
+        found, expected = graphs(one, EXECUTOR.meta_step), EXECUTOR.meta_step(one)
+        assert torch.equal(found.theta_grad, expected.theta_grad)
+        assert not rates or torch.equal(found.rates_grad, expected.rates_grad)
+    assert (pretended.captures, pretended.replays) == (1, 3)
 
 
 def test_precision_and_stream_are_part_of_the_form():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastmaml import checks
 from fastmaml.chunks import in_chunks
+from fastmaml.data.episodes import next_batch
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.fused import FusedRates
 from fastmaml.learner import Learner
@@ -76,7 +77,7 @@ class IMAML(MAML):
             part_loss = partial(self.meta_loss, steps=steps, loss=loss, first_order=first_order)
             return in_chunks(self, batch, chunk, part_loss)
         theta = self.layout().pack(adapted=True)
-        batch = checks.batch(batch, theta.detach(), labels_needed=True)
+        batch = checks.batch(next_batch(batch), theta.detach(), labels_needed=True)
         if batch.minibatches is not None:
             raise ValueError(
                 "support_x must be [T, N, ...] for IMAML, whose gradient is that at the optimum of "

@@ -21,6 +21,7 @@ from fastmaml.algorithms.per_step_norms import (
     affine_names,
 )
 from fastmaml.chunks import in_chunks
+from fastmaml.data.episodes import next_batch
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.fused import FusedRates
 from fastmaml.learner import Learner
@@ -143,6 +144,7 @@ class MAMLPlusPlus(MAML):
                 step_weights=step_weights,
             )
             return in_chunks(self, batch, chunk, part_loss)
+        batch = next_batch(batch)
         checks.minibatch_steps(batch, steps)
         learner = self.learner_for(batch, first_order)
         total = torch.zeros(())

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmaml.chunks import in_chunks
+from fastmaml.data.episodes import next_batch
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.losses import TaskLoss, per_task
 from fastmaml.maml import MAML
@@ -42,6 +43,7 @@ class Reptile(MAML):
         """
         if chunk is not None:
             return in_chunks(self, batch, chunk, partial(self.meta_loss, steps=steps, loss=loss))
+        batch = next_batch(batch)
         adapted = self.adapted(batch, steps, loss)
         with torch.no_grad():
             value = per_task(loss, adapted.predict(), batch.query_y).mean()

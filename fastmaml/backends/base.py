@@ -11,17 +11,27 @@ from torch import Tensor
 from fastmaml.program.updates import FusedUpdate
 
 
+class Episodes(Protocol):
+    """A stream of data that a meta-step draws itself, into tensors that stay where they are."""
+
+    place: Tensor  # where the stream is: all that a draw changes beside the data
+
+    def refill(self) -> None:
+        """Queue the next draw."""
+
+
 @dataclass
 class MetaStep:
     """One call of the fused meta-step: K inner steps, the query loss and the exact adjoint.
 
     ``theta [P]``, or ``[T, P]`` where tasks do not start alike, ``phi [Q]``; support and query
     ``[T, N, ...]``, with ``minibatches`` the support ``[B, T, N, ...]``, of which step k takes
-    batch k modulo B. ``rates``: per-parameter factors on ``rate``, ``[P]`` or ``[K, P]``, or None.
+    batch k modulo B. ``rate``: a number, or in a captured graph a tensor that holds it. ``rates``:
+    per-parameter factors on ``rate``, ``[P]`` or ``[K, P]``, or None.
     ``memory_budget``: bytes of saved activations, beyond which inner steps are run again, where
     the backend can; None: its own default.
     ``update``: takes the inner steps instead of ``rate`` and ``rates``; ``coefficients_gradient``:
-    of which of its coefficients.
+    of which of its coefficients. ``episodes``: draws the batch's tensors before they are read.
     """
 
     theta: Tensor
@@ -33,7 +43,7 @@ class MetaStep:
     query_y: Tensor | None
     steps: int
     loss: str
-    rate: float
+    rate: float | Tensor
     minibatches: bool = False
     rates: Tensor | None = None
     first_order: bool = False
@@ -43,6 +53,7 @@ class MetaStep:
     update: FusedUpdate | None = None
     coefficients_gradient: Sequence[bool] = ()
     memory_budget: int | None = None
+    episodes: Episodes | None = None
 
 
 @dataclass

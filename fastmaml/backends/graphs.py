@@ -3,6 +3,8 @@
 A form is everything but the numbers in a call's tensors. The graph of a form reads inputs from, and
 writes results to, memory of its own: a call copies its tensors in, replays, and copies the results
 out, so that parameters, rates and data may change from call to call and results outlive the next.
+Where a sampler on the device draws the data, that is a part of the graph: nothing is copied, and
+each replay takes the sampler's next batch.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeVar
 
@@ -25,6 +29,7 @@ from fastmaml.program.updates import FusedUpdate
 ENVIRONMENT_VARIABLE = "FASTMAML_GRAPHS"
 DEFAULT_MEMORY_BUDGET = 4 << 30  # bytes that all graphs of a program may hold
 _REMEMBERED_FORMS = 64  # called once, not captured yet
+_BATCH = ("support_x", "support_y", "query_x", "query_y")
 
 Run = Callable[[MetaStep], MetaStepResult]
 _Note = TypeVar("_Note")
@@ -92,15 +97,24 @@ class _Graph:
     """A captured form with the memory it reads."""
 
     def __init__(self, capture: Capture, call: MetaStep, run: Run) -> None:
+        self.episodes = None if call.episodes is None else weakref.ref(call.episodes)
         given = _tensors(call)
         self._inputs = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in given]
         _copy(self._inputs, given)
-        static = _with_tensors(call, self._inputs)
-        self._captured = capture(lambda: _wanted(call, run(static)))
+        self._rate = call.theta.new_empty(()).fill_(call.rate)
+        static = replace(_with_tensors(call, self._inputs), rate=self._rate)
+        with _nothing_drawn(call):
+            self._captured = capture(lambda: _wanted(call, run(static)))
         self.nbytes = self._captured.nbytes + sum(t.nbytes for t in self._inputs)
+
+    @property
+    def useless(self) -> bool:
+        """Whether the sampler that it draws from is gone."""
+        return self.episodes is not None and self.episodes() is None
 
     def __call__(self, call: MetaStep) -> MetaStepResult:
         _copy(self._inputs, _tensors(call))
+        self._rate.fill_(call.rate)
         self._captured.replay()
         own = _result_tensors(self._captured.result)
         out = [torch.empty_like(t) for t in own]
@@ -156,6 +170,8 @@ class MetaStepGraphs:
             )
             return None
         self._graphs[form] = graph
+        for old in [form for form, other in self._graphs.items() if other.useless]:
+            del self._graphs[old]
         while len(self._graphs) > 1 and self.nbytes > self._memory_budget:
             self._graphs.popitem(last=False)
         return graph
@@ -172,7 +188,9 @@ class MetaStepGraphs:
         """What is captured, and why the rest is not."""
         if _switched_off():
             return f"off, {ENVIRONMENT_VARIABLE}=0"
+        drawing = sum(graph.episodes is not None for graph in self._graphs.values())
         parts = [f"{len(self._graphs)} captured, {self.nbytes / 2**20:.1f} MiB"]
+        parts += [f"{drawing} of them with the sampler"] if drawing else []
         parts += [f"a form is not: {reason}" for reason in self._refused.values()]
         return "; ".join(parts)
 
@@ -185,6 +203,19 @@ def _remember(forms: OrderedDict[Hashable, _Note], form: Hashable, note: _Note) 
     forms[form] = note
     if len(forms) > _REMEMBERED_FORMS:
         forms.popitem(last=False)
+
+
+@contextmanager
+def _nothing_drawn(call: MetaStep) -> Iterator[None]:
+    """What is drawn meanwhile, to try the call out, will be drawn again."""
+    if call.episodes is None:
+        yield
+        return
+    before = call.episodes.place.clone()
+    try:
+        yield
+    finally:
+        call.episodes.place.copy_(before)
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -201,17 +232,22 @@ def _wanted(call: MetaStep, result: MetaStepResult) -> MetaStepResult:
 # --- calls and results as lists of tensors --------------------------------------------------------
 
 
+def _given(call: MetaStep) -> list[str]:
+    """The fields that hold tensors that come with the call."""
+    drawn = () if call.episodes is None else _BATCH
+    names = [f.name for f in fields(call) if f.name not in drawn]
+    return [name for name in names if isinstance(getattr(call, name), Tensor)]
+
+
 def _tensors(call: MetaStep) -> list[Tensor]:
-    own = [getattr(call, f.name) for f in fields(call)]
+    own = [getattr(call, name) for name in _given(call)]
     coefficients = () if call.update is None else call.update.coefficients
-    return [t.detach() for t in (*own, *call.buffers, *coefficients) if isinstance(t, Tensor)]
+    return [t.detach() for t in (*own, *call.buffers, *coefficients)]
 
 
 def _with_tensors(call: MetaStep, tensors: Sequence[Tensor]) -> MetaStep:
     left = iter(tensors)
-    own: dict[str, Any] = {
-        f.name: next(left) for f in fields(call) if isinstance(getattr(call, f.name), Tensor)
-    }
+    own: dict[str, Any] = {name: next(left) for name in _given(call)}
     buffers = [next(left) for _ in call.buffers]
     update = call.update
     if update is not None:
@@ -223,7 +259,7 @@ def _form(call: MetaStep) -> tuple[Hashable, ...]:
     numbers = [
         None if isinstance(value, Tensor) else value
         for f in fields(call)
-        if f.name not in ("buffers", "update", "coefficients_gradient")
+        if f.name not in ("buffers", "update", "coefficients_gradient", "episodes", "rate")
         for value in [getattr(call, f.name)]
     ]
     present = [isinstance(getattr(call, f.name), Tensor) for f in fields(call)]
@@ -232,6 +268,8 @@ def _form(call: MetaStep) -> tuple[Hashable, ...]:
         *present,
         tuple(call.coefficients_gradient),
         None if call.update is None else call.update.rule,
+        # once it is gone, no other is taken for it, wherever that one lies
+        None if call.episodes is None else weakref.ref(call.episodes),
         *((t.shape, t.dtype, t.device) for t in _tensors(call)),
         convolution_precision(),
         linear_precision(),

@@ -46,6 +46,8 @@ class MlpKernel:
 
     def meta_step(self, call: MetaStep, emulated_threads: int = 1) -> MetaStepResult:
         """See :meth:`fastmaml.backends.base.Executor.meta_step`."""
+        if call.episodes is not None:
+            call.episodes.refill()
         arguments = MetaStepArguments(call)
         theta = arguments.theta
         kernels = kernels_or_emulated(theta.device)

@@ -134,6 +134,8 @@ class ReferenceExecutor:
         return self._gradients(state, dgvalues, dgparams, want_phi, want_x)
 
     def meta_step(self, call: MetaStep) -> MetaStepResult:
+        if call.episodes is not None:
+            call.episodes.refill()
         if call.loss == "cross_entropy":
             classes = self.graph.values[self.graph.output][0]
             for name, y in (("support_y", call.support_y), ("query_y", call.query_y)):

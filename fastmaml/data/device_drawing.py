@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -35,31 +36,43 @@ class DeviceDrawing:
             torch.from_numpy(array).to(device)
             for array in (np.concatenate(plan.members), np.cumsum(counts) - counts, counts)
         )
-        self._place = torch.zeros(3, dtype=torch.int64, device=device)
+        self.place = torch.zeros(3, dtype=torch.int64, device=device)
 
     def go_to(self, seed: int, batch: int) -> None:
         """Batch ``batch`` of ``seed`` is the next one."""
-        self._place.copy_(torch.tensor([_signed(seed), _signed(batch), 0]))
+        self.place.copy_(torch.tensor([_signed(seed), _signed(batch), 0]))
 
-    def place(self) -> tuple[int, int]:
+    def position(self) -> tuple[int, int]:
         """Seed and batch index of the next batch; waits for the device."""
-        seed, batch, _ = self._place.tolist()
+        seed, batch, _ = self.place.tolist()
         return seed % 2**64, batch % 2**64
 
     def draw_next(self) -> tuple[Tensor, Tensor]:
         """The next batch; see :meth:`fastmaml.data.drawing.ReferenceDrawing.draw`."""
-        return self._draw(place=self._place.data_ptr())
+        return self._normalised(*self._draw(self._empty(), place=self.place.data_ptr()))
+
+    @cached_property
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Support and query images that :meth:`refill` draws into."""
+        return self._empty()
+
+    def refill(self) -> None:
+        """Draw the next batch into :attr:`held`."""
+        if not self._plan.in_two_bytes:
+            self._draw(self.held, place=self.place.data_ptr())
+            return
+        for held, drawn in zip(self.held, self.draw_next(), strict=True):
+            held.copy_(drawn)
 
     def draw(self, seed: int, batch: int, threads: int) -> tuple[Tensor, Tensor]:
         """See :meth:`fastmaml.data.drawing.ReferenceDrawing.draw`."""
-        return self._draw(seed=seed, batch=batch)
+        return self._normalised(*self._draw(self._empty(), seed=seed, batch=batch))
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _restored, (self._plan, self._emulated_threads, *self.place())
+        return _restored, (self._plan, self._emulated_threads, *self.position())
 
-    def _draw(self, **which: Any) -> tuple[Tensor, Tensor]:
-        plan = self._plan
-        images = plan.images
+    def _empty(self) -> tuple[Tensor, Tensor]:
+        plan, images = self._plan, self._plan.images
         support, query = (
             torch.empty(
                 (plan.tasks, plan.ways * n, *images.shape[1:]),
@@ -68,6 +81,10 @@ class DeviceDrawing:
             )
             for n in (plan.shots, plan.queries)
         )
+        return support, query
+
+    def _draw(self, into: tuple[Tensor, Tensor], **which: Any) -> tuple[Tensor, Tensor]:
+        plan, (support, query) = self._plan, into
         self._kernels.draw_episodes(
             **plan.for_core(),
             factors=self._factors.data_ptr(),
@@ -78,9 +95,13 @@ class DeviceDrawing:
             classes=len(plan.members),
             support_x=support.data_ptr(),
             query_x=query.data_ptr(),
-            stream=stream_on(images.device, self._emulated_threads),
+            stream=stream_on(plan.images.device, self._emulated_threads),
             **which,
         )
+        return into
+
+    def _normalised(self, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        plan = self._plan
         if plan.in_two_bytes:
             return plan.normalised(support), plan.normalised(query)
         return support, query

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastmaml.backends.base import Episodes
 from fastmaml.backends.device import kernels_for
 from fastmaml.data.ahead import Ahead
 from fastmaml.data.device_drawing import DeviceDrawing
@@ -39,6 +40,7 @@ class EpisodeSampler:
     ``fastmaml.data.philox``), and :meth:`state_dict` is just seed and index. On the CPU a batch is
     one native pass over the images. On a GPU it is one kernel, and :meth:`sample` waits for
     nothing; captured in a CUDA graph, it draws the next batch each time the graph is replayed.
+    ``maml.meta_loss(sampler)`` takes the next batch, there within the meta-step's own graph.
 
     Args:
         dataset: a torch data set of ``(image, label)``, read once (see
@@ -140,6 +142,15 @@ class EpisodeSampler:
         self._batch += 1
         return batch
 
+    def in_place(self) -> tuple[TaskBatch, Episodes | None]:
+        """For a meta-step that draws its data itself: tensors, and what draws the next batch into
+        them; the next batch and None, where batches are not drawn by a kernel on the device.
+        """
+        if not isinstance(self._drawing, DeviceDrawing):
+            return self.sample(), None
+        (support_x, query_x), (support_y, query_y) = self._drawing.held, self._targets
+        return TaskBatch(support_x, support_y, query_x, query_y), self._drawing
+
     def batch(self, index: int) -> TaskBatch:
         """Batch ``index`` of this seed, wherever the stream is."""
         return self._draw(torch.get_num_threads(), self._seed, index)
@@ -152,7 +163,7 @@ class EpisodeSampler:
     def state_dict(self) -> dict[str, int]:
         """Where the stream is: ``seed``, and ``batch``, the index of the next batch."""
         if isinstance(self._drawing, DeviceDrawing):
-            return dict(zip(("seed", "batch"), self._drawing.place(), strict=True))
+            return dict(zip(("seed", "batch"), self._drawing.position(), strict=True))
         return {"seed": self._seed, "batch": self._batch}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
@@ -170,6 +181,11 @@ class EpisodeSampler:
         self._seed, self._batch = state["seed"], state["batch"]
         if isinstance(self._drawing, DeviceDrawing):
             self._drawing.go_to(self._seed, self._batch)
+
+
+def next_batch(source: TaskBatch | EpisodeSampler) -> TaskBatch:
+    """The next batch of a sampler; a batch as it is."""
+    return source.sample() if isinstance(source, EpisodeSampler) else source
 
 
 Drawing = NativeDrawing | DeviceDrawing | ReferenceDrawing
