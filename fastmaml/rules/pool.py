@@ -99,7 +99,7 @@ class AvgPool2d(_AveragePool):
             padded.append((last - first).to(x))
         rows, columns = inside
         if a["divisor"] is not None:
-            divisor = torch.full(out_shape[-2:], float(a["divisor"])).to(x)
+            divisor = x.new_full(out_shape[-2:], float(a["divisor"]))
         elif a["count_include_pad"]:
             divisor = torch.outer(*padded)
         else:

@@ -1,5 +1,5 @@
-"""``max_pool2d``: the winners' places are kept; gradients are gathered, so nothing is added up in
-an order of chance. Channels are innermost.
+"""``max_pool2d``, whose winners' places are kept, and averages over windows. Gradients are
+gathered, so nothing is added up in an order of chance. Channels are innermost.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch import Tensor
 from fastmaml.backends.triton.tiles import from_rows, rows
 from fastmaml.program.ir import Op, Shape
 from fastmaml.rules.base import Grads, Rule, Tensors
+from fastmaml.rules.transposable import LinearMapRule
 
 _BLOCK = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def maximum_kernel(
     x, y, winner, count, channels, height, width, out_height, out_width,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
@@ -49,7 +50,7 @@ def maximum_kernel(
     tl.store(winner + i, where, mask=i < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def winners_kernel(x, y, winner, count, channels, plane, out_plane, BLOCK: tl.constexpr):
     """y: what ``x [images, plane, C]`` holds at the winners' places."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -60,7 +61,7 @@ def winners_kernel(x, y, winner, count, channels, plane, out_plane, BLOCK: tl.co
     tl.store(y + i, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def to_winners_kernel(
     gx, gy, winner, count, channels, height, width, out_height, out_width,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
@@ -82,6 +83,90 @@ def to_winners_kernel(
         place = ((image * out_height + oh) * out_width + ow) * channels + c
         won = inside & (tl.load(winner + place, mask=inside, other=-1) == own)
         total += tl.load(gy + place, mask=won, other=0.0)
+    tl.store(gx + i, total, mask=i < count)
+
+
+@triton.jit
+def _window_of(o, size, out, K, S, P, ADAPTIVE: tl.constexpr):
+    """First place of output o's window along an axis, and that after its last."""
+    if ADAPTIVE:
+        return o * size // out, ((o + 1) * size + out - 1) // out
+    else:
+        first = o * S - P
+        return first, tl.minimum(first + K, size + P)
+
+
+@triton.jit
+def _extent(first, last, size, WITH_PADDING: tl.constexpr):
+    if WITH_PADDING:
+        return last - first
+    else:
+        return tl.minimum(last, size) - tl.maximum(first, 0)
+
+
+@triton.jit(do_not_specialize=["count"])
+def average_kernel(
+    x, y, count, channels, height, width, out_height, out_width, divisor,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, ADAPTIVE: tl.constexpr, WITH_PADDING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of every window of ``x [images, h, w, C]`` the sum over ``divisor``, or where that is zero
+    over the number of its places.
+    """
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    c, position = i % channels, i // channels
+    ow, oh = position % out_width, (position // out_width) % out_height
+    image = position // (out_width * out_height)
+    top, bottom = _window_of(oh, height, out_height, KH, SH, PH, ADAPTIVE)
+    left, right = _window_of(ow, width, out_width, KW, SW, PW, ADAPTIVE)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for tap in range(KH * KW):
+        h, w = top + tap // KW, left + tap % KW
+        inside = (i < count) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+        inside = inside & (h < bottom) & (w < right)
+        place = ((image * height + h) * width + w) * channels + c
+        total += tl.load(x + place, mask=inside, other=0.0)
+    places = _extent(top, bottom, height, WITH_PADDING) * _extent(left, right, width, WITH_PADDING)
+    tl.store(y + i, total / tl.where(divisor == 0, places.to(tl.float32), divisor), mask=i < count)
+
+
+@triton.jit
+def _output_at(h, r, size, out, K, S, P, ADAPTIVE: tl.constexpr):
+    """Candidate r of the outputs whose windows hold place h along an axis, and whether it does."""
+    if ADAPTIVE:
+        o = h * out // size + r
+        return o, (o < out) & (o * size // out <= h)
+    else:
+        reach = h + P - r
+        return reach // S, (reach >= 0) & (reach % S == 0) & (reach // S < out)
+
+
+@triton.jit(do_not_specialize=["count"])
+def to_windows_kernel(
+    gx, gy, count, channels, height, width, out_height, out_width, divisor,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, ADAPTIVE: tl.constexpr, WITH_PADDING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """gx: for every input its share of gy in the windows that hold it."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    c, position = i % channels, i // channels
+    w, h = position % width, (position // width) % height
+    image = position // (width * height)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for tap in range(KH * KW):
+        oh, holds_h = _output_at(h, tap // KW, height, out_height, KH, SH, PH, ADAPTIVE)
+        ow, holds_w = _output_at(w, tap % KW, width, out_width, KW, SW, PW, ADAPTIVE)
+        holds = (i < count) & holds_h & holds_w
+        top, bottom = _window_of(oh, height, out_height, KH, SH, PH, ADAPTIVE)
+        left, right = _window_of(ow, width, out_width, KW, SW, PW, ADAPTIVE)
+        places = _extent(top, bottom, height, WITH_PADDING)
+        places *= _extent(left, right, width, WITH_PADDING)
+        place = ((image * out_height + oh) * out_width + ow) * channels + c
+        g = tl.load(gy + place, mask=holds, other=0.0)
+        places = tl.where(holds, places, 1).to(tl.float32)
+        total += g / tl.where(divisor == 0, places, divisor)
     tl.store(gx + i, total, mask=i < count)
 
 
@@ -152,6 +237,42 @@ class MaxPool2d:
         return ([], [None]) if dgy is None else self.backward(op, params, inputs, saved, dgy)
 
 
+class AvgPool2d(LinearMapRule):
+    """Means over windows of one size, in all the variants of ``F.avg_pool2d``."""
+
+    def apply(self, op: Op, out_shape: Shape, inputs: Sequence[Tensor]) -> Tensor:
+        x, shape = inputs[0], (*inputs[0].shape[:2], *out_shape)
+        out = _new_rows(x, shape)
+        sizes = _sizes(out, x.shape, shape)
+        windows = self.windows(op, x.shape[3:], out_shape[1:])
+        average_kernel[_grid(out)](rows(x), out, *sizes, **windows, BLOCK=_BLOCK)
+        return from_rows(out, shape)
+
+    def transpose(self, op: Op, inputs: Sequence[Tensor], gy: Tensor) -> list[Tensor | None]:
+        shape = inputs[0].shape
+        out = _new_rows(gy, shape)
+        windows = self.windows(op, gy.shape[3:], shape[3:])
+        to_windows_kernel[_grid(out)](
+            out, rows(gy), *_sizes(out, shape, gy.shape), **windows, BLOCK=_BLOCK
+        )
+        return [from_rows(out, shape)]
+
+    def windows(self, op: Op, read: Shape, written: Shape) -> dict[str, Any]:
+        """How a kernel is to find windows, which reads one plane and writes the other."""
+        with_padding, divisor = op.attrs["count_include_pad"], float(op.attrs["divisor"] or 0)
+        own = {"divisor": divisor, "ADAPTIVE": False, "WITH_PADDING": with_padding}
+        return _window(op, "KSP") | own
+
+
+class AdaptiveAvgPool2d(AvgPool2d):
+    """Means over a fixed number of windows, of sizes that differ by at most one."""
+
+    def windows(self, op: Op, read: Shape, written: Shape) -> dict[str, Any]:
+        most = [-(-a // b) + 1 for a, b in zip(read, written, strict=True)]
+        own = {"KH": most[0], "KW": most[1], "SH": 1, "SW": 1, "PH": 0, "PW": 0}
+        return {**own, "divisor": 0.0, "ADAPTIVE": True, "WITH_PADDING": False}
+
+
 def _new_rows(like: Tensor, shape: Sequence[int]) -> Tensor:
     return like.new_empty(shape[0], shape[1] * prod(shape[3:]), shape[2])
 
@@ -164,9 +285,14 @@ def _sizes(out: Tensor, in_shape: Sequence[int], out_shape: Sequence[int]) -> tu
     return out.numel(), in_shape[2], *in_shape[3:], *out_shape[3:]
 
 
-def _window(op: Op) -> dict[str, int]:
+def _window(op: Op, wanted: str = "KSPD") -> dict[str, int]:
     names = {"K": "kernel", "S": "stride", "P": "padding", "D": "dilation"}
-    return {f"{n}{axis}": op.attrs[a][i] for n, a in names.items() for i, axis in enumerate("HW")}
+    attrs = [(n, op.attrs[names[n]]) for n in wanted]
+    return {f"{n}{axis}": values[i] for n, values in attrs for i, axis in enumerate("HW")}
 
 
-RULES: dict[str, Rule] = {"max_pool2d": MaxPool2d()}
+RULES: dict[str, Rule] = {
+    "max_pool2d": MaxPool2d(),
+    "avg_pool2d": AvgPool2d(),
+    "adaptive_avg_pool2d": AdaptiveAvgPool2d(),
+}
