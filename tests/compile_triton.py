@@ -1,6 +1,7 @@
 """Compiles, for GPUs that need not be there, every kernel that a meta-step launches.
 
-Run in a process of its own: ``python compile_triton.py 90 mlp cnn`` prints a line for each variant.
+Run in a process of its own: ``python compile_triton.py 90`` prints a line for each variant; without
+an argument nothing is compiled, and those are listed that other numbers of tasks and examples add.
 Instead of launching a kernel it is compiled, for the very arguments; what it would have computed
 stays as it is in memory, and the next one is looked at.
 """
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -24,9 +26,13 @@ from triton.runtime.jit import JITFunction
 
 from fastmaml.backends.base import MetaStep
 from fastmaml.backends.gpu import GpuExecutor
-from fastmaml.backends.precision import precision
+from fastmaml.backends.precision import PRECISIONS, precision
+from fastmaml.backends.triton import conv2d, linear, rules
+from fastmaml.backends.triton.products import Blocks, choose_blocks
 from fastmaml.program.capture import capture
+from fastmaml.program.ir import Op, freeze
 from fastmaml.program.layout import ParameterLayout
+from fastmaml.rules.activation import FUNCTIONS
 
 TYPES = {torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 OPTIONS = ("num_warps", "num_stages")
@@ -49,6 +55,36 @@ def cnn() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
     return net, torch.randn(2, 5, 1, 28, 28), F.cross_entropy
 
 
+def cnn_without() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
+    """No biases, no parameters of norms, averages for maxima."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 17, 2, bias=False), nn.BatchNorm2d(17, affine=False), nn.AvgPool2d(2, 2, 1),
+        nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(68, 3, bias=False),
+    )  # fmt: skip
+    return net, torch.randn(3, 4, 3, 9, 9), F.cross_entropy
+
+
+def ones() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
+    """All sizes are one, which the compiler takes for constants."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 1, 3, 1, 1), nn.BatchNorm2d(1), nn.ReLU(), nn.MaxPool2d(1), nn.AvgPool2d(1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 1),
+    )  # fmt: skip
+    return net, torch.randn(1, 1, 1, 1, 1), F.cross_entropy
+
+
+def functions() -> None:
+    """Every activation, its slope and its curvature."""
+    rule, x = rules("ieee", "ieee")["activation"], torch.randn(1, 2, 40)
+    for function in FUNCTIONS:
+        attrs = freeze({"function": function, "alpha": 1.5, "beta": 2.0})
+        op = Op("activation", (0,), 1, (), (), attrs)
+        rule.forward(op, (40,), [], [], [x])
+        rule.backward(op, [], [x], None, x)
+        for dx, dgy in ((x, x), (x, None)):
+            rule.backward_tangent(op, [], [x], None, x, [], [dx], None, dgy)
+
+
 class Launch:
     """A kernel with all that decides how it is compiled, specialised as the launcher does."""
 
@@ -58,44 +94,56 @@ class Launch:
         self.constants: dict[Path, Any] = {}
         self.attributes: dict[Path, Any] = {}
         self.signature = {
-            p.name: self._type(values[p.name], (p.num,), constant=p.is_constexpr)
+            p.name: self._type(
+                values[p.name], (p.num,), constant=p.is_constexpr, any_number=p.do_not_specialize
+            )
             for p in kernel.params
         }
 
-    def _type(self, value: Any, path: Path, *, constant: bool = False) -> Any:
+    def _type(
+        self, value: Any, path: Path, *, constant: bool = False, any_number: bool = False
+    ) -> Any:
         """One is a constant, and so is what is absent; of multiples of 16 that is known."""
-        if constant or value is None or (isinstance(value, int) and value == 1):
+        known = isinstance(value, int) and not any_number
+        if constant or value is None or (known and value == 1):
             self.constants[path] = value
             return "constexpr"
         if isinstance(value, tuple):
             return tuple(self._type(v, (*path, i)) for i, v in enumerate(value))
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        number = value.data_ptr() if isinstance(value, Tensor) else value
+        if (known or isinstance(value, Tensor)) and number % 16 == 0:
             self.attributes[path] = [["tt.divisibility", 16]]
         if isinstance(value, Tensor):
             return TYPES[value.dtype]
         return "i32" if isinstance(value, int) else "fp32"
 
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
     def key(self) -> str:
-        return repr((self.kernel.fn.__name__, self.signature, self.constants, self.attributes))
+        return repr((self.name, self.signature, self.constants, self.attributes))
 
     def compile(self, target: GPUTarget) -> int:
         """The size of the binary."""
         source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
         compiled = triton.compile(source, target=target, options=self.options)
-        name, shared = self.kernel.fn.__name__, compiled.metadata.shared
+        shared = compiled.metadata.shared
         if shared > SHARED_MEMORY[target.arch]:
-            raise RuntimeError(f"{name} needs {shared} bytes of shared memory: {self.key()}")
+            raise RuntimeError(f"{self.name} needs {shared} bytes of shared memory: {self.key()}")
         return len(compiled.asm["cubin"])
 
 
-def compile_launches(target: GPUTarget) -> dict[str, tuple[str, int]]:
-    """Have every launch compiled instead; by variant, the kernel and its binary's size."""
+def intercept_launches(
+    seen: Callable[[Launch], tuple[str, int]],
+) -> dict[str, tuple[str, int]]:
+    """Have ``seen`` called for every new variant that is launched, and nothing run; its results."""
     done: dict[str, tuple[str, int]] = {}
 
     def run(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launch = Launch(self, dict(zip(self.arg_names, args, strict=False)) | kwargs)
         if launch.key() not in done:
-            done[launch.key()] = self.fn.__name__, launch.compile(target)
+            done[launch.key()] = seen(launch)
 
     JITFunction.run = run
     return done
@@ -111,15 +159,46 @@ def meta_step(net: nn.Module, x: Tensor, loss: Callable[..., Tensor]) -> None:
     executor.meta_step(MetaStep(theta, phi, [], x, y, x, y, steps=2, loss=kind, rate=0.1))
 
 
-def main(capability: int, names: list[str]) -> None:
-    done = compile_launches(GPUTarget("cuda", capability, 32))
-    for name in names:
-        for arithmetic in ("ieee", "tf32", "bf16"):
-            with precision(arithmetic):
-                meta_step(*globals()[name]())
+@contextmanager
+def largest_blocks() -> Iterator[None]:
+    """Products are cut as for so many tasks that no block needs to be small."""
+
+    def chosen(tasks: int, *args: Any, **kwargs: Any) -> Blocks:
+        return choose_blocks(1 << 16, *args, **kwargs)
+
+    conv2d.choose_blocks = linear.choose_blocks = chosen
+    yield
+    conv2d.choose_blocks = linear.choose_blocks = choose_blocks
+
+
+def compile_all(capability: int) -> None:
+    """A line for each variant: the kernel, and its binary's size."""
+    target = GPUTarget("cuda", capability, 32)
+    done = intercept_launches(lambda launch: (launch.name, launch.compile(target)))
+    for arithmetic in PRECISIONS:
+        with precision(arithmetic):
+            meta_step(*cnn())
+            with largest_blocks():
+                meta_step(*cnn())
+    with precision("ieee"):
+        meta_step(*mlp())
+        meta_step(*cnn_without())
+        meta_step(*ones())
+    functions()
     for name, size in done.values():
         sys.stdout.write(f"{name} {size}\n")
 
 
+def list_new_variants() -> None:
+    """A line for each variant that other numbers of tasks and examples bring."""
+    done = intercept_launches(lambda launch: (launch.name, 0))
+    net, x, loss = cnn()
+    meta_step(net, x, loss)
+    before = set(done)
+    for tasks, examples in ((3, 5), (4, 5), (5, 5), (2, 6), (2, 7), (8, 9)):
+        meta_step(net, torch.randn(tasks, examples, *x.shape[2:]), loss)
+    sys.stdout.writelines(f"{key}\n" for key in done if key not in before)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    compile_all(int(sys.argv[1])) if len(sys.argv) == 2 else list_new_variants()

@@ -73,6 +73,14 @@ def test_the_other_doors(tasks: int | None) -> None:
     assert error(module, expected) < 1e-5
 
 
+def test_more_than_the_kernels_can_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastmaml.backends.gpu._MOST_ELEMENTS", 5 * 40)
+    learner = fastmaml.MAML(nn.Linear(3, 40).to(DEVICE), lr=0.1).clone(tasks=2)
+    assert learner(torch.randn(2, 5, 3, device=DEVICE)).shape == (2, 5, 40)
+    with pytest.raises(ValueError, match=r"x must have at most 5 examples of each task .*, got 6;"):
+        learner(torch.randn(2, 6, 3, device=DEVICE))
+
+
 def test_float64_runs_through_the_rules() -> None:
     module, batch = make("mlp").to(DEVICE), classification("mlp", tasks=2)
     _, expected = sequential_maml(copy.deepcopy(module).cpu(), batch, 0.3, 2, F.cross_entropy)

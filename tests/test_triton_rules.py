@@ -97,6 +97,22 @@ def check(
         torch.testing.assert_close(got.double().cpu(), want, rtol=0, atol=tolerance * scale)
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "batch_norm"])
+@torch.no_grad()
+def test_expanded_directions(kind: str) -> None:
+    """Of a cotangent that autograd has expanded from one number, no element has a neighbour."""
+    case = CASES[kind][0]
+    p = Problem(case, 2, 3, torch.float32)
+    params, inputs = p.split([leaf.detach().to(DEVICE) for leaf in p.leaves])
+    _, saved = RULES[kind].forward(case.op, case.out_shape, params, [], inputs)
+    ones = [torch.ones((), device=DEVICE).expand_as(t) for t in params]
+    for dinputs in ([None], [torch.ones_like(inputs[0])]):
+        found, _ = RULES[kind].tangent(case.op, params, inputs, saved, ones, dinputs)
+        full = [t.contiguous() for t in ones]
+        expected, _ = RULES[kind].tangent(case.op, params, inputs, saved, full, dinputs)
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("name", ["cross_entropy", "mse"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 4, 5), (2, 7, 33)])
 def test_losses(name: str, shape: tuple[int, int, int]) -> None:

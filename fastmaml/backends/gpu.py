@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from fastmaml.program.layout import ParameterLayout
 from fastmaml.rules import LOSSES as REFERENCE_LOSSES
 from fastmaml.rules import Rule
 
+# Of a task in one value: kernels count them in 32 bits, and a block may begin before the last.
+_MOST_ELEMENTS = 2**31 - 2**16
+
 
 class GpuExecutor(ReferenceExecutor):
     """See :class:`fastmaml.backends.base.Executor`."""
@@ -35,6 +39,7 @@ class GpuExecutor(ReferenceExecutor):
         self._kernels = dtype == torch.float32
         self.losses = LOSSES if self._kernels else REFERENCE_LOSSES
         self._without_input_gradient = _mark_first_ops(graph)
+        self._most_examples = _MOST_ELEMENTS // max(prod(shape) for shape in graph.values)
         self._small = MlpKernel.of(graph, layout, dtype)
         self.graphs = MetaStepGraphs()
 
@@ -46,6 +51,12 @@ class GpuExecutor(ReferenceExecutor):
     def forward(
         self, theta: Tensor, phi: Tensor, buffers: Sequence[Tensor], x: Tensor, *, keep: bool = True
     ) -> tuple[Tensor, Tensor | None, Any]:
+        if self._kernels and x.shape[1] > self._most_examples:
+            raise ValueError(
+                f"x must have at most {self._most_examples} examples of each task for this module "
+                f"on a GPU, whose kernels count a task's values in 32 bits, got {x.shape[1]}; "
+                "split them into mini-batches"
+            )
         with torch.cuda.device_of(x):  # where Triton launches; autograd sees to the other passes
             return super().forward(theta, phi, buffers, x, keep=keep)
 

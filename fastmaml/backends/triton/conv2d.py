@@ -14,16 +14,16 @@ from torch import Tensor
 
 from fastmaml.backends.triton.bilinear import Bilinear, Pairs
 from fastmaml.backends.triton.linear import added
-from fastmaml.backends.triton.products import choose_blocks, dot, dot_precision
+from fastmaml.backends.triton.products import block_and_task, choose_blocks, dot, dot_precision
 from fastmaml.backends.triton.tiles import aligned, new_channels_last
 from fastmaml.program.ir import Op, Shape
 
 
 @triton.jit
-def _patches(pixel, k, sizes, strides, CHANNELS: tl.constexpr, WINDOW: tl.constexpr):
+def _patches(pixel, k, images, sizes, strides, CHANNELS: tl.constexpr, WINDOW: tl.constexpr):
     """Where element k of the window of each output pixel lies in x, and whether it does."""
     KH, KW, SH, SW, PH, PW, DH, DW = WINDOW
-    images, H, W, OH, OW = sizes
+    H, W, OH, OW = sizes
     image, position = pixel // (OH * OW), pixel % (OH * OW)
     channel, tap = k % CHANNELS, k // CHANNELS
     h = ((position // OW) * SH - PH)[:, None] + ((tap // KW) * DH)[None, :]
@@ -35,16 +35,16 @@ def _patches(pixel, k, sizes, strides, CHANNELS: tl.constexpr, WINDOW: tl.conste
 
 
 @triton.jit
-def _pixels(pixel, channel, sizes, strides, CHANNELS: tl.constexpr):
+def _pixels(pixel, channel, images, sizes, strides, CHANNELS: tl.constexpr):
     """Where channels of output pixels lie, and whether they do."""
-    images, OH, OW = sizes[0], sizes[3], sizes[4]
+    OH, OW = sizes[2], sizes[3]
     image, position = pixel // (OH * OW), pixel % (OH * OW)
     start = image * strides[1] + (position // OW) * strides[3] + (position % OW) * strides[4]
     inside = (image < images)[:, None] & (channel < CHANNELS)[None, :]
     return start[:, None] + (channel * strides[2])[None, :], inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images"])
 def product_kernel(
     x,
     w,
@@ -52,11 +52,12 @@ def product_kernel(
     w2,
     bias,
     y,
+    images,
     sizes,
     x_strides,
     w_strides,
     second_strides,
-    bias_stride,
+    bias_strides,
     y_strides,
     CHANNELS: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,
@@ -71,15 +72,15 @@ def product_kernel(
     """
     KH: tl.constexpr = WINDOW[0]
     KW: tl.constexpr = WINDOW[1]
-    tile, task = tl.program_id(0), tl.program_id(1).to(tl.int64)
     across: tl.constexpr = (OUT_CHANNELS + COLUMNS - 1) // COLUMNS
+    tile, task = block_and_task(tl.cdiv(images * sizes[2] * sizes[3], ROWS) * across)
     pixel = (tile // across) * ROWS + tl.arange(0, ROWS)
     out = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, KH * KW * CHANNELS, INNER):
         k = start + tl.arange(0, INNER)
         channel, tap = k % CHANNELS, k // CHANNELS
-        at, inside = _patches(pixel, k, sizes, x_strides, CHANNELS, WINDOW)
+        at, inside = _patches(pixel, k, images, sizes, x_strides, CHANNELS, WINDOW)
         row = channel * w_strides[2] + (tap // KW) * w_strides[3] + (tap % KW) * w_strides[4]
         there = row[:, None] + (out * w_strides[1])[None, :]
         exists = (tap < KH * KW)[:, None] & (out < OUT_CHANNELS)[None, :]
@@ -91,18 +92,20 @@ def product_kernel(
             right = tl.load(w2 + task * second_strides[1] + there, exists, other=0.0)
             acc = dot(left, right, acc, PRECISION)
     if bias is not None:
-        acc += tl.load(bias + task * bias_stride + out, out < OUT_CHANNELS, other=0.0)[None, :]
-    at, inside = _pixels(pixel, out, sizes, y_strides, OUT_CHANNELS)
+        at = task * bias_strides[0] + out * bias_strides[1]
+        acc += tl.load(bias + at, out < OUT_CHANNELS, other=0.0)[None, :]
+    at, inside = _pixels(pixel, out, images, sizes, y_strides, OUT_CHANNELS)
     tl.store(y + task * y_strides[0] + at, acc, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images"])
 def input_grad_kernel(
     g,
     w,
     g2,
     w2,
     gx,
+    images,
     sizes,
     g_strides,
     w_strides,
@@ -124,11 +127,11 @@ def input_grad_kernel(
     """
     KH, KW, SH, SW, PH, PW, DH, DW = WINDOW
     PHASES_H, PHASES_W = PHASES
-    images, H, W, OH, OW = sizes
-    tile, task, phase = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    phase_h, phase_w = phase // PHASES_W, phase % PHASES_W
+    H, W, OH, OW = sizes
+    phase_h, phase_w = tl.program_id(1) // PHASES_W, tl.program_id(1) % PHASES_W
     rows, columns = tl.cdiv(H, PHASES_H), tl.cdiv(W, PHASES_W)
     across: tl.constexpr = (CHANNELS + COLUMNS - 1) // COLUMNS
+    tile, task = block_and_task(tl.cdiv(images * rows * columns, ROWS) * across)
     pixel = (tile // across) * ROWS + tl.arange(0, ROWS)
     image, position = pixel // (rows * columns), pixel % (rows * columns)
     h = (position // columns) * PHASES_H + phase_h
@@ -163,7 +166,7 @@ def input_grad_kernel(
     tl.store(gx + task * gx_strides[0] + at, acc, exists[:, None] & (channel < CHANNELS)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tasks", "images"])
 def weight_grad_kernel(
     g,
     x,
@@ -172,6 +175,7 @@ def weight_grad_kernel(
     sums,
     gw,
     tasks,
+    images,
     sizes,
     g_strides,
     x_strides,
@@ -181,28 +185,29 @@ def weight_grad_kernel(
     OUT_CHANNELS: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
-    SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """Gw ``[SPLITS, T, ...]``: output channels by (tap, channel), each split over its part of the
-    pixels; sums ``[SPLITS, T, O]``: the bias's gradient of g alone.
+    """Gw ``[splits, T, ...]``: output channels by (tap, channel), each split over its part of the
+    pixels; sums ``[splits, T, O]``: the bias's gradient of g alone.
     """
     KH: tl.constexpr = WINDOW[0]
     KW: tl.constexpr = WINDOW[1]
-    tile, task, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     across: tl.constexpr = (KH * KW * CHANNELS + COLUMNS - 1) // COLUMNS
+    down: tl.constexpr = (OUT_CHANNELS + ROWS - 1) // ROWS
+    tile, task = block_and_task(down * across)
+    split = tl.program_id(1)
     out = (tile // across) * ROWS + tl.arange(0, ROWS)
     k = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
-    pixels = sizes[0] * sizes[3] * sizes[4]
-    part = tl.cdiv(tl.cdiv(pixels, SPLITS), INNER) * INNER
+    pixels = images * sizes[2] * sizes[3]
+    part = tl.cdiv(tl.cdiv(pixels, tl.num_programs(1)), INNER) * INNER
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     out_sums = tl.zeros((ROWS,), tl.float32)
     for start in range(split * part, tl.minimum((split + 1) * part, pixels), INNER):
         pixel = start + tl.arange(0, INNER)
-        there, known = _pixels(pixel, out, sizes, g_strides, OUT_CHANNELS)
-        at, inside = _patches(pixel, k, sizes, x_strides, CHANNELS, WINDOW)
+        there, known = _pixels(pixel, out, images, sizes, g_strides, OUT_CHANNELS)
+        at, inside = _patches(pixel, k, images, sizes, x_strides, CHANNELS, WINDOW)
         a = tl.trans(tl.load(g + task * g_strides[0] + there, known, other=0.0))
         b = tl.load(x + task * x_strides[0] + at, inside, other=0.0)
         acc = dot(a, b, acc, PRECISION)
@@ -228,9 +233,9 @@ def _window(op: Op, weight: Tensor) -> tuple[int, ...]:
 
 
 def _sizes(x: Tensor, out: Shape | Tensor) -> tuple[int, ...]:
-    """Images of a task, their height and width, and those of the output."""
+    """Height and width of the images, and of the output."""
     spatial = out.shape[3:] if isinstance(out, Tensor) else out[1:]
-    return (x.shape[1], *x.shape[3:], *spatial)
+    return (*x.shape[3:], *spatial)
 
 
 def _phases(window: tuple[int, ...]) -> tuple[int, int]:
@@ -272,22 +277,23 @@ class Conv2d(Bilinear):
     def product(self, op: Op, out_shape: Shape, pairs: Pairs, bias: Tensor | None) -> Tensor:
         pairs = _with_channels_inside(pairs)
         (x, w), (x2, w2, second) = pairs[0], _second(pairs)
-        sizes = _sizes(x, out_shape)
-        pixels, taps = sizes[0] * sizes[3] * sizes[4], w[0, 0].numel()
+        images, sizes = x.shape[1], _sizes(x, out_shape)
+        pixels, taps = images * sizes[2] * sizes[3], w[0, 0].numel()
         blocks = choose_blocks(len(x), pixels, len(w[0]), taps, self.precision)
         y = new_channels_last(x, (*x.shape[:2], *out_shape))
-        product_kernel[(blocks.tiles(pixels, len(w[0])), len(x))](
+        product_kernel[(blocks.tiles(pixels, len(w[0])) * len(x),)](
             x,
             w,
             x2,
             w2,
             bias,
             y,
+            images,
             sizes,
             x.stride(),
             w.stride(),
             second,
-            0 if bias is None else bias.stride(0),
+            None if bias is None else bias.stride(),
             y.stride(),
             CHANNELS=w.shape[2],
             OUT_CHANNELS=w.shape[1],
@@ -305,18 +311,19 @@ class Conv2d(Bilinear):
         (g, w), (g2, w2, second) = pairs[0], _second(pairs)
         sizes, window = _sizes(like, g), _window(op, w)
         phases = _phases(window)
-        images, height, width = sizes[:3]
+        images, height, width = like.shape[1], *sizes[:2]
         pixels = images * triton.cdiv(height, phases[0]) * triton.cdiv(width, phases[1])
         inner = w[0, :, 0].numel() // (phases[0] * phases[1])
         tasks = len(g) * phases[0] * phases[1]
         blocks = choose_blocks(tasks, pixels, w.shape[2], inner, self.precision)
         gx = new_channels_last(g, tuple(like.shape))
-        input_grad_kernel[(blocks.tiles(pixels, w.shape[2]), len(g), phases[0] * phases[1])](
+        input_grad_kernel[(blocks.tiles(pixels, w.shape[2]) * len(g), phases[0] * phases[1])](
             g,
             w,
             g2,
             w2,
             gx,
+            images,
             sizes,
             g.stride(),
             w.stride(),
@@ -340,11 +347,11 @@ class Conv2d(Bilinear):
         pairs = _aligned(pairs)
         (g, x), (g2, x2, second) = pairs[0], _second(pairs)
         sizes, out, taps = _sizes(x, g), like.shape[1], like[0, 0].numel()
-        pixels = sizes[0] * sizes[3] * sizes[4]
+        pixels = x.shape[1] * sizes[2] * sizes[3]
         blocks = choose_blocks(len(g), out, taps, pixels, self.precision, split=True)
         gw = g.new_empty(blocks.splits, *like.shape)
         sums = g.new_empty(blocks.splits, len(g), out) if bias else None
-        weight_grad_kernel[(blocks.tiles(out, taps), len(g), blocks.splits)](
+        weight_grad_kernel[(blocks.tiles(out, taps) * len(g), blocks.splits)](
             g,
             x,
             g2,
@@ -352,6 +359,7 @@ class Conv2d(Bilinear):
             sums,
             gw,
             len(g),
+            x.shape[1],
             sizes,
             g.stride(),
             x.stride(),
@@ -361,7 +369,6 @@ class Conv2d(Bilinear):
             OUT_CHANNELS=out,
             WINDOW=_window(op, like),
             PRECISION=dot_precision(self.precision),
-            SPLITS=blocks.splits,
             ROWS=blocks.rows,
             COLUMNS=blocks.columns,
             INNER=blocks.inner,

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmaml.backends.triton.bilinear import Bilinear, Pairs
-from fastmaml.backends.triton.products import choose_blocks, dot, dot_precision
+from fastmaml.backends.triton.products import block_and_task, choose_blocks, dot, dot_precision
 from fastmaml.program.ir import Op, Shape
 
 Matrices = tuple[Tensor, Tensor]  # [T, rows, inner] and [T, inner, columns], of any strides
@@ -20,7 +20,7 @@ def _block(matrix, rows, columns, strides, row_count, column_count):
     return tl.load(matrix + offsets, mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tasks"])
 def matmul_kernel(
     a,
     b,
@@ -29,27 +29,29 @@ def matmul_kernel(
     bias,
     sums,
     out,
-    sizes,
+    tasks,
+    M,
+    N,
+    K,
     a_strides,
     b_strides,
     a2_strides,
     b2_strides,
-    bias_stride,
+    bias_strides,
     PRECISION: tl.constexpr,
-    SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """Out ``[SPLITS, T, M, N]`` = a b + a2 b2 + bias, each split over its part of the inner sum;
-    sums ``[SPLITS, T, M]``: those of a's rows.
+    """Out ``[splits, T, M, N]`` = a b + a2 b2 + bias, each split over its part of the inner sum;
+    sums ``[splits, T, M]``: those of a's rows.
     """
-    tasks, M, N, K = sizes
-    tile, task, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     across = tl.cdiv(N, COLUMNS)
+    tile, task = block_and_task(tl.cdiv(M, ROWS) * across)
+    split = tl.program_id(1)
     m = (tile // across) * ROWS + tl.arange(0, ROWS)
     n = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
-    part = tl.cdiv(tl.cdiv(K, SPLITS), INNER) * INNER
+    part = tl.cdiv(tl.cdiv(K, tl.num_programs(1)), INNER) * INNER
     last = tl.minimum((split + 1) * part, K)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     row_sums = tl.zeros((ROWS,), tl.float32)
@@ -65,7 +67,8 @@ def matmul_kernel(
             right = _block(b2 + task * b2_strides[0], k, n, b2_strides, last, N)
             acc = dot(left, right, acc, PRECISION)
     if bias is not None:
-        acc += tl.load(bias + task * bias_stride + n, n < N, other=0.0)[None, :]
+        at = task * bias_strides[0] + n * bias_strides[1]
+        acc += tl.load(bias + at, n < N, other=0.0)[None, :]
     at = (split * tasks + task) * M + m
     mask = (m < M)[:, None] & (n < N)[None, :]
     tl.store(out + at[:, None] * N + n[None, :], acc, mask)
@@ -88,7 +91,7 @@ def matmul(
     blocks = choose_blocks(tasks, rows, columns, inner, precision, split=split)
     out = a.new_empty(blocks.splits, tasks, rows, columns)
     sums = a.new_empty(blocks.splits, tasks, rows) if row_sums else None
-    matmul_kernel[(blocks.tiles(rows, columns), tasks, blocks.splits)](
+    matmul_kernel[(blocks.tiles(rows, columns) * tasks, blocks.splits)](
         a,
         b,
         a2,
@@ -96,14 +99,16 @@ def matmul(
         bias,
         sums,
         out,
-        (tasks, rows, columns, inner),
+        tasks,
+        rows,
+        columns,
+        inner,
         a.stride(),
         b.stride(),
         None if a2 is None else a2.stride(),
         None if b2 is None else b2.stride(),
-        0 if bias is None else bias.stride(0),
+        None if bias is None else bias.stride(),
         PRECISION=dot_precision(precision),
-        SPLITS=blocks.splits,
         ROWS=blocks.rows,
         COLUMNS=blocks.columns,
         INNER=blocks.inner,

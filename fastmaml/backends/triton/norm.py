@@ -142,8 +142,8 @@ class _Tiles:
         columns = min(32, triton.next_power_of_2(channels))
         self.blocks = {"PARTS": count_parts, "BR": _BLOCK_ROWS, "BC": columns}
         across = triton.cdiv(channels, columns)
-        self.grid = (triton.cdiv(count, _BLOCK_ROWS), across, tasks)
-        self.reduction = (count_parts, across, tasks)
+        self.grid = (triton.cdiv(count, _BLOCK_ROWS) * tasks, across)
+        self.reduction = (count_parts * tasks, across)
 
     def parts(self, values: Tensor, sums: int) -> Tensor:
         return values.new_empty(len(values), self.blocks["PARTS"], sums, values.shape[2])

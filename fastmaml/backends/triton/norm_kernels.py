@@ -8,6 +8,8 @@ LeVeque (1983) do.
 import triton
 import triton.language as tl
 
+from fastmaml.backends.triton.products import block_and_task
+
 
 @triton.jit
 def _rows_at(x, row, column, R, C):
@@ -21,12 +23,10 @@ def _put_rows(x, row, column, R, C, values):
     tl.store(x + row[:, None] * C + column[None, :], values, mask=inside)
 
 
-@triton.jit
-def moments_kernel(
-    x, parts, R, C, part_rows, PARTS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
-):
+@triton.jit(do_not_specialize=["R", "part_rows", "PARTS"])
+def moments_kernel(x, parts, R, C, part_rows, PARTS, BR: tl.constexpr, BC: tl.constexpr):
     """Into ``[T, PARTS, 2, C]``: each part's mean, and sum of squared differences from it."""
-    part, task = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    part, task = block_and_task(PARTS)
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     x += task * R * C
     first, last = part * part_rows, tl.minimum((part + 1) * part_rows, R)
@@ -45,7 +45,7 @@ def moments_kernel(
 
 
 @triton.jit
-def _merged_moments(parts, column, R, C, part_rows, PARTS: tl.constexpr, BC: tl.constexpr):
+def _merged_moments(parts, column, R, C, part_rows, PARTS, BC: tl.constexpr):
     mean = tl.zeros((BC,), dtype=tl.float32)
     squares = tl.zeros((BC,), dtype=tl.float32)
     for part in range(PARTS):
@@ -69,22 +69,22 @@ def _affine(
     return column * 0.0 + DEFAULT
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "part_rows", "PARTS"])
 def normalise_kernel(
     x, parts, gamma, beta, mean_out, unbiased_out, scale_out, xhat, y,
     R, C, part_rows, eps, s_gamma_t, s_gamma_c, s_beta_t, s_beta_c,
-    GAMMA: tl.constexpr, BETA: tl.constexpr, PARTS: tl.constexpr, BR: tl.constexpr,
+    GAMMA: tl.constexpr, BETA: tl.constexpr, PARTS, BR: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
     """Writes gamma xhat + beta; the first row of programs writes the statistics too."""
-    task = tl.program_id(2).to(tl.int64)
+    block, task = block_and_task(tl.cdiv(R, BR))
     column = tl.program_id(1) * BC + tl.arange(0, BC)
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    row = block * BR + tl.arange(0, BR)
     mean, variance = _merged_moments(
         parts + task * PARTS * 2 * C, column, R, C, part_rows, PARTS, BC
     )
     scale = 1 / tl.sqrt(variance + eps)
-    if tl.program_id(0) == 0:
+    if block == 0:
         place = task * C + column
         tl.store(mean_out + place, mean, mask=column < C)
         tl.store(unbiased_out + place, variance * (R / tl.maximum(R - 1, 1)), mask=column < C)
@@ -96,14 +96,14 @@ def normalise_kernel(
     _put_rows(y + task * R * C, row, column, R, C, h * g[None, :] + b[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "part_rows", "PARTS"])
 def sums_kernel(
     a, h, g, dh, parts, R, C, part_rows,
     A: tl.constexpr, G: tl.constexpr, MOVES: tl.constexpr, SUMS: tl.constexpr,
-    PARTS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    PARTS, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Into ``[T, PARTS, SUMS, C]``: sums of a, a h, g, g h, g dh; zero where not there."""
-    part, task = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    part, task = block_and_task(PARTS)
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     base = task * R * C
     first, last = part * part_rows, tl.minimum((part + 1) * part_rows, R)
@@ -134,29 +134,27 @@ def sums_kernel(
 
 
 @triton.jit
-def _sum_of_parts(
-    parts, which, column, C, SUMS: tl.constexpr, PARTS: tl.constexpr, BC: tl.constexpr
-):
+def _sum_of_parts(parts, which, column, C, SUMS: tl.constexpr, PARTS, BC: tl.constexpr):
     total = tl.zeros((BC,), dtype=tl.float32)
     for part in range(PARTS):
         total += tl.load(parts + (part * SUMS + which) * C + column, mask=column < C, other=0.0)
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "PARTS"])
 def backward_kernel(
     g, h, parts, gamma, scale, gx, ggamma, gbeta, R, C, s_gamma_t, s_gamma_c,
-    GAMMA: tl.constexpr, SUMS: tl.constexpr, PARTS: tl.constexpr, BR: tl.constexpr,
+    GAMMA: tl.constexpr, SUMS: tl.constexpr, PARTS, BR: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
     """Writes gamma s (g - E[g] - h E[g h]), and the sums as ggamma and gbeta."""
-    task = tl.program_id(2).to(tl.int64)
+    block, task = block_and_task(tl.cdiv(R, BR))
     column = tl.program_id(1) * BC + tl.arange(0, BC)
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    row = block * BR + tl.arange(0, BR)
     parts += task * PARTS * SUMS * C
     sum_g = _sum_of_parts(parts, 0, column, C, SUMS, PARTS, BC)
     sum_gh = _sum_of_parts(parts, 1, column, C, SUMS, PARTS, BC)
-    if tl.program_id(0) == 0:
+    if block == 0:
         tl.store(gbeta + task * C + column, sum_g, mask=column < C)
         tl.store(ggamma + task * C + column, sum_gh, mask=column < C)
     factor = tl.load(scale + task * C + column, mask=column < C, other=0.0)
@@ -167,17 +165,17 @@ def backward_kernel(
     _put_rows(gx + base, row, column, R, C, centred * factor[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "PARTS"])
 def tangent_kernel(
     dx, h, parts, gamma, dgamma, dbeta, scale, dh, dy, dscale, R, C,
     s_gamma_t, s_gamma_c, s_dgamma_t, s_dgamma_c, s_dbeta_t, s_dbeta_c,
     MOVES: tl.constexpr, GAMMA: tl.constexpr, DGAMMA: tl.constexpr, DBETA: tl.constexpr,
-    SUMS: tl.constexpr, PARTS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    SUMS: tl.constexpr, PARTS, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Writes dh = s (dx - E[dx] - h E[dx h]), ds = -s^2 E[dx h], gamma dh + dgamma h + dbeta."""
-    task = tl.program_id(2).to(tl.int64)
+    block, task = block_and_task(tl.cdiv(R, BR))
     column = tl.program_id(1) * BC + tl.arange(0, BC)
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    row = block * BR + tl.arange(0, BR)
     base = task * R * C
     hat = _rows_at(h + base, row, column, R, C)
     moved = hat * _affine(dgamma, column, s_dgamma_t, s_dgamma_c, C, task, DGAMMA, 0.0)[None, :]
@@ -187,7 +185,7 @@ def tangent_kernel(
         mean = _sum_of_parts(parts, 0, column, C, SUMS, PARTS, BC) / R
         along = _sum_of_parts(parts, 1, column, C, SUMS, PARTS, BC) / R
         s = tl.load(scale + task * C + column, mask=column < C, other=0.0)
-        if tl.program_id(0) == 0:
+        if block == 0:
             tl.store(dscale + task * C + column, -s * s * along, mask=column < C)
         change = _rows_at(dx + base, row, column, R, C) - mean[None, :] - hat * along[None, :]
         change *= s[None, :]
@@ -197,17 +195,17 @@ def tangent_kernel(
     _put_rows(dy + base, row, column, R, C, moved)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "PARTS"])
 def backward_tangent_kernel(
     g, dg, h, dh, parts, gamma, dgamma, scale, dscale, dgx, dggamma, dgbeta, R, C,
     s_gamma_t, s_gamma_c, s_dgamma_t, s_dgamma_c,
     G_MOVES: tl.constexpr, MOVES: tl.constexpr, GAMMA: tl.constexpr, DGAMMA: tl.constexpr,
-    SUMS: tl.constexpr, PARTS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    SUMS: tl.constexpr, PARTS, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The derivative of ``backward_kernel`` as g, h, s and gamma move."""
-    task = tl.program_id(2).to(tl.int64)
+    block, task = block_and_task(tl.cdiv(R, BR))
     column = tl.program_id(1) * BC + tl.arange(0, BC)
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    row = block * BR + tl.arange(0, BR)
     base, place = task * R * C, task * C + column
     parts += task * PARTS * SUMS * C
     sum_dg = _sum_of_parts(parts, 0, column, C, SUMS, PARTS, BC)
@@ -215,7 +213,7 @@ def backward_tangent_kernel(
     mean = _sum_of_parts(parts, 2, column, C, SUMS, PARTS, BC) / R
     along = _sum_of_parts(parts, 3, column, C, SUMS, PARTS, BC) / R
     sum_gdh = _sum_of_parts(parts, 4, column, C, SUMS, PARTS, BC)
-    if tl.program_id(0) == 0:
+    if block == 0:
         tl.store(dgbeta + place, sum_dg, mask=column < C)
         tl.store(dggamma + place, sum_dgh + sum_gdh, mask=column < C)
     s = tl.load(scale + place, mask=column < C, other=0.0)

@@ -8,9 +8,21 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # whose kernels take no tuples
+    raise ImportError(f"triton must be 3.3 or later, got {triton.__version__}; upgrade torch")
+
 _ENOUGH_BLOCKS = 256  # keep any of today's GPUs busy: about two for each multiprocessor
 _MOST_SPLITS = 32
 _FEWEST_STEPS = 4  # of the inner loop in one part of a split sum
+
+
+@triton.jit
+def block_and_task(blocks):
+    """The program's block of a task's ``blocks``, and the task. They share an axis: of the three
+    of a grid only the first may be longer than 65,535.
+    """
+    program = tl.program_id(0)
+    return program % blocks, (program // blocks).to(tl.int64)
 
 
 @triton.jit
@@ -65,7 +77,7 @@ def choose_blocks(
     """
     block_columns = _fitting(columns, 64)
     block_rows = _fitting(rows, 64 if precision == "ieee" else 128)
-    block_inner = _fitting(inner, 64 if precision == "bf16" else 32)
+    block_inner = _fitting(inner, 32)
 
     def tiles() -> int:
         return tasks * triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns)
