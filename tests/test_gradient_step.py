@@ -6,9 +6,11 @@ from functools import partial
 
 import pytest
 import torch
+from mlp_problems import CHANGES, MODULES, check, problem
 
 import fastmaml
 from fastmaml import _core
+from fastmaml.backends.reference import ReferenceExecutor
 from fastmaml.program.gradient_step import GradientStep, gradient_step
 
 T, P = 3, 37
@@ -53,6 +55,17 @@ def test_shared_and_strided_rows():
 def test_the_cpu_takes_plain_pytorch():
     theta, gradient, alpha = inputs("each")
     assert "GradientStep" not in type(gradient_step(theta, gradient, alpha).grad_fn).__name__
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whole_meta_steps(change, monkeypatch):
+    graph, layout, call = problem(*MODULES["images"], "mse", torch.float64, **CHANGES[change])
+    executor, calls = ReferenceExecutor(graph, layout), []
+    expected = executor.meta_step(call)
+    path = "fastmaml.program.gradient_step.kernels_for"
+    monkeypatch.setattr(path, lambda device: calls.append(device) or _core.emulated)
+    check(executor.meta_step(call), expected, call)
+    assert len(calls) == call.steps * (2 if call.gradient else 1)  # one launch each way
 
 
 @pytest.mark.gpu

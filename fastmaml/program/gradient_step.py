@@ -53,6 +53,22 @@ def gradient_step(theta: Tensor, gradient: Tensor, rates: Tensor) -> Tensor:
     return moved
 
 
+def gradient_step_adjoint(
+    cotangent: Tensor, gradient: Tensor, rates: Tensor, *, with_rates: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Of a cotangent on :func:`gradient_step`'s result: those on the gradient and, if wanted, on
+    the rates, summed over tasks. Not differentiable; on a GPU one kernel.
+    """
+    kernels = kernels_for(cotangent.device)
+    if kernels is not None and _fit(cotangent, gradient, rates):
+        wants = (False, False, True, with_rates)
+        dgradient, drates = _adjoint(kernels, cotangent, gradient, rates, wants)
+        assert dgradient is not None  # it was wanted
+        return dgradient, drates
+    drates = -(cotangent * gradient).sum_to_size(rates.shape) if with_rates else None
+    return -rates * cotangent, drates
+
+
 def _fit(theta: Tensor, gradient: Tensor, rates: Tensor) -> bool:
     tensors = (theta, gradient, rates)
     return (

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from fastmaml.backends.base import Executor, MetaStep, MetaStepResult
-from fastmaml.program.updates import Coefficients, FusedUpdate, Moments, UpdateRule
+from fastmaml.program.gradient_step import gradient_step, gradient_step_adjoint
+from fastmaml.program.updates import Coefficients, FusedUpdate, Moments, Point, UpdateRule
 from fastmaml.rules import LOSSES
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def meta_step(
     supports = _supports(call)
     tasks = len(supports[0][0])
     theta, moments = call.theta.expand(tasks, -1), Moments()
-    update = call.update or _gradient_steps(call)
+    update = call.update or _GradientSteps(call)
     steps: list[_Step] = []
     statistics: list[Tensor] = []
     for k in range(call.steps):
@@ -66,7 +67,7 @@ def meta_step(
         statistics += [] if stats is None else [stats]
         if call.gradient:
             steps.append(_Step(y, targets, state, gtheta, gradient, theta, moments))
-        theta, moments = update.rule.forward(update.at(k), theta, gtheta, moments)
+        theta, moments = update.forward(k, theta, gtheta, moments)
     result = MetaStepResult(theta.new_zeros(tasks), theta.contiguous())
     if call.query_x is not None:
         y, stats, state = executor.forward(
@@ -91,10 +92,38 @@ def _supports(call: MetaStep) -> list[tuple[Tensor, Tensor]]:
     return list(zip(call.support_x, call.support_y, strict=True))
 
 
-def _gradient_steps(call: MetaStep) -> FusedUpdate:
-    """The rule whose steps are ``rate * rates``."""
-    rates = call.theta.new_ones(1) if call.rates is None else call.rates
-    return FusedUpdate(UpdateRule(), [call.rate * (rates if rates.ndim == 2 else rates[None])])
+class _GradientSteps(FusedUpdate):
+    """The plain rule with steps ``rate * rates``: on a GPU one kernel each way."""
+
+    def __init__(self, call: MetaStep) -> None:
+        rates = call.theta.new_ones(1) if call.rates is None else call.rates
+        steps = call.rate * (rates if rates.ndim == 2 else rates[None])
+        super().__init__(UpdateRule(), [steps])
+
+    def forward(
+        self, step: int, theta: Tensor, gradient: Tensor, moments: Moments
+    ) -> tuple[Tensor, Moments]:
+        return gradient_step(theta, gradient, self._rates(step)), moments
+
+    def adjoint(
+        self,
+        step: int,
+        at: Point,
+        cotangent: Tensor,
+        cotangents: Moments,
+        *,
+        with_coefficients: bool,
+    ) -> tuple[Tensor, Tensor, Moments, Coefficients | None]:
+        dgradient, drates = gradient_step_adjoint(
+            cotangent, at.gradient, self._rates(step), with_rates=with_coefficients
+        )
+        # one row, the mean over tasks
+        found = None if drates is None else Coefficients(drates[None] / len(cotangent))
+        return cotangent, dgradient, cotangents, found
+
+    def _rates(self, step: int) -> Tensor:
+        (steps,) = self.coefficients
+        return steps[min(step, len(steps) - 1)]
 
 
 def _adjoint(
@@ -113,14 +142,9 @@ def _adjoint(
     learned = call.rates_gradient or any(call.coefficients_gradient)
     by_step: list[Coefficients] = []
     for k, step in reversed(list(enumerate(steps))):
-        adjoint, direction, moments, found = update.rule.adjoint(
-            update.at(k),
-            step.theta,
-            step.gtheta,
-            step.moments,
-            adjoint,
-            moments,
-            with_coefficients=learned,
+        at = Point(step.theta, step.gtheta, step.moments)
+        adjoint, direction, moments, found = update.adjoint(
+            k, at, adjoint, moments, with_coefficients=learned
         )
         if found is not None:
             by_step.insert(0, found)
@@ -149,7 +173,7 @@ def _adjoint(
 
 
 def _reduced(by_step: Sequence[Any], like: Tensor) -> Tensor:
-    """Gradients ``[T, P]`` of each step as ``like [1 or K, 1 or P]``, means over tasks."""
+    """Gradients ``[T, P]`` of each step as ``like [1 or K, 1 or P]``, means over rows."""
     if not by_step:
         return torch.zeros_like(like)
     total = torch.stack([g.mean(0) for g in by_step])

@@ -47,6 +47,14 @@ class Moments(NamedTuple):
     v: Tensor | None = None
 
 
+class Point(NamedTuple):
+    """Where a step was taken."""
+
+    theta: Tensor
+    gradient: Tensor
+    moments: Moments
+
+
 @dataclass(frozen=True)
 class UpdateRule:
     """Which parts of the formula there are, and how gradients are clipped before it."""
@@ -214,3 +222,23 @@ class FusedUpdate:
     def at(self, step: int) -> Coefficients:
         """The coefficients of one step."""
         return Coefficients(*(c[min(step, len(c) - 1)] for c in self.coefficients))
+
+    def forward(
+        self, step: int, theta: Tensor, gradient: Tensor, moments: Moments
+    ) -> tuple[Tensor, Moments]:
+        """See :meth:`UpdateRule.forward`."""
+        return self.rule.forward(self.at(step), theta, gradient, moments)
+
+    def adjoint(
+        self,
+        step: int,
+        at: Point,
+        cotangent: Tensor,
+        cotangents: Moments,
+        *,
+        with_coefficients: bool,
+    ) -> tuple[Tensor, Tensor, Moments, Coefficients | None]:
+        """See :meth:`UpdateRule.adjoint`; ``at``: what ``forward`` got."""
+        return self.rule.adjoint(
+            self.at(step), *at, cotangent, cotangents, with_coefficients=with_coefficients
+        )
