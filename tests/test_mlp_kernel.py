@@ -106,6 +106,8 @@ def _frozen() -> nn.Module:
         (lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Tanh()), (3,)),
         (lambda: nn.Sequential(nn.Tanh(), nn.Linear(3, 4)), (3,)),
         (lambda: nn.Sequential(nn.Linear(3, 4), nn.Flatten()), (2, 3)),
+        (lambda: nn.Sequential(*(nn.Linear(3, 3) for _ in range(13))), (3,)),
+        (lambda: nn.Linear(1, 1 << 15), (1,)),
     ],
 )
 def test_other_programs_are_left_alone(make, shape):
@@ -114,23 +116,31 @@ def test_other_programs_are_left_alone(make, shape):
     assert MlpKernel.of(graph, ParameterLayout(module), torch.float32) is None
 
 
+def test_the_deepest_and_the_widest():
+    deep = lambda: nn.Sequential(*(nn.Linear(3, 3) for _ in range(12)))  # noqa: E731
+    kernel, reference, call = problem(deep, (3,), "mse", torch.float64)
+    check(kernel.meta_step(call), reference.meta_step(call), call)
+    wide, call = problem_of_size(1, (1 << 15) - 1)
+    assert not wide.runs(call)  # in shared memory; but it can be asked for
+
+
 def test_what_does_not_fit_is_left_alone():
     kernel, _, call = problem(lambda: nn.Linear(60, 40), (60,), "mse", torch.float32)
     assert kernel.runs(call)
     many = torch.randn(T, 400, 60)
     assert not kernel.runs(replace(call, query_x=many))  # too much work for one block
     assert not kernel.runs(replace(call, theta=call.theta.repeat(T, 1)))  # starts of their own
-    wide = problem_of_size(300)
+    wide = problem_of_size(300, 300)
     assert not wide[0].runs(wide[1])  # too much memory
 
 
-def problem_of_size(width: int) -> tuple[MlpKernel, MetaStep]:
-    module = nn.Linear(width, width)
+def problem_of_size(width: int, outputs: int) -> tuple[MlpKernel, MetaStep]:
+    module = nn.Linear(width, outputs)
     layout = ParameterLayout(module)
     kernel = MlpKernel.of(capture(module, torch.randn(3, width)), layout, torch.float32)
-    x = torch.randn(T, 1, width)
+    x, y = torch.randn(T, 1, width), torch.randn(T, 1, outputs)
     call = MetaStep(
-        layout.pack(adapted=True).detach(), torch.empty(0), [], x, x, x, x, 1, "mse", 0.1
+        layout.pack(adapted=True).detach(), torch.empty(0), [], x, y, x, y, 1, "mse", 0.1
     )
     return kernel, call
 

@@ -14,6 +14,7 @@ from fastmaml.program.layout import ParameterLayout
 _DTYPES = (torch.float32, torch.float64)
 # Multiply-adds of a forward pass of one task beyond which one block is too few for it. An estimate.
 _MOST_WORK = 1 << 19
+_MOST_LAYERS, _MOST_WIDTH = 12, (1 << 15) - 1  # that mlp.cu takes
 
 _Layer = tuple[int, int, int, int, str, float, float]
 
@@ -120,4 +121,6 @@ def _chain(graph: Graph, layout: ParameterLayout) -> list[_Layer] | None:
         bias = slots[1].offset if len(slots) > 1 else -1
         layers.append((columns, rows, slots[0].offset, bias, "", 0.0, 0.0))
     covered = value == graph.output and size == layout.theta_size
+    if len(layers) > _MOST_LAYERS or any(max(layer[:2]) > _MOST_WIDTH for layer in layers):
+        return None
     return layers if covered and layers and len(graph.values[value]) == 1 else None
