@@ -157,7 +157,7 @@ def print_record(record: dict[str, object]) -> None:
     p20, p50, p80 = (1e3 * record[key] for key in ("p20_s", "p50_s", "p80_s"))
     rate = record["gflop"] / record["p50_s"]
     share = f"{100 * record['peak_fraction']:5.1f} % of peak" if "peak_fraction" in record else ""
-    memory = record["peak_device_memory_mb"] or record["peak_memory_mb"]
+    memory = record["peak_device_memory_mb"] or record["peak_memory_mb"] or float("nan")
     print(
         f"  {label:36s} {p50:9.3f} ms  ({p20:.3f} .. {p80:.3f})  "
         f"{share or f'{rate:7.0f} GFLOP/s'}  {memory:7.1f} MB  "

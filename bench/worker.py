@@ -129,9 +129,9 @@ def _prepare(job: Job, oracle: list[torch.Tensor] | None) -> tuple[Step, Gate]:
     (first_call_s,) = _timed(step, 0.0)
     for _ in range(0 if job.device == "cpu" else WARM_UP):
         step()
-    reset_peak_memory()
+    known = reset_peak_memory()
     (steady_s,) = _timed(step, 0.0)
-    peak = memory_mb("VmHWM") - before
+    peak = memory_mb("VmHWM") - before if known else None
     backend = _backend(case) if CONTENDERS[job.contender].ours else None
     gate = Gate(
         "ok",
@@ -216,8 +216,14 @@ def device_memory_mb() -> float:
     return torch.cuda.max_memory_reserved() / 2**20 if torch.cuda.is_initialized() else 0.0
 
 
-def reset_peak_memory() -> None:
-    """Forget the peak so far: imports and compilation are not the step's memory."""
+def reset_peak_memory() -> bool:
+    """Forget the peak so far: imports and compilation are not the step's memory. Not every system
+    can: then the process's peak is unknown, and False returned.
+    """
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
-    Path("/proc/self/clear_refs").write_text("5")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True

@@ -116,8 +116,9 @@ def test_expanded_directions(kind: str) -> None:
 @pytest.mark.parametrize("name", ["cross_entropy", "mse"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 4, 5), (2, 7, 33)])
 def test_losses(name: str, shape: tuple[int, int, int]) -> None:
-    y, dy = torch.randn(*shape, dtype=torch.float64), torch.randn(*shape, dtype=torch.float64)
+    y, dy = torch.randn(2, *shape, dtype=torch.float64).to(DEVICE)
     target = torch.randint(shape[-1], shape[:2]) if name == "cross_entropy" else torch.randn(*shape)
+    target = target.to(DEVICE)
     exact, rule = REFERENCE_LOSSES[name], LOSSES[name]
     pairs = [
         (rule.value(y.float(), target), exact.value(y, target)),
@@ -141,7 +142,8 @@ def test_a_label_out_of_range_is_noticed(label: int) -> None:
 def test_a_large_mean_does_not_drown_the_variance() -> None:
     case = next(case for case in CASES["batch_norm"] if case.op.attrs["tracking"])
     p = Problem(case, 2, 4, torch.float32)
-    gamma, beta, x = p.leaves[0], p.leaves[1], p.leaves[-1].detach() + 1000
+    gamma, beta, x = (p.leaves[i].detach().to(DEVICE) for i in (0, 1, -1))
+    x += 1000
     rule = RULES["batch_norm"]
     _, saved = rule.forward(case.op, case.out_shape, [gamma, beta], [None, None], [x])
     expected = x.double().var([1, *range(3, x.ndim)])

@@ -22,12 +22,13 @@ from fastmaml.program.ir import Op, Shape
 @triton.jit
 def _patches(pixel, k, images, sizes, strides, CHANNELS: tl.constexpr, WINDOW: tl.constexpr):
     """Where element k of the window of each output pixel lies in x, and whether it does."""
-    KH, KW, SH, SW, PH, PW, DH, DW = WINDOW
+    KH: tl.constexpr = WINDOW[0]  # before 3.7 Triton takes no such tuple apart by itself
+    KW: tl.constexpr = WINDOW[1]
     H, W, OH, OW = sizes
     image, position = pixel // (OH * OW), pixel % (OH * OW)
     channel, tap = k % CHANNELS, k // CHANNELS
-    h = ((position // OW) * SH - PH)[:, None] + ((tap // KW) * DH)[None, :]
-    w = ((position % OW) * SW - PW)[:, None] + ((tap % KW) * DW)[None, :]
+    h = ((position // OW) * WINDOW[2] - WINDOW[4])[:, None] + ((tap // KW) * WINDOW[6])[None, :]
+    w = ((position % OW) * WINDOW[3] - WINDOW[5])[:, None] + ((tap % KW) * WINDOW[7])[None, :]
     inside = (image < images)[:, None] & (tap < KH * KW)[None, :]
     inside = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
     start = (image * strides[1])[:, None] + (channel * strides[2])[None, :]
@@ -125,8 +126,16 @@ def input_grad_kernel(
     A tap reaches an input pixel only where the stride divides their distance. So the pixels of
     one phase (their place modulo the stride) share their taps, and no others are visited.
     """
-    KH, KW, SH, SW, PH, PW, DH, DW = WINDOW
-    PHASES_H, PHASES_W = PHASES
+    KH: tl.constexpr = WINDOW[0]
+    KW: tl.constexpr = WINDOW[1]
+    SH: tl.constexpr = WINDOW[2]
+    SW: tl.constexpr = WINDOW[3]
+    PH: tl.constexpr = WINDOW[4]
+    PW: tl.constexpr = WINDOW[5]
+    DH: tl.constexpr = WINDOW[6]
+    DW: tl.constexpr = WINDOW[7]
+    PHASES_H: tl.constexpr = PHASES[0]
+    PHASES_W: tl.constexpr = PHASES[1]
     H, W, OH, OW = sizes
     phase_h, phase_w = tl.program_id(1) // PHASES_W, tl.program_id(1) % PHASES_W
     rows, columns = tl.cdiv(H, PHASES_H), tl.cdiv(W, PHASES_W)
