@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import pytest
 import torch
 from rule_cases import CASES, Case
@@ -136,6 +137,23 @@ def test_a_label_out_of_range_is_noticed(label: int) -> None:
     labels[1, 2] = label
     value = LOSSES["cross_entropy"].value(y, labels.to(DEVICE))
     assert value.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("case", CASES["activation"], ids=str)
+@torch.no_grad()
+def test_activations_of_what_is_not_finite(case: Case) -> None:
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0]).repeat(1, 1, 3)
+    at = (case.op, tuple(x.shape[2:]), [], [])
+    given = ((REFERENCE_RULES["activation"], x.double()), (RULES["activation"], x.to(DEVICE)))
+    with np.errstate(all="ignore"):  # of the interpreter
+        exact, found = (rule.forward(*at, [v])[0].double().cpu() for rule, v in given)
+        torch.testing.assert_close(found, exact, equal_nan=True)
+        exact, found = (
+            rule.backward(case.op, [], [v], None, torch.ones_like(v))[1][0].double().cpu()
+            for rule, v in given
+        )
+    known = exact.isfinite() & ~x.isnan()
+    torch.testing.assert_close(found[known], exact[known])
 
 
 @torch.no_grad()

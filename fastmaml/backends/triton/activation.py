@@ -46,6 +46,12 @@ def _tanh(x):
 
 
 @triton.jit
+def _negative(x):
+    """The smaller of x and zero; NaN stays NaN, which ``tl.minimum`` by itself would lose."""
+    return tl.where(x > 0, 0.0, x)
+
+
+@triton.jit
 def _softplus(x):
     return tl.maximum(x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
 
@@ -53,13 +59,13 @@ def _softplus(x):
 @triton.jit
 def _value(x, alpha, beta, F: tl.constexpr):
     if F == "relu":
-        return tl.where(x > 0, x, x * 0)  # NaN stays NaN
+        return tl.where(x <= 0, 0.0, x)  # NaN stays NaN
     elif F == "leaky_relu":
         return tl.where(x > 0, x, alpha * x)
     elif F == "elu":
-        return tl.where(x > 0, x, alpha * _expm1(tl.minimum(x, 0.0)))
+        return tl.where(x > 0, x, alpha * _expm1(_negative(x)))
     elif F == "selu":
-        return tl.where(x > 0, x * _SELU_SCALE, _expm1(tl.minimum(x, 0.0)) * _SELU_ALPHA)
+        return tl.where(x > 0, x * _SELU_SCALE, _expm1(_negative(x)) * _SELU_ALPHA)
     elif F == "gelu":
         return x * 0.5 * (1 + tl.erf(x * _SQRT_HALF))
     elif F == "gelu_tanh":
@@ -73,7 +79,7 @@ def _value(x, alpha, beta, F: tl.constexpr):
     elif F == "softplus":
         return tl.where(alpha * x > beta, x, _softplus(alpha * x) / alpha)
     elif F == "hardtanh":
-        return tl.minimum(tl.maximum(x, alpha), beta)
+        return tl.where(x <= alpha, alpha, tl.where(x >= beta, beta, x))
     elif F == "log_sigmoid":
         return -_softplus(-x)
     elif F == "square":
@@ -89,15 +95,15 @@ def _value(x, alpha, beta, F: tl.constexpr):
 
 @triton.jit
 def _slope(x, alpha, beta, F: tl.constexpr):
-    one = x * 0 + 1
+    one = tl.full(x.shape, 1.0, tl.float32)
     if F == "relu":
         return tl.where(x > 0, one, 0.0)
     elif F == "leaky_relu":
         return tl.where(x > 0, one, alpha)
     elif F == "elu":
-        return tl.where(x > 0, one, alpha * tl.exp(tl.minimum(x, 0.0)))
+        return tl.where(x > 0, one, alpha * tl.exp(_negative(x)))
     elif F == "selu":
-        return tl.where(x > 0, one * _SELU_SCALE, tl.exp(tl.minimum(x, 0.0)) * _SELU_ALPHA)
+        return tl.where(x > 0, one * _SELU_SCALE, tl.exp(_negative(x)) * _SELU_ALPHA)
     elif F == "gelu":
         return 0.5 * (1 + tl.erf(x * _SQRT_HALF)) + x * tl.exp(-0.5 * x * x) * _DENSITY
     elif F == "gelu_tanh":
@@ -132,9 +138,9 @@ def _slope(x, alpha, beta, F: tl.constexpr):
 @triton.jit
 def _curvature(x, alpha, beta, F: tl.constexpr):
     if F == "elu":
-        return tl.where(x > 0, 0.0, alpha * tl.exp(tl.minimum(x, 0.0)))
+        return tl.where(x > 0, 0.0, alpha * tl.exp(_negative(x)))
     elif F == "selu":
-        return tl.where(x > 0, 0.0, tl.exp(tl.minimum(x, 0.0)) * _SELU_ALPHA)
+        return tl.where(x > 0, 0.0, tl.exp(_negative(x)) * _SELU_ALPHA)
     elif F == "gelu":
         return tl.exp(-0.5 * x * x) * (2 - x * x) * _DENSITY
     elif F == "gelu_tanh":
@@ -157,7 +163,7 @@ def _curvature(x, alpha, beta, F: tl.constexpr):
         s = tl.sigmoid(x)
         return -s * (1 - s)
     elif F == "square":
-        return x * 0 + 2
+        return tl.full(x.shape, 2.0, tl.float32)
     elif F == "sin":
         return -tl.sin(x)
     elif F == "cos":
@@ -165,9 +171,8 @@ def _curvature(x, alpha, beta, F: tl.constexpr):
     elif F == "exp":
         return tl.exp(x)
     else:
-        # Triton 3.3 takes no chains of more than two
         tl.static_assert(((F == "relu") or (F == "leaky_relu")) or (F == "hardtanh"))
-        return x * 0
+        return tl.zeros(x.shape, tl.float32)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -185,7 +190,7 @@ def pointwise_kernel(
     elif ORDER == 1:
         result = _slope(value, alpha, beta, F) * tl.load(g + i, mask=inside, other=0.0)
     else:
-        result = value * 0
+        result = tl.zeros(value.shape, tl.float32)
         if MOVES:
             along = tl.load(dx + i, mask=inside, other=0.0) * tl.load(g + i, mask=inside, other=0.0)
             result += _curvature(value, alpha, beta, F) * along

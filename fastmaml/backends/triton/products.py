@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # whose kernels take no tuples
-    raise ImportError(f"triton must be 3.3 or later, got {triton.__version__}; upgrade torch")
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):  # whose kernels take no tuples
+    raise ImportError(f"triton must be 3.4 or later, got {triton.__version__}; upgrade torch")
 
 _ENOUGH_BLOCKS = 256  # keep any of today's GPUs busy: about two for each multiprocessor
 _MOST_SPLITS = 32
