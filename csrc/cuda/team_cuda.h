@@ -61,6 +61,14 @@ __global__ void __launch_bounds__(Body::kThreads) run(const __grid_constant__ Bo
   body(Team(), shared);
 }
 
+// Shared memory that a block of `device` may have.
+inline Index shared_memory_limit(int device) {
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "shared_memory_limit: device");
+  return bytes;
+}
+
 // Queues `blocks` teams; `what` names the call in errors.
 template <typename Body>
 void launch(const std::string& what, const Body& body, Index blocks, std::size_t shared_bytes,
@@ -68,21 +76,14 @@ void launch(const std::string& what, const Body& body, Index blocks, std::size_t
   constexpr std::size_t kWithoutAsking = 48 << 10;
   const OnDevice guard(stream.device, what);
   if (shared_bytes > kWithoutAsking) {
+    // all there is, so that no other thread's call lowers it before this launch
     check(cudaFuncSetAttribute(run<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
+                               static_cast<int>(shared_memory_limit(stream.device))),
           what + ": " + std::to_string(shared_bytes) + " bytes of shared memory");
   }
   run<Body><<<static_cast<unsigned>(blocks), Body::kThreads, shared_bytes,
               reinterpret_cast<cudaStream_t>(stream.handle)>>>(body);
   check(cudaGetLastError(), what);
-}
-
-// Shared memory that a block of `device` may have.
-inline Index shared_memory_limit(int device) {
-  int bytes = 0;
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "shared_memory_limit: device");
-  return bytes;
 }
 
 }  // namespace cuda
