@@ -10,11 +10,13 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from mlp_problems import Pointwise
 from networks import NETWORKS, classification, gradients, make
 from torch import Tensor, nn
 
 import fastmaml
 from fastmaml.losses import per_task
+from fastmaml.rules.activation import FUNCTIONS
 from fastmaml.testing import relative_error, sequential_maml
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -71,6 +73,49 @@ def test_the_other_doors(tasks: int | None) -> None:
             learner.adapt(per_task(F.cross_entropy, learner(batch.support_x), batch.support_y))
         per_task(F.cross_entropy, learner(batch.query_x), batch.query_y).mean().backward()
     assert error(module, expected) < 1e-5
+
+
+def norm_and(function: str) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(3, 5), nn.BatchNorm1d(5), Pointwise(function), nn.Linear(5, 4), nn.Tanh(),
+        nn.BatchNorm1d(4),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_norm_takes_its_activation_along(function: str) -> None:
+    """And so do all passes over it, in second order; that norm alone which has one behind it."""
+    module = norm_and(function)
+    x, labels = torch.randn(2, 2, 6, 3).double(), torch.arange(4).repeat(2, 2)[:, :6]
+    batch = fastmaml.TaskBatch(x[0], labels, x[1], labels)
+    _, expected = sequential_maml(copy.deepcopy(module).double(), batch, 0.3, 2, F.cross_entropy)
+    module.to(DEVICE)
+    maml = fastmaml.MAML(module, lr=0.3)
+    on_device = [t.float() if t.is_floating_point() else t for t in batch]
+    maml.meta_loss(fastmaml.TaskBatch(*(t.to(DEVICE) for t in on_device)), steps=2).backward()
+    assert error(module, expected) < 1e-4
+    graph = maml.programs.find(maml.layout(), x[0].float().to(DEVICE)).executor.graph
+    norms = [op.attrs.get("function") for op in graph.ops if op.kind == "batch_norm"]
+    assert norms == [function, None]
+    assert [op.kind for op in graph.ops].count("activation") == 1
+
+
+@pytest.mark.parametrize("between", ["evaluation", "read twice", "output"])
+def test_a_norm_leaves_other_activations_alone(between: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            return {"evaluation": y.tanh(), "read twice": y.tanh() + y, "output": y}[between]
+
+    maml = fastmaml.MAML(Net().to(DEVICE).train(between != "evaluation"), lr=0.1)
+    program = maml.programs.find(maml.layout(), torch.randn(1, 4, 3, device=DEVICE))
+    norms = [op for op in program.executor.graph.ops if op.kind == "batch_norm"]
+    assert len(norms) == 1
+    assert "function" not in norms[0].attrs
 
 
 def test_more_than_the_kernels_can_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ KERNELS = {
     "moments_kernel",
     "normalise_kernel",
     "sums_kernel",
+    "moving_sums_kernel",
     "backward_kernel",
     "tangent_kernel",
     "backward_tangent_kernel",

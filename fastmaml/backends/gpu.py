@@ -6,6 +6,7 @@ float32 on CUDA devices; other dtypes run through the reference rules on the dev
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
@@ -35,12 +36,13 @@ class GpuExecutor(ReferenceExecutor):
     name = "gpu"
 
     def __init__(self, graph: Graph, layout: ParameterLayout, dtype: torch.dtype) -> None:
-        super().__init__(graph, layout)
         self._kernels = dtype == torch.float32
+        self._small = MlpKernel.of(graph, layout, dtype)
+        graph = _with_activations_in_norms(graph) if self._kernels else graph
+        super().__init__(graph, layout)
         self.losses = LOSSES if self._kernels else REFERENCE_LOSSES
         self._without_input_gradient = _mark_first_ops(graph)
         self._most_examples = _MOST_ELEMENTS // max(prod(shape) for shape in graph.values)
-        self._small = MlpKernel.of(graph, layout, dtype)
         self.graphs = MetaStepGraphs()
 
     def rules(self) -> Mapping[str, Rule]:
@@ -75,6 +77,32 @@ class GpuExecutor(ReferenceExecutor):
 
     def _ops(self, want_x: bool) -> Sequence[Op]:
         return self.graph.ops if want_x else self._without_input_gradient
+
+
+def _with_activations_in_norms(graph: Graph) -> Graph:
+    """Batch norms in training take the activation behind them along, where nobody else reads what
+    is between the two.
+    """
+    reads = Counter(v for op in graph.ops for v in op.inputs)
+    reads[graph.output] += 1
+    alone = {
+        op.output: op
+        for op in graph.ops
+        if op.kind == "batch_norm" and op.attrs["training"] and reads[op.output] == 1
+    }
+    taken = {
+        alone[op.inputs[0]]: op
+        for op in graph.ops
+        if op.kind == "activation" and op.inputs[0] in alone
+    }
+    ops = [
+        op
+        if op not in taken
+        else replace(op, output=taken[op].output, attrs=freeze({**op.attrs, **taken[op].attrs}))
+        for op in graph.ops
+        if op not in taken.values()
+    ]
+    return replace(graph, ops=tuple(ops))
 
 
 def _mark_first_ops(graph: Graph) -> tuple[Op, ...]:

@@ -57,8 +57,10 @@ def _softplus(x):
 
 
 @triton.jit
-def _value(x, alpha, beta, F: tl.constexpr):
-    if F == "relu":
+def value_of(x, alpha, beta, F: tl.constexpr):
+    if F == "identity":
+        return x
+    elif F == "relu":
         return tl.where(x <= 0, 0.0, x)  # NaN stays NaN
     elif F == "leaky_relu":
         return tl.where(x > 0, x, alpha * x)
@@ -94,9 +96,11 @@ def _value(x, alpha, beta, F: tl.constexpr):
 
 
 @triton.jit
-def _slope(x, alpha, beta, F: tl.constexpr):
+def slope_of(x, alpha, beta, F: tl.constexpr):
     one = tl.full(x.shape, 1.0, tl.float32)
-    if F == "relu":
+    if F == "identity":
+        return one
+    elif F == "relu":
         return tl.where(x > 0, one, 0.0)
     elif F == "leaky_relu":
         return tl.where(x > 0, one, alpha)
@@ -136,7 +140,7 @@ def _slope(x, alpha, beta, F: tl.constexpr):
 
 
 @triton.jit
-def _curvature(x, alpha, beta, F: tl.constexpr):
+def curvature_of(x, alpha, beta, F: tl.constexpr):
     if F == "elu":
         return tl.where(x > 0, 0.0, alpha * tl.exp(_negative(x)))
     elif F == "selu":
@@ -171,7 +175,8 @@ def _curvature(x, alpha, beta, F: tl.constexpr):
     elif F == "exp":
         return tl.exp(x)
     else:
-        tl.static_assert(((F == "relu") or (F == "leaky_relu")) or (F == "hardtanh"))
+        straight: tl.constexpr = (F == "relu") or (F == "leaky_relu")
+        tl.static_assert((straight or (F == "hardtanh")) or (F == "identity"))
         return tl.zeros(x.shape, tl.float32)
 
 
@@ -186,16 +191,16 @@ def pointwise_kernel(
     inside = i < count
     value = tl.load(x + i, mask=inside, other=0.0)
     if ORDER == 0:
-        result = _value(value, alpha, beta, F)
+        result = value_of(value, alpha, beta, F)
     elif ORDER == 1:
-        result = _slope(value, alpha, beta, F) * tl.load(g + i, mask=inside, other=0.0)
+        result = slope_of(value, alpha, beta, F) * tl.load(g + i, mask=inside, other=0.0)
     else:
         result = tl.zeros(value.shape, tl.float32)
         if MOVES:
             along = tl.load(dx + i, mask=inside, other=0.0) * tl.load(g + i, mask=inside, other=0.0)
-            result += _curvature(value, alpha, beta, F) * along
+            result += curvature_of(value, alpha, beta, F) * along
         if G_MOVES:
-            result += _slope(value, alpha, beta, F) * tl.load(dg + i, mask=inside, other=0.0)
+            result += slope_of(value, alpha, beta, F) * tl.load(dg + i, mask=inside, other=0.0)
     tl.store(out + i, result, mask=inside)
 
 

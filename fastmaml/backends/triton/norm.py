@@ -1,4 +1,5 @@
-"""``batch_norm`` by the statistics of each task's batch; formulas in ``fastmaml.rules.norm``.
+"""``batch_norm`` by the statistics of each task's batch, with the activation behind it where the op
+names one as ``function``; formulas in ``fastmaml.rules.norm``.
 
 Values are rows of channels. Every pass is two launches: sums, and what is done with them.
 """
@@ -16,6 +17,7 @@ from fastmaml.backends.triton.norm_kernels import (
     backward_kernel,
     backward_tangent_kernel,
     moments_kernel,
+    moving_sums_kernel,
     normalise_kernel,
     sums_kernel,
     tangent_kernel,
@@ -29,7 +31,6 @@ from fastmaml.rules.norm import Saved, SavedTangent
 _MOST_PARTS = 32
 _PART_ROWS = 512  # at least so many rows to a part
 _BLOCK_ROWS = 32
-_SUMS = 5  # of ``sums_kernel``
 
 
 class BatchNorm(ReferenceBatchNorm):
@@ -50,8 +51,8 @@ class BatchNorm(ReferenceBatchNorm):
         xhat, y = torch.empty_like(x), torch.empty_like(x)
         normalise_kernel[tiles.grid](
             x, parts, *_given(x, *params), *statistics, xhat, y,
-            *tiles.sizes, tiles.part_rows, op.attrs["eps"], *_strides(*params),
-            GAMMA=params[0] is not None, BETA=params[1] is not None, **tiles.blocks,
+            *tiles.sizes, tiles.part_rows, op.attrs["eps"], *_constants(op), *_strides(*params),
+            **_affine(params), F=_function(op), **tiles.blocks,
         )  # fmt: skip
         mean, unbiased, scale = statistics
         return from_rows(y, inputs[0].shape), Saved(xhat, scale, mean, unbiased)
@@ -61,16 +62,19 @@ class BatchNorm(ReferenceBatchNorm):
     ) -> Grads:
         if not op.attrs["training"]:
             return super().backward(op, params, inputs, saved, gy)
-        gamma, beta = params
-        g, tiles = rows(gy), _Tiles(saved.xhat)
-        gx, ggamma, gbeta = torch.empty_like(g), *_like_scale(saved)
-        parts = tiles.sums(saved.xhat, a=g)
-        backward_kernel[tiles.grid](
-            g, saved.xhat, parts, *_given(g, gamma), saved.scale, gx, ggamma, gbeta,
-            *tiles.sizes, *_strides(gamma), GAMMA=gamma is not None, SUMS=_SUMS, **tiles.blocks,
+        g, h, tiles = rows(gy), saved.xhat, _Tiles(saved.xhat)
+        gx, of_scale = torch.empty_like(g), _like_scale(saved)
+        parts, function = tiles.parts(h, 2), {**_affine(params), "F": _function(op)}
+        numbers = (*_constants(op), *_strides(*params))
+        sums_kernel[tiles.reduction](
+            g, h, *_given(h, *params), parts, *tiles.sizes, tiles.part_rows, *numbers,
+            **function, **tiles.blocks,
         )  # fmt: skip
-        of_parameters = [None if gamma is None else ggamma, None if beta is None else gbeta]
-        return of_parameters, [from_rows(gx, gy.shape)]
+        backward_kernel[tiles.grid](
+            g, h, parts, *_given(h, *params), saved.scale, gx, *of_scale, *tiles.sizes, *numbers,
+            **function, **tiles.blocks,
+        )  # fmt: skip
+        return _of(params, of_scale), [from_rows(gx, gy.shape)]
 
     def tangent(
         self,
@@ -83,18 +87,21 @@ class BatchNorm(ReferenceBatchNorm):
     ) -> tuple[Tensor | None, Any]:
         if not op.attrs["training"]:
             return super().tangent(op, params, inputs, saved, dparams, dinputs)
-        dx, (dgamma, dbeta) = dinputs[0], dparams
-        if dx is None and dgamma is None and dbeta is None:
+        dx = dinputs[0]
+        if dx is None and all(d is None for d in dparams):
             return None, SavedTangent(None, None)
         h, tiles = saved.xhat, _Tiles(saved.xhat)
-        d = h if dx is None else rows(dx)
-        parts = h if dx is None else tiles.sums(h, a=d)
+        d, parts, absent = h if dx is None else rows(dx), tiles.parts(h, 2), (None, None)
+        if dx is not None:
+            sums_kernel[tiles.reduction](
+                d, h, *_given(h, *absent), parts, *tiles.sizes, tiles.part_rows, 0.0, 0.0,
+                *_strides(*absent), **_affine(absent), F="identity", **tiles.blocks,
+            )  # fmt: skip
         dy, dh, dscale = torch.empty_like(h), torch.empty_like(h), torch.empty_like(saved.scale)
         tangent_kernel[tiles.grid](
-            d, h, parts, *_given(h, params[0], dgamma, dbeta), saved.scale, dh, dy, dscale,
-            *tiles.sizes, *_strides(params[0], dgamma, dbeta),
-            MOVES=dx is not None, GAMMA=params[0] is not None, DGAMMA=dgamma is not None,
-            DBETA=dbeta is not None, SUMS=_SUMS, **tiles.blocks,
+            d, h, parts, *_given(h, *params, *dparams), saved.scale, dh, dy, dscale,
+            *tiles.sizes, *_constants(op), *_strides(*params, *dparams), MOVES=dx is not None,
+            **_affine(params), **_affine(dparams, "D"), F=_function(op), **tiles.blocks,
         )  # fmt: skip
         moved = SavedTangent(None, None) if dx is None else SavedTangent(dh, dscale)
         return from_rows(dy, inputs[0].shape), moved
@@ -115,20 +122,21 @@ class BatchNorm(ReferenceBatchNorm):
             return super().backward_tangent(
                 op, params, inputs, saved, gy, dparams, dinputs, dsaved, dgy
             )
-        (gamma, beta), dgamma = params, dparams[0]
         h, g, tiles = saved.xhat, rows(gy), _Tiles(saved.xhat)
-        dg = None if dgy is None else rows(dgy)
-        parts = tiles.sums(h, a=dg, g=g, dh=dsaved.dxhat)
-        dgx, dggamma, dgbeta = torch.empty_like(h), *_like_scale(saved)
+        dgx, of_scale, parts = torch.empty_like(h), _like_scale(saved), tiles.parts(h, 5)
+        values = _given(g, g, None if dgy is None else rows(dgy), h, dsaved.dxhat)
+        values += _given(g, *params, *dparams)
+        numbers = (*_constants(op), *_strides(*params, *dparams))
+        flags: dict[str, Any] = {"G_MOVES": dgy is not None, "MOVES": dsaved.dxhat is not None}
+        flags |= {**_affine(params), **_affine(dparams, "D"), "F": _function(op)}
+        moving_sums_kernel[tiles.reduction](
+            *values, parts, *tiles.sizes, tiles.part_rows, *numbers, **flags, **tiles.blocks
+        )
         backward_tangent_kernel[tiles.grid](
-            g, *_given(g, dg), h, *_given(g, dsaved.dxhat), parts, *_given(g, gamma, dgamma),
-            saved.scale, *_given(g, dsaved.dscale), dgx, dggamma, dgbeta,
-            *tiles.sizes, *_strides(gamma, dgamma),
-            G_MOVES=dg is not None, MOVES=dsaved.dxhat is not None, GAMMA=gamma is not None,
-            DGAMMA=dgamma is not None, SUMS=_SUMS, **tiles.blocks,
+            *values, parts, saved.scale, *_given(g, dsaved.dscale), dgx, *of_scale,
+            *tiles.sizes, *numbers, **flags, **tiles.blocks,
         )  # fmt: skip
-        of_parameters = [None if gamma is None else dggamma, None if beta is None else dgbeta]
-        return of_parameters, [from_rows(dgx, gy.shape)]
+        return _of(params, of_scale), [from_rows(dgx, gy.shape)]
 
 
 class _Tiles:
@@ -148,17 +156,6 @@ class _Tiles:
     def parts(self, values: Tensor, sums: int) -> Tensor:
         return values.new_empty(len(values), self.blocks["PARTS"], sums, values.shape[2])
 
-    def sums(
-        self, h: Tensor, a: Tensor | None, g: Tensor | None = None, dh: Tensor | None = None
-    ) -> Tensor:
-        """See ``sums_kernel``."""
-        out = self.parts(h, _SUMS)
-        sums_kernel[self.reduction](
-            *_given(h, a), h, *_given(h, g, dh), out, *self.sizes, self.part_rows,
-            A=a is not None, G=g is not None, MOVES=dh is not None, SUMS=_SUMS, **self.blocks,
-        )  # fmt: skip
-        return out
-
 
 def _given(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
     """Pointers for a launch: what is absent is flagged so, and never read."""
@@ -167,6 +164,28 @@ def _given(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
 
 def _strides(*vectors: Tensor | None) -> list[int]:
     return [stride for v in vectors for stride in ((0, 0) if v is None else v.stride())]
+
+
+def _affine(vectors: Tensors, prefix: str = "") -> dict[str, Any]:
+    """Flags: whether gamma and beta (with a prefix: their directions) are there."""
+    gamma, beta = vectors
+    return {f"{prefix}GAMMA": gamma is not None, f"{prefix}BETA": beta is not None}
+
+
+def _function(op: Op) -> str:
+    """The activation that is a part of the op."""
+    name: str = op.attrs.get("function", "identity")
+    return name
+
+
+def _constants(op: Op) -> tuple[float, float]:
+    """The activation's."""
+    return op.attrs.get("alpha", 0.0), op.attrs.get("beta", 0.0)
+
+
+def _of(params: Tensors, found: tuple[Tensor, Tensor]) -> list[Tensor | None]:
+    """Gradients of the parameters that are there."""
+    return [None if p is None else g for p, g in zip(params, found, strict=True)]
 
 
 def _like_scale(saved: Saved) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """The kernels of ``norm``, on rows of channels ``[T, R, C]``.
 
+An activation behind the norm, y = f(z) with z = gamma h + beta, comes with it; z is not kept.
 Sums are taken over parts of the rows; a second kernel adds the parts up (few, and in order) and
 applies the result. Variances come from centred values, part by part, merged as Chan, Golub and
 LeVeque (1983) do.
@@ -8,6 +9,7 @@ LeVeque (1983) do.
 import triton
 import triton.language as tl
 
+from fastmaml.backends.triton.activation import curvature_of, slope_of, value_of
 from fastmaml.backends.triton.products import block_and_task
 
 
@@ -23,13 +25,19 @@ def _put_rows(x, row, column, R, C, values):
     tl.store(x + row[:, None] * C + column[None, :], values, mask=inside)
 
 
+@triton.jit
+def _part(R, part_rows, PARTS, BC: tl.constexpr):
+    """The program's part of a sum, its task and columns, its first row and that after its last."""
+    part, task = block_and_task(PARTS)
+    column = tl.program_id(1) * BC + tl.arange(0, BC)
+    return part, task, column, part * part_rows, tl.minimum((part + 1) * part_rows, R)
+
+
 @triton.jit(do_not_specialize=["R", "part_rows", "PARTS"])
 def moments_kernel(x, parts, R, C, part_rows, PARTS, BR: tl.constexpr, BC: tl.constexpr):
     """Into ``[T, PARTS, 2, C]``: each part's mean, and sum of squared differences from it."""
-    part, task = block_and_task(PARTS)
-    column = tl.program_id(1) * BC + tl.arange(0, BC)
+    part, task, column, first, last = _part(R, part_rows, PARTS, BC)
     x += task * R * C
-    first, last = part * part_rows, tl.minimum((part + 1) * part_rows, R)
     total = tl.zeros((BC,), dtype=tl.float32)
     for start in range(first, last, BR):
         total += tl.sum(_rows_at(x, start + tl.arange(0, BR), column, last, C), 0)
@@ -72,11 +80,11 @@ def _affine(
 @triton.jit(do_not_specialize=["R", "part_rows", "PARTS"])
 def normalise_kernel(
     x, parts, gamma, beta, mean_out, unbiased_out, scale_out, xhat, y,
-    R, C, part_rows, eps, s_gamma_t, s_gamma_c, s_beta_t, s_beta_c,
-    GAMMA: tl.constexpr, BETA: tl.constexpr, PARTS, BR: tl.constexpr,
+    R, C, part_rows, eps, fa, fb, s_gamma_t, s_gamma_c, s_beta_t, s_beta_c,
+    GAMMA: tl.constexpr, BETA: tl.constexpr, F: tl.constexpr, PARTS, BR: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
-    """Writes gamma xhat + beta; the first row of programs writes the statistics too."""
+    """Writes f(gamma xhat + beta); the first row of programs writes the statistics too."""
     block, task = block_and_task(tl.cdiv(R, BR))
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     row = block * BR + tl.arange(0, BR)
@@ -93,44 +101,33 @@ def normalise_kernel(
     b = _affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
     h = (_rows_at(x + task * R * C, row, column, R, C) - mean[None, :]) * scale[None, :]
     _put_rows(xhat + task * R * C, row, column, R, C, h)
-    _put_rows(y + task * R * C, row, column, R, C, h * g[None, :] + b[None, :])
+    z = h * g[None, :] + b[None, :]
+    _put_rows(y + task * R * C, row, column, R, C, value_of(z, fa, fb, F))
 
 
 @triton.jit(do_not_specialize=["R", "part_rows", "PARTS"])
 def sums_kernel(
-    a, h, g, dh, parts, R, C, part_rows,
-    A: tl.constexpr, G: tl.constexpr, MOVES: tl.constexpr, SUMS: tl.constexpr,
-    PARTS, BR: tl.constexpr, BC: tl.constexpr,
+    a, h, gamma, beta, parts, R, C, part_rows, fa, fb, s_gamma_t, s_gamma_c, s_beta_t, s_beta_c,
+    GAMMA: tl.constexpr, BETA: tl.constexpr, F: tl.constexpr, PARTS, BR: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
-    """Into ``[T, PARTS, SUMS, C]``: sums of a, a h, g, g h, g dh; zero where not there."""
-    part, task = block_and_task(PARTS)
-    column = tl.program_id(1) * BC + tl.arange(0, BC)
+    """Into ``[T, PARTS, 2, C]``: sums of a f'(z) and of a f'(z) h."""
+    part, task, column, first, last = _part(R, part_rows, PARTS, BC)
     base = task * R * C
-    first, last = part * part_rows, tl.minimum((part + 1) * part_rows, R)
+    weight = _affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
+    shift = _affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
     sum_a = tl.zeros((BC,), dtype=tl.float32)
     sum_ah = tl.zeros((BC,), dtype=tl.float32)
-    sum_g = tl.zeros((BC,), dtype=tl.float32)
-    sum_gh = tl.zeros((BC,), dtype=tl.float32)
-    sum_gd = tl.zeros((BC,), dtype=tl.float32)
     for start in range(first, last, BR):
         row = start + tl.arange(0, BR)
         hat = _rows_at(h + base, row, column, last, C)
-        if A:
-            values = _rows_at(a + base, row, column, last, C)
-            sum_a += tl.sum(values, 0)
-            sum_ah += tl.sum(values * hat, 0)
-        if G:
-            values = _rows_at(g + base, row, column, last, C)
-            sum_g += tl.sum(values, 0)
-            sum_gh += tl.sum(values * hat, 0)
-            if MOVES:
-                sum_gd += tl.sum(values * _rows_at(dh + base, row, column, last, C), 0)
-    out = parts + (task * PARTS + part) * SUMS * C + column
+        slope = slope_of(hat * weight[None, :] + shift[None, :], fa, fb, F)
+        values = _rows_at(a + base, row, column, last, C) * slope
+        sum_a += tl.sum(values, 0)
+        sum_ah += tl.sum(values * hat, 0)
+    out = parts + (task * PARTS + part) * 2 * C + column
     tl.store(out, sum_a, mask=column < C)
     tl.store(out + C, sum_ah, mask=column < C)
-    tl.store(out + 2 * C, sum_g, mask=column < C)
-    tl.store(out + 3 * C, sum_gh, mask=column < C)
-    tl.store(out + 4 * C, sum_gd, mask=column < C)
 
 
 @triton.jit
@@ -143,76 +140,146 @@ def _sum_of_parts(parts, which, column, C, SUMS: tl.constexpr, PARTS, BC: tl.con
 
 @triton.jit(do_not_specialize=["R", "PARTS"])
 def backward_kernel(
-    g, h, parts, gamma, scale, gx, ggamma, gbeta, R, C, s_gamma_t, s_gamma_c,
-    GAMMA: tl.constexpr, SUMS: tl.constexpr, PARTS, BR: tl.constexpr,
+    g, h, parts, gamma, beta, scale, gx, ggamma, gbeta, R, C, fa, fb,
+    s_gamma_t, s_gamma_c, s_beta_t, s_beta_c,
+    GAMMA: tl.constexpr, BETA: tl.constexpr, F: tl.constexpr, PARTS, BR: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
-    """Writes gamma s (g - E[g] - h E[g h]), and the sums as ggamma and gbeta."""
+    """Of g f'(z) for g, writes gamma s (g - E[g] - h E[g h]), and the sums as ggamma and gbeta."""
     block, task = block_and_task(tl.cdiv(R, BR))
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     row = block * BR + tl.arange(0, BR)
-    parts += task * PARTS * SUMS * C
-    sum_g = _sum_of_parts(parts, 0, column, C, SUMS, PARTS, BC)
-    sum_gh = _sum_of_parts(parts, 1, column, C, SUMS, PARTS, BC)
+    parts += task * PARTS * 2 * C
+    sum_g = _sum_of_parts(parts, 0, column, C, 2, PARTS, BC)
+    sum_gh = _sum_of_parts(parts, 1, column, C, 2, PARTS, BC)
     if block == 0:
         tl.store(gbeta + task * C + column, sum_g, mask=column < C)
         tl.store(ggamma + task * C + column, sum_gh, mask=column < C)
-    factor = tl.load(scale + task * C + column, mask=column < C, other=0.0)
-    factor *= _affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
+    weight = _affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
+    shift = _affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
+    factor = tl.load(scale + task * C + column, mask=column < C, other=0.0) * weight
     base = task * R * C
-    centred = _rows_at(g + base, row, column, R, C) - (sum_g / R)[None, :]
-    centred -= _rows_at(h + base, row, column, R, C) * (sum_gh / R)[None, :]
+    hat = _rows_at(h + base, row, column, R, C)
+    slope = slope_of(hat * weight[None, :] + shift[None, :], fa, fb, F)
+    centred = _rows_at(g + base, row, column, R, C) * slope - (sum_g / R)[None, :]
+    centred -= hat * (sum_gh / R)[None, :]
     _put_rows(gx + base, row, column, R, C, centred * factor[None, :])
 
 
 @triton.jit(do_not_specialize=["R", "PARTS"])
 def tangent_kernel(
-    dx, h, parts, gamma, dgamma, dbeta, scale, dh, dy, dscale, R, C,
-    s_gamma_t, s_gamma_c, s_dgamma_t, s_dgamma_c, s_dbeta_t, s_dbeta_c,
-    MOVES: tl.constexpr, GAMMA: tl.constexpr, DGAMMA: tl.constexpr, DBETA: tl.constexpr,
-    SUMS: tl.constexpr, PARTS, BR: tl.constexpr, BC: tl.constexpr,
+    dx, h, parts, gamma, beta, dgamma, dbeta, scale, dh, dy, dscale, R, C, fa, fb,
+    s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t, s_dbeta_c,
+    MOVES: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, DGAMMA: tl.constexpr,
+    DBETA: tl.constexpr, F: tl.constexpr, PARTS, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Writes dh = s (dx - E[dx] - h E[dx h]), ds = -s^2 E[dx h], gamma dh + dgamma h + dbeta."""
+    """Writes dh = s (dx - E[dx] - h E[dx h]), ds = -s^2 E[dx h] and dy = f'(z) dz, with
+    dz = gamma dh + dgamma h + dbeta.
+    """
     block, task = block_and_task(tl.cdiv(R, BR))
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     row = block * BR + tl.arange(0, BR)
     base = task * R * C
     hat = _rows_at(h + base, row, column, R, C)
+    weight = _affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
+    shift = _affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
     moved = hat * _affine(dgamma, column, s_dgamma_t, s_dgamma_c, C, task, DGAMMA, 0.0)[None, :]
     moved += _affine(dbeta, column, s_dbeta_t, s_dbeta_c, C, task, DBETA, 0.0)[None, :]
     if MOVES:
-        parts += task * PARTS * SUMS * C
-        mean = _sum_of_parts(parts, 0, column, C, SUMS, PARTS, BC) / R
-        along = _sum_of_parts(parts, 1, column, C, SUMS, PARTS, BC) / R
+        parts += task * PARTS * 2 * C
+        mean = _sum_of_parts(parts, 0, column, C, 2, PARTS, BC) / R
+        along = _sum_of_parts(parts, 1, column, C, 2, PARTS, BC) / R
         s = tl.load(scale + task * C + column, mask=column < C, other=0.0)
         if block == 0:
             tl.store(dscale + task * C + column, -s * s * along, mask=column < C)
         change = _rows_at(dx + base, row, column, R, C) - mean[None, :] - hat * along[None, :]
         change *= s[None, :]
         _put_rows(dh + base, row, column, R, C, change)
-        g = _affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
-        moved += change * g[None, :]
+        moved += change * weight[None, :]
+    moved *= slope_of(hat * weight[None, :] + shift[None, :], fa, fb, F)
     _put_rows(dy + base, row, column, R, C, moved)
+
+
+@triton.jit
+def _incoming(
+    g, dg, hat, dhat, gamma, beta, dgamma, dbeta, row, column, last, task, C, fa, fb,
+    s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t, s_dbeta_c,
+    G_MOVES: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, DGAMMA: tl.constexpr,
+    DBETA: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """G f'(z), and its derivative f'(z) dg + f''(z) dz g."""
+    weight = _affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)[None, :]
+    shift = _affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)[None, :]
+    dweight = _affine(dgamma, column, s_dgamma_t, s_dgamma_c, C, task, DGAMMA, 0.0)[None, :]
+    dshift = _affine(dbeta, column, s_dbeta_t, s_dbeta_c, C, task, DBETA, 0.0)[None, :]
+    z = hat * weight + shift
+    given, slope = _rows_at(g, row, column, last, C), slope_of(z, fa, fb, F)
+    moved = curvature_of(z, fa, fb, F) * (dhat * weight + hat * dweight + dshift) * given
+    if G_MOVES:
+        moved += slope * _rows_at(dg, row, column, last, C)
+    return given * slope, moved
+
+
+@triton.jit(do_not_specialize=["R", "part_rows", "PARTS"])
+def moving_sums_kernel(
+    g, dg, h, dh, gamma, beta, dgamma, dbeta, parts, R, C, part_rows, fa, fb,
+    s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t, s_dbeta_c,
+    G_MOVES: tl.constexpr, MOVES: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr,
+    DGAMMA: tl.constexpr, DBETA: tl.constexpr, F: tl.constexpr, PARTS, BR: tl.constexpr,
+    BC: tl.constexpr,
+):  # fmt: skip
+    """Into ``[T, PARTS, 5, C]``: with g f'(z) for g, sums of dg, dg h, g, g h and g dh."""
+    part, task, column, first, last = _part(R, part_rows, PARTS, BC)
+    base = task * R * C
+    sum_dg = tl.zeros((BC,), dtype=tl.float32)
+    sum_dgh = tl.zeros((BC,), dtype=tl.float32)
+    sum_g = tl.zeros((BC,), dtype=tl.float32)
+    sum_gh = tl.zeros((BC,), dtype=tl.float32)
+    sum_gdh = tl.zeros((BC,), dtype=tl.float32)
+    for start in range(first, last, BR):
+        row = start + tl.arange(0, BR)
+        hat = _rows_at(h + base, row, column, last, C)
+        dhat = tl.zeros((BR, BC), dtype=tl.float32)
+        if MOVES:
+            dhat = _rows_at(dh + base, row, column, last, C)
+        values, moved = _incoming(
+            g + base, dg + base, hat, dhat, gamma, beta, dgamma, dbeta, row, column, last, task, C,
+            fa, fb, s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t,
+            s_dbeta_c, G_MOVES, GAMMA, BETA, DGAMMA, DBETA, F,
+        )  # fmt: skip
+        sum_dg += tl.sum(moved, 0)
+        sum_dgh += tl.sum(moved * hat, 0)
+        sum_g += tl.sum(values, 0)
+        sum_gh += tl.sum(values * hat, 0)
+        sum_gdh += tl.sum(values * dhat, 0)
+    out = parts + (task * PARTS + part) * 5 * C + column
+    tl.store(out, sum_dg, mask=column < C)
+    tl.store(out + C, sum_dgh, mask=column < C)
+    tl.store(out + 2 * C, sum_g, mask=column < C)
+    tl.store(out + 3 * C, sum_gh, mask=column < C)
+    tl.store(out + 4 * C, sum_gdh, mask=column < C)
 
 
 @triton.jit(do_not_specialize=["R", "PARTS"])
 def backward_tangent_kernel(
-    g, dg, h, dh, parts, gamma, dgamma, scale, dscale, dgx, dggamma, dgbeta, R, C,
-    s_gamma_t, s_gamma_c, s_dgamma_t, s_dgamma_c,
-    G_MOVES: tl.constexpr, MOVES: tl.constexpr, GAMMA: tl.constexpr, DGAMMA: tl.constexpr,
-    SUMS: tl.constexpr, PARTS, BR: tl.constexpr, BC: tl.constexpr,
+    g, dg, h, dh, gamma, beta, dgamma, dbeta, parts, scale, dscale, dgx, dggamma, dgbeta,
+    R, C, fa, fb,
+    s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t, s_dbeta_c,
+    G_MOVES: tl.constexpr, MOVES: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr,
+    DGAMMA: tl.constexpr, DBETA: tl.constexpr, F: tl.constexpr, PARTS, BR: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
-    """The derivative of ``backward_kernel`` as g, h, s and gamma move."""
+    """The derivative of ``backward_kernel`` as g, h, s, gamma and beta move."""
     block, task = block_and_task(tl.cdiv(R, BR))
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     row = block * BR + tl.arange(0, BR)
     base, place = task * R * C, task * C + column
-    parts += task * PARTS * SUMS * C
-    sum_dg = _sum_of_parts(parts, 0, column, C, SUMS, PARTS, BC)
-    sum_dgh = _sum_of_parts(parts, 1, column, C, SUMS, PARTS, BC)
-    mean = _sum_of_parts(parts, 2, column, C, SUMS, PARTS, BC) / R
-    along = _sum_of_parts(parts, 3, column, C, SUMS, PARTS, BC) / R
-    sum_gdh = _sum_of_parts(parts, 4, column, C, SUMS, PARTS, BC)
+    parts += task * PARTS * 5 * C
+    sum_dg = _sum_of_parts(parts, 0, column, C, 5, PARTS, BC)
+    sum_dgh = _sum_of_parts(parts, 1, column, C, 5, PARTS, BC)
+    mean = _sum_of_parts(parts, 2, column, C, 5, PARTS, BC) / R
+    along = _sum_of_parts(parts, 3, column, C, 5, PARTS, BC) / R
+    sum_gdh = _sum_of_parts(parts, 4, column, C, 5, PARTS, BC)
     if block == 0:
         tl.store(dgbeta + place, sum_dg, mask=column < C)
         tl.store(dggamma + place, sum_dgh + sum_gdh, mask=column < C)
@@ -220,13 +287,18 @@ def backward_tangent_kernel(
     weight = _affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
     dfactor = s * _affine(dgamma, column, s_dgamma_t, s_dgamma_c, C, task, DGAMMA, 0.0)
     hat = _rows_at(h + base, row, column, R, C)
-    centred = _rows_at(g + base, row, column, R, C) - mean[None, :] - hat * along[None, :]
-    moved = -(sum_dg / R)[None, :] - hat * ((sum_dgh + sum_gdh) / R)[None, :]
-    if G_MOVES:
-        moved += _rows_at(dg + base, row, column, R, C)
+    dhat = tl.zeros((BR, BC), dtype=tl.float32)
     if MOVES:
-        moved -= _rows_at(dh + base, row, column, R, C) * along[None, :]
+        dhat = _rows_at(dh + base, row, column, R, C)
         dfactor += weight * tl.load(dscale + place, mask=column < C, other=0.0)
+    values, moved = _incoming(
+        g + base, dg + base, hat, dhat, gamma, beta, dgamma, dbeta, row, column, R, task, C,
+        fa, fb, s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t,
+        s_dbeta_c, G_MOVES, GAMMA, BETA, DGAMMA, DBETA, F,
+    )  # fmt: skip
+    centred = values - mean[None, :] - hat * along[None, :]
+    moved -= (sum_dg / R)[None, :] + hat * ((sum_dgh + sum_gdh) / R)[None, :]
+    moved -= dhat * along[None, :]
     _put_rows(
         dgx + base, row, column, R, C, moved * (s * weight)[None, :] + centred * dfactor[None, :]
     )
