@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastmaml import checks, fused
 from fastmaml.backends.native import is_large
 from fastmaml.chunks import in_chunks
+from fastmaml.data.episodes import EpisodeSampler
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.fused import Adapted, FusedRates
 from fastmaml.inner import InnerOptimizer
@@ -184,7 +185,7 @@ class MAML(BaseLearner):
 
     def meta_loss(
         self,
-        batch: TaskBatch,
+        batch: TaskBatch | EpisodeSampler,
         steps: int = 1,
         loss: TaskLoss = F.cross_entropy,
         first_order: bool | None = None,
@@ -199,7 +200,8 @@ class MAML(BaseLearner):
 
         Args:
             batch: ``[T, N, ...]`` each; support and query may differ in N. The support set may be
-                in mini-batches, one for each step, see :class:`fastmaml.TaskBatch`.
+                in mini-batches, one for each step, see :class:`fastmaml.TaskBatch`. Or a sampler,
+                of which it is the next one, on a GPU drawn in the meta-step's own graph.
             loss: ``(output, target)`` of one task to a scalar; any PyTorch function.
             first_order: overrides the wrapper's.
             chunk: at most so many tasks at a time, each chunk's gradient worked out before the next

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmaml import checks
 from fastmaml.chunks import in_chunks
-from fastmaml.data.episodes import next_batch
+from fastmaml.data.episodes import EpisodeSampler, next_batch
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.fused import FusedRates
 from fastmaml.learner import Learner
@@ -60,7 +60,7 @@ class IMAML(MAML):
 
     def meta_loss(
         self,
-        batch: TaskBatch,
+        batch: TaskBatch | EpisodeSampler,
         steps: int = 1,
         loss: TaskLoss = F.cross_entropy,
         first_order: bool | None = None,

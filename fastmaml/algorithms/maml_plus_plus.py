@@ -21,7 +21,7 @@ from fastmaml.algorithms.per_step_norms import (
     affine_names,
 )
 from fastmaml.chunks import in_chunks
-from fastmaml.data.episodes import next_batch
+from fastmaml.data.episodes import EpisodeSampler, next_batch
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.fused import FusedRates
 from fastmaml.learner import Learner
@@ -110,7 +110,7 @@ class MAMLPlusPlus(MAML):
 
     def meta_loss(
         self,
-        batch: TaskBatch,
+        batch: TaskBatch | EpisodeSampler,
         steps: int = 1,
         loss: TaskLoss = F.cross_entropy,
         first_order: bool | None = None,

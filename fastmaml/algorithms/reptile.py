@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmaml.chunks import in_chunks
-from fastmaml.data.episodes import next_batch
+from fastmaml.data.episodes import EpisodeSampler, next_batch
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.losses import TaskLoss, per_task
 from fastmaml.maml import MAML
@@ -27,7 +27,7 @@ class Reptile(MAML):
 
     def meta_loss(
         self,
-        batch: TaskBatch,
+        batch: TaskBatch | EpisodeSampler,
         steps: int = 1,
         loss: TaskLoss = F.cross_entropy,
         first_order: bool | None = None,

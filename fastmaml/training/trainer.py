@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmaml.data.episodes import EpisodeSampler
+from fastmaml.data.task_batch import TaskBatch
 from fastmaml.training.evaluation import Evaluation, accuracies, evaluate
 from fastmaml.training.recipe import Recipe
 from fastmaml.vision.datasets import ImageClasses, Split
@@ -55,7 +57,7 @@ class Trainer:
         """
         start = self._position()
         try:
-            loss, accuracy = self._gradient(measure)
+            loss, accuracy = self._gradient(start[0]["batch"] if measure else None)
         except BaseException:
             self._return_to(start)
             raise
@@ -110,11 +112,14 @@ class Trainer:
         _set_random_state(state["random"])
         self.history = list(state["history"])
 
-    def _gradient(self, measure: bool) -> tuple[float, float | None]:
-        batch = self.recipe.inner_batches(self.sampler.sample())
+    def _gradient(self, measure: int | None) -> tuple[float, float | None]:
+        """Of the next batch; with the accuracy on it where its index is given."""
+        source: TaskBatch | EpisodeSampler = self.sampler  # drawn within the step on a GPU
+        if self.recipe.inner_batch is not None:
+            source = self.recipe.inner_batches(self.sampler.sample())
         self.optimizer.zero_grad()
         try:
-            loss = self.maml.meta_loss(batch, steps=self.recipe.steps)
+            loss = self.maml.meta_loss(source, steps=self.recipe.steps)
             loss.backward()
             value = loss.item()
             if not math.isfinite(value):  # which meta_loss does not look for on a GPU
@@ -124,8 +129,9 @@ class Trainer:
                 f"the run diverged at iteration {self.iteration + 1}; lower the inner learning "
                 f"rate (--inner-lr) or the learning rate (--lr): {error}"
             ) from error
-        if not measure:
+        if measure is None:
             return value, None
+        batch = self.recipe.inner_batches(self.sampler.batch(measure))
         predictions = self.maml.adapted(batch, steps=self.recipe.steps).predict()
         return value, accuracies(predictions, batch.query_y).mean().item()
 
