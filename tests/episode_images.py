@@ -11,6 +11,7 @@ from fastmaml.data import EpisodeSampler, MetaDataset
 IMAGES = {
     "grey bytes": torch.randint(256, (70, 7, 7), dtype=torch.uint8),
     "one-channel bytes": torch.randint(256, (70, 1, 28, 28), dtype=torch.uint8),
+    "two-channel bytes": torch.randint(256, (70, 2, 9, 9), dtype=torch.uint8),
     "colour bytes": torch.randint(256, (70, 3, 5, 5), dtype=torch.uint8),
     "float32": torch.randn(70, 2, 3, 3),
     "float64": torch.randn(70, 4, 4, dtype=torch.float64),

@@ -52,9 +52,56 @@ void prefetch(const char* image, Index bytes) {
   for (Index at = 0; at < std::min(bytes, kAtOnce); at += kLine) __builtin_prefetch(image + at);
 }
 
+constexpr Index kBlock = 8;  // side of a block of bytes, each row of which is a word
+
+std::uint64_t load_word(const std::uint8_t* p) {
+  std::uint64_t word;
+  std::memcpy(&word, p, sizeof word);
+  return word;
+}
+
+// Swaps the upper half of every group of 2 * kBits bits of `a` with the lower one of `b`'s.
+template <int kBits>
+void exchange(std::uint64_t& a, std::uint64_t& b) {
+  constexpr std::uint64_t kLower = ~std::uint64_t{0} / ((std::uint64_t{1} << kBits) + 1);
+  const std::uint64_t difference = (a >> kBits ^ b) & kLower;
+  a ^= difference << kBits;
+  b ^= difference;
+}
+
+void transpose_block(std::uint64_t (&rows)[kBlock]) {
+  for (int i = 0; i < 4; ++i) exchange<32>(rows[i], rows[i + 4]);
+  for (int i : {0, 1, 4, 5}) exchange<16>(rows[i], rows[i + 2]);
+  for (int i = 0; i < kBlock; i += 2) exchange<8>(rows[i], rows[i + 1]);
+}
+
+// A quarter turn either way, in blocks: the last ones of a row or column overlap those before.
+void turn_bytes(const Turn& turn, Index side, const std::uint8_t* x, std::uint8_t* out) {
+  for (Index row = 0; row < side; row += kBlock) {
+    const Index top = std::min(row, side - kBlock);
+    for (Index column = 0; column < side; column += kBlock) {
+      const Index left = std::min(column, side - kBlock);
+      const std::uint8_t* from = x + turn.origin + top * turn.down + left * turn.right;
+      std::uint64_t rows[kBlock];
+      for (std::uint64_t& word : rows) {
+        word = turn.down > 0 ? load_word(from) : __builtin_bswap64(load_word(from - kBlock + 1));
+        from += turn.right;
+      }
+      transpose_block(rows);
+      for (Index i = 0; i < kBlock; ++i) {
+        std::memcpy(out + (top + i) * side + left, &rows[i], sizeof rows[i]);
+      }
+    }
+  }
+}
+
 template <typename T>
 void turn_plane(Index turns, Index side, const T* x, T* __restrict out) {
   const Turn turn = quarter_turns(turns, side);
+  if constexpr (sizeof(T) == 1) {
+    const bool quarter = turn.down == 1 || turn.down == -1;
+    if (quarter && side >= kBlock) return turn_bytes(turn, side, x, out);
+  }
   for (Index row = 0; row < side; ++row, out += side) {
     const T* from = x + turn.origin + row * turn.down;
     for (Index column = 0; column < side; ++column) out[column] = from[column * turn.right];
