@@ -83,9 +83,9 @@ void turn_bytes(const Turn& turn, Index side, const std::uint8_t* x, std::uint8_
       const Index left = std::min(column, side - kBlock);
       const std::uint8_t* from = x + turn.origin + top * turn.down + left * turn.right;
       std::uint64_t rows[kBlock];
-      for (std::uint64_t& word : rows) {
-        word = turn.down > 0 ? load_word(from) : __builtin_bswap64(load_word(from - kBlock + 1));
-        from += turn.right;
+      for (Index j = 0; j < kBlock; ++j) {
+        const std::uint8_t* line = from + j * turn.right;
+        rows[j] = turn.down > 0 ? load_word(line) : __builtin_bswap64(load_word(line - kBlock + 1));
       }
       transpose_block(rows);
       for (Index i = 0; i < kBlock; ++i) {
