@@ -19,7 +19,7 @@ from fastmaml.losses import per_task
 from fastmaml.rules.activation import FUNCTIONS
 from fastmaml.testing import relative_error, sequential_maml
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", minversion="3.4", reason="needs Triton 3.4 or later")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICK = ["mlp", "mlp_norm", "mixer", "tied_unseen", "frozen", "max_pool"]

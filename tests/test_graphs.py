@@ -243,7 +243,7 @@ def test_an_error_in_the_step_itself_is_raised():
 
 
 def test_explain_says_what_is_captured(capsys):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.4")
     from fastmaml.backends.gpu import GpuExecutor
 
     maml = fastmaml.MAML(nn.Linear(3, 2), lr=0.1)

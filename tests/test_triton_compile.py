@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", minversion="3.4", reason="needs Triton 3.4 or later")
 
 KERNELS = {
     "matmul_kernel",

@@ -12,7 +12,7 @@ from rule_cases import CASES, Case
 from rule_checks import Problem
 from torch import Tensor
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", minversion="3.4", reason="needs Triton 3.4 or later")
 
 from fastmaml.backends.precision import (
     PRECISIONS,
