@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -169,6 +169,7 @@ def relative_error(grads: list[Tensor], reference: list[Tensor]) -> float:
     return error if error == error else float("inf")
 
 
+@cache
 def useful_gflop(case: Case) -> float:
     """Multiplications and additions (10^9) that the exact adjoint needs for one meta-step.
 

@@ -45,7 +45,6 @@ def measure(
     cases: list[Case], arguments: argparse.Namespace, machine: dict[str, object]
 ) -> list[dict[str, object]]:
     """A family's records, the tuned shape's first; `behind`: the tuned GFLOP/s over its own."""
-    # a resized case is named after what it was made from
     jobs = [Job("door3", case.name, threads=arguments.threads) for case in cases]
     workers = [Worker(job, oracle(case)) for job, case in zip(jobs, cases, strict=True)]
     records = list(take_turns(jobs, workers, arguments.rounds, arguments.budget, machine))
