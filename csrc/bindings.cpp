@@ -115,9 +115,9 @@ std::shared_ptr<Tangent> tangent(Program& self, Context& context, std::uintptr_t
 
 void backward_tangent(Program& self, Context& context, Gradient& gradient, Tangent& tangent,
                       std::uintptr_t dgy, std::uintptr_t dgtheta, std::uintptr_t dgshared,
-                      std::uintptr_t dgx, int threads) {
+                      std::uintptr_t dgx, int threads, bool sum_theta) {
   self.backward_tangent(context, gradient, tangent,
-                        {in(dgy), out(dgtheta), out(dgshared), out(dgx), threads});
+                        {in(dgy), out(dgtheta), out(dgshared), out(dgx), threads, sum_theta});
 }
 
 using Coefficient = std::tuple<std::uintptr_t, Index, bool, std::uintptr_t>;
@@ -174,6 +174,12 @@ void meta_step(Program& self, std::uintptr_t theta, Index theta_stride, std::uin
   args.memory_budget_bytes = memory_budget_bytes;
   py::gil_scoped_release unlocked;
   self.meta_step(args);
+}
+
+void adjoint_of_step(const std::string& dtype, std::uintptr_t cotangent, Index tasks, Index size,
+                     double rate, std::uintptr_t dgradient, std::uintptr_t sum, int threads) {
+  step_adjoint(
+      {dtype_named(dtype), in(cotangent), tasks, size, rate, out(dgradient), out(sum), threads});
 }
 
 bool same_bytes(std::uintptr_t a, std::uintptr_t b, std::size_t count) {
@@ -233,7 +239,8 @@ PYBIND11_MODULE(_core, module) {
            py::arg("threads") = 1, py::arg("keep") = true)
       .def("backward_tangent", &backward_tangent, Unlocked(), py::kw_only(), py::arg("context"),
            py::arg("gradient"), py::arg("tangent"), py::arg("dgy"), py::arg("dgtheta"),
-           py::arg("dgshared") = 0, py::arg("dgx") = 0, py::arg("threads") = 1)
+           py::arg("dgshared") = 0, py::arg("dgx") = 0, py::arg("threads") = 1,
+           py::arg("sum_theta") = false)
       .def("useful_threads", &Program::useful_threads, py::arg("tasks"), py::arg("examples"),
            py::arg("passes"), py::arg("threads"))
       .def("suits_lanes", &Program::suits_lanes, py::arg("tasks"), py::arg("examples"))
@@ -253,6 +260,10 @@ PYBIND11_MODULE(_core, module) {
   bind_sampler(module);
   bind_device(module);
   module.def("info", &info, "What was built, and what this processor runs.");
+  module.def("step_adjoint", &adjoint_of_step, Unlocked(), py::kw_only(), py::arg("dtype"),
+             py::arg("cotangent"), py::arg("tasks"), py::arg("size"), py::arg("rate"),
+             py::arg("dgradient"), py::arg("sum"), py::arg("threads") = 1,
+             "Back through a gradient step of all tasks from a theta that they share.");
   module.def("same_bytes", &same_bytes, py::arg("a"), py::arg("b"), py::arg("count"), Unlocked(),
              "Whether two pieces of memory hold the same.");
   module.def("fma_peak", &fma_peak, py::arg("threads") = 1, Unlocked(),

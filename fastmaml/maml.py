@@ -154,7 +154,7 @@ class MAML(BaseLearner):
         if isinstance(self.lr, Tensor):
             return gradient_step(theta.root, gradient, self.lr)
         if theta.packing is not None and is_large(gradient):  # of the core, on the CPU
-            moved: Tensor = NumberStep.apply(theta.root, gradient, self.lr)
+            moved: Tensor = NumberStep.apply(theta.root, gradient, self.lr, theta.start)
             return moved
         return torch.add(theta.root, gradient, alpha=-self.lr)  # whose backward is one product
 

@@ -44,20 +44,22 @@ def test_it_is_a_tensor_as_any_other(shape: tuple[int, ...], dtype: torch.dtype)
     assert copy.sum() == tensor.numel()
 
 
-def test_steps_of_one_rate() -> None:
-    def step(theta: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        moved: torch.Tensor = NumberStep.apply(theta, gradient, 0.3)
+@pytest.mark.parametrize("shared", [False, True])
+def test_steps_of_one_rate(shared: bool) -> None:
+    def step(start: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        theta = start.expand(3, 4)
+        moved: torch.Tensor = NumberStep.apply(theta, gradient, 0.3, start if shared else None)
         return moved
 
-    theta = torch.randn(1, 4, dtype=torch.float64, requires_grad=True)
+    start = torch.randn(1, 4, dtype=torch.float64, requires_grad=True)
     gradient = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    shared = theta.expand(3, 4)
-    assert torch.equal(step(shared, gradient), shared - 0.3 * gradient)
-    inputs = (theta.expand(3, 4).clone(), gradient)
-    assert torch.autograd.gradcheck(step, inputs)
-    assert torch.autograd.gradgradcheck(step, inputs)
-    (alone,) = torch.autograd.grad(step(theta.expand(3, 4), gradient.detach()).sum(), theta)
-    assert torch.equal(alone, torch.full_like(theta, 3.0))
+    assert torch.equal(step(start, gradient), start - 0.3 * gradient)
+    assert torch.autograd.gradcheck(step, (start, gradient))
+    assert torch.autograd.gradgradcheck(step, (start, gradient))
+    (alone,) = torch.autograd.grad(step(start, gradient.detach()).sum(), start)
+    assert torch.equal(alone, torch.full_like(start, 3.0))
+    (alone,) = torch.autograd.grad(step(start.detach(), gradient).sum(), gradient)
+    assert torch.equal(alone, torch.full_like(gradient, -0.3))
 
 
 @pytest.mark.parametrize("door", [1, 2, 3])

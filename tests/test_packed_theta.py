@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from doors import by_door
 from networks import NETWORKS, classification, gradients, make
 from torch import Tensor, nn
 
@@ -52,6 +53,35 @@ def test_the_meta_gradient_is_exact(name: str, door: int) -> None:
     _, expected = sequential_maml(twin, batch, 0.3, 2, F.cross_entropy)
     got = {k: g for k, g in gradients(module).items() if k in expected}
     assert relative_error(got, expected) < 1e-10
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("adapt", [None, "2"])
+def test_many_tasks_from_one_start(steps: int, first_order: bool, adapt: str | None) -> None:
+    """More than are summed one by one; small steps, and large ones in the core's own memory."""
+    torch.manual_seed(0)
+    for width in (6, 256):
+        net = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3)).double()
+        x, y = torch.randn(19, 4, width, dtype=torch.float64), torch.randint(3, (19, 4))
+        batch = fastmaml.TaskBatch(x, y, x.flip(1), y.flip(1))
+        options = {"lr": 0.2, "first_order": first_order, "adapt": adapt}
+        expected = fastmaml.MAML(copy.deepcopy(net), **options)
+        expected.meta_loss(batch, steps=steps).backward()
+        maml = warm(net, x, **options)
+        by_door(maml, batch, steps, door=2).backward()
+        assert relative_error(gradients(net), gradients(expected.module)) < 1e-10
+
+
+def test_the_gradient_at_the_start_itself() -> None:
+    """Before a step there is nothing to sum: every task's own gradient is as it was."""
+    batch = classification("mlp")
+    maml = warm(make("mlp"), batch.support_x, lr=0.3)
+    learner = maml.clone(tasks=3)
+    loss = per_task(F.cross_entropy, learner(batch.support_x), batch.support_y).sum()
+    (rows,) = torch.autograd.grad(loss, learner._theta.root)
+    assert rows.shape == learner._theta.root.shape
+    assert not torch.equal(rows[0], rows[1])
 
 
 @pytest.mark.parametrize("name", ["mlp", "tied_unseen", "omniglot_cnn"])

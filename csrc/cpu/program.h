@@ -32,11 +32,11 @@ class TaskGroups {
 template <typename T>
 struct PackedParameters {
   std::shared_ptr<T> theta, theta_transposed, phi, phi_transposed;
-  Index copies = 1;  // of theta: one for all tasks, or one each
+  Index copies = 1;  // of theta: one for all tasks, or one each (without transposes)
   Index stride = 0;  // elements from one copy to the next
   Sources transposed_for = 0;
 
-  Weights<T> of(const Plan<T>& plan, Index task) const;
+  Weights<T> of(Index task) const;
 };
 
 template <typename T>
@@ -70,8 +70,9 @@ class NativeProgram final : public Program, public std::enable_shared_from_this<
                                  const T* phi, int threads) {
     return packed ? pack_phi(theta, stride, tasks, phi) : pack(theta, stride, tasks, phi, threads);
   }
-  // Makes the transposes that differentiating `sources` reads, unless they are there.
-  void transpose(PackedParameters<T>& parameters, Sources sources, int threads);
+  // Makes the transposes that differentiating `sources` reads, unless they are there, but for those
+  // of a theta that each task has its own of.
+  void transpose_shared(PackedParameters<T>& parameters, Sources sources, int threads);
   std::shared_ptr<T> pack_buffers(const T* buffers);
 
  private:

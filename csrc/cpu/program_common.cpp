@@ -33,12 +33,9 @@ const T* GroupSums<T>::total(const Kernels<T>& kernels, int threads) const {
 }
 
 template <typename T>
-Weights<T> PackedParameters<T>::of(const Plan<T>& plan, Index task) const {
-  const Index copy = copies == 1 ? 0 : task;
-  const auto at = [&](const std::shared_ptr<T>& memory, Index size) -> const T* {
-    return memory == nullptr ? nullptr : memory.get() + copy * size;
-  };
-  return {at(theta, stride), at(theta_transposed, plan.theta.transposed_size()), phi.get(),
+Weights<T> PackedParameters<T>::of(Index task) const {
+  const bool own = copies > 1 && theta != nullptr;
+  return {own ? theta.get() + task * stride : theta.get(), theta_transposed.get(), phi.get(),
           phi_transposed.get()};
 }
 
@@ -122,22 +119,23 @@ void NativeProgram<T>::unpack_theta(const void* packed, Index rows, void* theta,
 }
 
 template <typename T>
-void NativeProgram<T>::transpose(PackedParameters<T>& parameters, Sources sources, int threads) {
+void NativeProgram<T>::transpose_shared(PackedParameters<T>& parameters, Sources sources,
+                                        int threads) {
   if ((sources & ~parameters.transposed_for) == 0) return;
   parameters.transposed_for |= sources;
-  const Sources all = parameters.transposed_for;
-  const auto of_group = [&](const ParameterGroup& group, const T* packed, Index copies,
-                            Index stride, std::shared_ptr<T>& transposed) {
-    if (packed == nullptr) return;
-    if (transposed == nullptr) transposed = memory_->take<T>(copies * group.transposed_size());
-    for_each_unit(copies, threads, [&](const TeamMember& member, Index copy) {
-      group.transpose(*plan_.kernels, packed + copy * stride, all,
-                      transposed.get() + copy * group.transposed_size(), member.share);
+  const auto of_group = [&](const ParameterGroup& group, const T* packed,
+                            std::shared_ptr<T>& transposed) {
+    if (packed == nullptr || group.transposed_size() == 0) return;
+    if (transposed == nullptr) transposed = memory_->take<T>(group.transposed_size());
+    for_each_unit(1, threads, [&](const TeamMember& member, Index) {
+      group.transpose(*plan_.kernels, packed, parameters.transposed_for, transposed.get(),
+                      member.share);
     });
   };
-  of_group(plan_.theta, parameters.theta.get(), parameters.copies, parameters.stride,
-           parameters.theta_transposed);
-  of_group(plan_.phi, parameters.phi.get(), 1, 0, parameters.phi_transposed);
+  if (parameters.copies == 1) {
+    of_group(plan_.theta, parameters.theta.get(), parameters.theta_transposed);
+  }
+  of_group(plan_.phi, parameters.phi.get(), parameters.phi_transposed);
 }
 
 template <typename T>
@@ -220,7 +218,7 @@ void store_stats(const Run<T>& run, T* stats) {
   template PackedParameters<T> NativeProgram<T>::pack_phi(const T*, Index, Index, const T*);  \
   template void NativeProgram<T>::pack_theta(const void*, Index, void*, int);                 \
   template void NativeProgram<T>::unpack_theta(const void*, Index, void*, int);               \
-  template void NativeProgram<T>::transpose(PackedParameters<T>&, Sources, int);              \
+  template void NativeProgram<T>::transpose_shared(PackedParameters<T>&, Sources, int);       \
   template std::shared_ptr<T> NativeProgram<T>::pack_buffers(const T*);                       \
   template Index gradient_region_size<T>(const Plan<T>&, const BatchPlan<T>&, Sources);       \
   template void load_input<T>(Run<T>&, const T*, T*);                                         \

@@ -22,7 +22,7 @@ MetaStep<T>::MetaStep(NativeProgram<T>& program, const MetaStepArgs& args)
   teams_ = team_count(groups_.count(), args.threads);
   start_ = program.pack(static_cast<const T*>(args.theta), args.theta_stride, args.tasks,
                         static_cast<const T*>(args.shared), args.threads);
-  program.transpose(start_, outer_, args.threads);
+  program.transpose_shared(start_, outer_, args.threads);
   buffers_ = program.pack_buffers(static_cast<const T*>(args.buffers));
   allocate();
 }

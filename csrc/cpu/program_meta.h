@@ -79,8 +79,10 @@ class MetaStep {
   Index support_set(const Member& member, Index k) const {
     return k % args_.support_batches * args_.tasks + member.task;
   }
+  // Whether tasks have each their own theta at step k, not one that they share.
+  bool own_theta(Index k) const { return k > 0 || start_.copies > 1; }
   const T* theta_at(const Member& member, Index k) const {
-    return k == 0 ? start_.of(plan_, member.task).theta : member.work->thetas[k - 1].get();
+    return k == 0 ? start_.of(member.task).theta : member.work->thetas[k - 1].get();
   }
   StepMemory& step_memory(Workspace& work, Index k) const {
     return work.steps[std::max<Index>(0, k - first_saved_)];

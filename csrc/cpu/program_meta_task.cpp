@@ -53,11 +53,9 @@ void MetaStep<T>::bind(Member& member, Index k) const {
   member.loaded = set;
   const StepMemory& memory = step_memory(*member.work, k);
   run.values = memory.values.get();
-  run.weights = start_.of(plan_, member.task);
-  if (k > 0) {
-    run.weights.theta = theta_at(member, k);
-    run.weights.theta_transposed = memory.transposed.get();
-  }
+  run.weights = start_.of(member.task);
+  run.weights.theta = theta_at(member, k);
+  if (own_theta(k)) run.weights.theta_transposed = memory.transposed.get();
   run.first.region = memory.gradients.get();
   run.first.sources = kTheta;
   run.first.theta = step_gradient(member, k);
@@ -85,7 +83,7 @@ template <typename T>
 void MetaStep<T>::replay(Member& member, Index k) const {
   bind(member, k);
   Run<T>& run = member.support;
-  if (k > 0) {
+  if (own_theta(k)) {
     plan_.theta.transpose(kernels_, theta_at(member, k), outer_,
                           step_memory(*member.work, k).transposed.get(), run.share);
     run.sync();
@@ -115,11 +113,9 @@ void MetaStep<T>::query(Member& member) const {
   Run<T>& run = member.query;
   Workspace& work = *member.work;
   run.values = work.query.values.get();
-  run.weights = start_.of(plan_, member.task);
-  if (args_.steps > 0) {
-    run.weights.theta = theta_at(member, args_.steps);
-    run.weights.theta_transposed = work.query.transposed.get();
-  }
+  run.weights = start_.of(member.task);
+  run.weights.theta = theta_at(member, args_.steps);
+  if (own_theta(args_.steps)) run.weights.theta_transposed = work.query.transposed.get();
   run_forward(run);
   store_stats(run, stats_row(member.task, args_.steps));
   if (args_.predictions != nullptr) {
@@ -134,7 +130,7 @@ void MetaStep<T>::query(Member& member) const {
     static_cast<T*>(args_.losses)[member.task] = value;
   }
   if (!wants_gradient()) return;
-  if (args_.steps > 0) {
+  if (own_theta(args_.steps)) {
     plan_.theta.transpose(kernels_, run.weights.theta, outer_, work.query.transposed.get(),
                           run.share);
     run.sync();

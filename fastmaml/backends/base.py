@@ -119,10 +119,13 @@ class Executor(Protocol):
         tangent: Any,
         dgy: Tensor | None,
         *,
+        sum_theta: bool = False,
         want_phi: bool,
         want_x: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``(dgtheta [T, P], dgphi [Q], dgx)``."""
+        """``(dgtheta [T, P], dgphi [Q], dgx)``; with ``sum_theta`` dgtheta is ``[1, P]``, the sum
+        over tasks.
+        """
 
     def meta_step(self, call: MetaStep) -> MetaStepResult:
         """K inner steps, the query loss and, where asked for, its gradient."""

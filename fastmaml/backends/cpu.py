@@ -173,10 +173,11 @@ class CpuExecutor:
         tangent: Any,
         dgy: Tensor | None,
         *,
+        sum_theta: bool = False,
         want_phi: bool,
         want_x: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        dgtheta, dgphi, dgx = self._gradients(state, want_phi, want_x)
+        dgtheta, dgphi, dgx = self._gradients(state, want_phi, want_x, 1 if sum_theta else None)
         dgy = None if dgy is None else dgy.contiguous()
         self._program.backward_tangent(
             context=state.context,
@@ -187,6 +188,7 @@ class CpuExecutor:
             dgshared=pointer(dgphi),
             dgx=pointer(dgx),
             threads=self._threads(state.x, passes=4),
+            sum_theta=sum_theta,
         )
         return dgtheta, dgphi, dgx
 
@@ -250,10 +252,10 @@ class CpuExecutor:
         return x.new_empty(*lead, size) if size else None
 
     def _gradients(
-        self, state: _State, want_phi: bool, want_x: bool
+        self, state: _State, want_phi: bool, want_x: bool, rows: int | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return (
-            self._empty(state.x.shape[0], self._theta_size),
+            self._empty(rows or state.x.shape[0], self._theta_size),
             self._empty(*state.phi.shape) if want_phi else None,
             self._empty(*state.x.shape) if want_x else None,
         )

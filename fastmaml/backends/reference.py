@@ -112,6 +112,7 @@ class ReferenceExecutor:
         tangent: _Tangent,
         dgy: Tensor | None,
         *,
+        sum_theta: bool = False,
         want_phi: bool,
         want_x: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -131,7 +132,8 @@ class ReferenceExecutor:
                     dgvalues.get(op.output),
                 )
                 self._collect(op, found, dgvalues, dgparams)
-        return self._gradients(state, dgvalues, dgparams, want_phi, want_x)
+        dgtheta, dgphi, dgx = self._gradients(state, dgvalues, dgparams, want_phi, want_x)
+        return dgtheta.sum(0, keepdim=True) if sum_theta else dgtheta, dgphi, dgx
 
     def meta_step(self, call: MetaStep) -> MetaStepResult:
         if call.episodes is not None:

@@ -45,12 +45,20 @@ class Run:
         """Leave a directional derivative to this run's ``ProgramForward``."""
         self.waiting.setdefault(_backward_pass(), []).append((gradient, tangent))
 
-    def waited(self, gy: Tensor | None, *, want_phi: bool, want_x: bool) -> Wanted | None:
+    def waited(
+        self, gy: Tensor | None, *, sum_theta: bool, want_phi: bool, want_x: bool
+    ) -> Wanted | None:
         """What waits in this backward pass, and ``gy`` with it; None where nothing waits."""
         total: Wanted | None = None
         for gradient, tangent in self.waiting.pop(_backward_pass(), ()):
             part = self.executor.backward_tangent(
-                self.state, gradient, tangent, gy, want_phi=want_phi, want_x=want_x
+                self.state,
+                gradient,
+                tangent,
+                gy,
+                sum_theta=sum_theta,
+                want_phi=want_phi,
+                want_x=want_x,
             )
             total, gy = part if total is None else _added(total, part), None
         return total
@@ -75,10 +83,15 @@ class ProgramForward(Function):
 
     The token carries no value: by taking it, ``ProgramBackward`` makes every backward pass that
     goes through itself come to this node afterwards.
+
+    ``start [1, P]``: where theta is one row for all tasks, that row. Directional derivatives go
+    back to it, summed over tasks, instead of to theta.
     """
 
     @staticmethod
-    def forward(ctx: Any, run: Run, theta: Tensor, phi: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, run: Run, theta: Tensor, phi: Tensor, x: Tensor, start: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         keep = run.keep and any(ctx.needs_input_grad)
         y, run.statistics, run.state = run.executor.forward(theta, phi, run.buffers, x, keep=keep)
         token = y.new_empty(0)
@@ -90,16 +103,19 @@ class ProgramForward(Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         run: Run = ctx.run
-        _, want_theta, want_phi, want_x = ctx.needs_input_grad
-        gradients = run.waited(gy, want_phi=want_phi, want_x=want_x)
+        _, want_theta, want_phi, want_x, want_start = ctx.needs_input_grad
+        gradients = run.waited(gy, sum_theta=want_start, want_phi=want_phi, want_x=want_x)
+        if gradients is not None and want_start:
+            gstart, gphi, gx = gradients
+            return None, None, gphi, gx, gstart
         if gradients is None:
             if gy is None:
-                return None, None, None, None
+                return None, None, None, None, None
             theta, phi, x, token = ctx.saved_tensors
             wants = (want_phi, want_x, torch.is_grad_enabled())
             gradients = ProgramBackward.apply(run, wants, theta, phi, x, gy, token)
         gtheta, gphi, gx = gradients
-        return None, gtheta if want_theta else None, gphi, gx
+        return None, gtheta if want_theta else None, gphi, gx, None
 
 
 class ProgramBackward(Function):

@@ -18,22 +18,50 @@ _DTYPES = (torch.float32, torch.float64)
 class NumberStep(Function):
     """``theta - rate * gradient`` for tensors on the CPU and a number, in memory of tensors that
     are no longer in use; differentiable any number of times.
+
+    ``start [1, K]``: where theta is one row for all tasks, that row. Gradients that need no graph
+    are summed over tasks as they go back to it.
     """
 
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, gradient: Tensor, rate: float) -> Tensor:
+    def forward(
+        ctx: Any, theta: Tensor, gradient: Tensor, rate: float, start: Tensor | None
+    ) -> Tensor:
         ctx.rate = rate
         moved = empty(gradient.shape, gradient.dtype)
         return torch.sub(theta, gradient, alpha=rate, out=moved)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(
+        ctx: Any, cotangent: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, Tensor | None]:
+        _, want_gradient, _, want_start = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            return cotangent, -ctx.rate * cotangent, None
-        if not ctx.needs_input_grad[1]:
-            return cotangent, None, None
+            return cotangent, -ctx.rate * cotangent, None, None
+        if want_start:
+            dgradient, dstart = _to_start(cotangent.contiguous(), ctx.rate, want_gradient)
+            return None, dgradient, None, dstart
+        if not want_gradient:
+            return cotangent, None, None, None
         dgradient = empty(cotangent.shape, cotangent.dtype)
-        return cotangent, torch.mul(cotangent, -ctx.rate, out=dgradient), None
+        return cotangent, torch.mul(cotangent, -ctx.rate, out=dgradient), None, None
+
+
+def _to_start(cotangent: Tensor, rate: float, want_gradient: bool) -> tuple[Tensor | None, Tensor]:
+    tasks, size = cotangent.shape
+    dgradient = empty(cotangent.shape, cotangent.dtype) if want_gradient else None
+    total = empty((1, size), cotangent.dtype)
+    _core.step_adjoint(
+        dtype=dtype_name(cotangent.dtype),
+        cotangent=cotangent.data_ptr(),
+        tasks=tasks,
+        size=size,
+        rate=rate,
+        dgradient=pointer(dgradient),
+        sum=total.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return dgradient, total
 
 
 def gradient_step(theta: Tensor, gradient: Tensor, rates: Tensor) -> Tensor:

@@ -64,9 +64,9 @@ class NativeProgram:
     def run(self, theta: Theta, phi: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``(y [T, N, ...], statistics [T, S])``; y is differentiable in theta, phi and x."""
         self.check_examples(x.shape[1], "x")
-        executor, rows = theta.on(self.executor)
+        executor, rows, start = theta.on(self.executor)
         run = Run(executor, self._reference, self.buffers(), keep=torch.is_grad_enabled())
-        y, _ = ProgramForward.apply(run, rows, phi, x)
+        y, _ = ProgramForward.apply(run, rows, phi, x, start)
         return y, run.statistics
 
 

@@ -65,11 +65,15 @@ class Theta:
     """``[T, P]`` rows of adapted parameters and, where they are kept packed, ``[T, K]`` rows.
 
     ``root`` is what gradients are taken with respect to; everything else is computed from it.
+    ``start``: the packed row that it is for every task, where it is one for several tasks.
     """
 
-    def __init__(self, root: Tensor, packing: PackedExecutor | None = None) -> None:
+    def __init__(
+        self, root: Tensor, packing: PackedExecutor | None = None, start: Tensor | None = None
+    ) -> None:
         self.root = root
         self.packing = packing
+        self.start = start
         self._rows = root if packing is None else None
 
     @classmethod
@@ -83,7 +87,8 @@ class Theta:
 
     def expand(self, tasks: int) -> Theta:
         """One row for each of ``tasks`` tasks."""
-        return self.moved(self.root.expand(tasks, -1))
+        root = self.root.expand(tasks, -1)
+        return Theta(root, self.packing, self.root if self.packing and tasks > 1 else None)
 
     def moved(self, root: Tensor) -> Theta:
         """Other values in the same order of elements."""
@@ -113,12 +118,12 @@ class Theta:
             return other.root
         return self.ordered(other.rows)
 
-    def on(self, executor: Executor) -> tuple[Executor, Tensor]:
-        """``executor``, or its packed twin, with the rows that it takes."""
+    def on(self, executor: Executor) -> tuple[Executor, Tensor, Tensor | None]:
+        """``executor``, or its packed twin, with the rows that it takes, and with ``start``."""
         twin = executor.packed
         if self.packing is None or twin is None or twin.packing != self.packing.packing:
-            return executor, self.rows
-        return twin, self.root
+            return executor, self.rows, None
+        return twin, self.root, self.start
 
 
 class Start:

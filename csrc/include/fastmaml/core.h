@@ -123,6 +123,7 @@ struct BackwardTangentArgs {
   void* dgshared = nullptr;
   void* dgx = nullptr;
   int threads = 1;
+  bool sum_theta = false;  // dgtheta is one row, the sum over tasks
 };
 
 enum class TaskLoss { kCrossEntropy, kMeanSquaredError };
@@ -253,6 +254,20 @@ class EpisodeDrawer {
   std::vector<Index> members_, starts_, counts_;
   std::vector<double> factors_, shifts_;
 };
+
+// Back through a gradient step, theta - rate * gradient for each of the tasks, from a theta that
+// they share.
+struct StepAdjointArgs {
+  DType dtype = DType::kFloat32;
+  const void* cotangent = nullptr;  // [tasks, size]
+  Index tasks = 0;
+  Index size = 0;
+  double rate = 0;
+  void* dgradient = nullptr;  // [tasks, size], -rate * cotangent; null: not wanted
+  void* sum = nullptr;        // [size], of the cotangents over tasks, in their order
+  int threads = 1;
+};
+void step_adjoint(const StepAdjointArgs& args);
 
 // GFLOP/s of float32 fused multiply-adds in the registers of so many threads: the measure that
 // timings are held against. Takes some tenths of a second.
