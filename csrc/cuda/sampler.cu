@@ -32,8 +32,7 @@ struct DrawEpisodes {
     if (team.rank() == 0) *turns = draw(task, way, images, images + examples);
     team.sync();
     write(team, images, *turns);
-    team.sync();
-    if (args.place != nullptr && team.rank() == 0) move_on(team);
+    if (args.place != nullptr) move_on(team);
   }
 
  private:
@@ -81,7 +80,8 @@ struct DrawEpisodes {
 
   // The last block does it, when no other will read the place any more.
   FASTMAML_TEAM void move_on(const Team& team) const {
-    if (team.is_last_block(reinterpret_cast<unsigned long long*>(args.place + 2))) ++args.place[1];
+    const bool last = team.is_last_block(reinterpret_cast<unsigned long long*>(args.place + 2));
+    if (last && team.rank() == 0) ++args.place[1];
   }
 };
 

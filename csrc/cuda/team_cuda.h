@@ -22,14 +22,18 @@ class Team {
   FASTMAML_TEAM Index blocks() const { return gridDim.x; }
   FASTMAML_TEAM void sync() const { __syncthreads(); }
 
-  // For one thread of each block, after its team's last sync(): whether all other blocks have been
-  // here. What they read and wrote before is then done. `arrived` is 0 before and after a launch.
+  // For whole teams, once in a launch: whether all other blocks have been here. What they read and
+  // wrote before is then done, and plain loads see it. `arrived` is 0 before and after a launch.
   FASTMAML_TEAM bool is_last_block(unsigned long long* arrived) const {
-    __threadfence();
-    if (atomicAdd(arrived, 1ull) + 1 < gridDim.x) return false;
-    *arrived = 0;
-    __threadfence();
-    return true;
+    __syncthreads();
+    bool last = false;
+    if (threadIdx.x == 0) {
+      __threadfence();  // also for what the barrier has shown this thread: the whole team's writes
+      last = atomicAdd(arrived, 1ull) + 1 == gridDim.x;
+      if (last) *arrived = 0;
+      __threadfence();  // lines that the team's cache held before are not read again
+    }
+    return __syncthreads_or(last);
   }
 };
 

@@ -53,9 +53,9 @@ class Team {
   void sync() const { barrier_->wait(); }
 
   bool is_last_block(unsigned long long* arrived) const {
-    if (++*arrived < static_cast<unsigned long long>(blocks_)) return false;
-    *arrived = 0;
-    return true;
+    if (rank_ == 0 && ++*arrived == static_cast<unsigned long long>(blocks_)) *arrived = 0;
+    sync();
+    return *arrived == 0;
   }
 
  private:
