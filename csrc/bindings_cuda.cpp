@@ -107,9 +107,10 @@ class Mlp {
                  Index support_examples, Index support_batches, std::uintptr_t query_x,
                  std::uintptr_t query_y, Index query_examples, Index tasks, Index steps,
                  const std::string& loss, bool first_order, double rate, std::uintptr_t rates,
-                 Index rate_steps, std::uintptr_t losses, std::uintptr_t gtheta,
-                 std::uintptr_t grates, std::uintptr_t adapted, std::uintptr_t predictions,
-                 std::uintptr_t scratch, const Stream& stream) const {
+                 Index rate_steps, std::uintptr_t losses, std::uintptr_t mean_loss,
+                 std::uintptr_t gtheta, std::uintptr_t grates, std::uintptr_t adapted,
+                 std::uintptr_t predictions, std::uintptr_t scratch, std::uintptr_t arrived,
+                 const Stream& stream) const {
     MlpMetaStep args = empty();
     args.theta = in(theta);
     args.support_x = in(support_x);
@@ -127,6 +128,7 @@ class Mlp {
     args.rates = in(rates);
     args.rate_steps = rate_steps;
     args.losses = out(losses);
+    args.mean_loss = out(mean_loss);
     args.gradient = gtheta != 0;
     args.rates_gradient = grates != 0;
     args.gtheta = out(gtheta);
@@ -134,6 +136,7 @@ class Mlp {
     args.adapted = out(adapted);
     args.predictions = out(predictions);
     args.scratch = out(scratch);
+    args.arrived = pointer<std::uint64_t>(arrived);
     py::gil_scoped_release unlocked;
     kernels_.mlp_meta_step(args, stream);
   }
@@ -201,8 +204,9 @@ void bind_device(py::module_& module) {
            py::arg("query_x") = 0, py::arg("query_y") = 0, py::arg("query_examples") = 0,
            py::arg("tasks"), py::arg("steps"), py::arg("loss"), py::arg("first_order") = false,
            py::arg("rate"), py::arg("rates") = 0, py::arg("rate_steps") = 1, py::arg("losses") = 0,
-           py::arg("gtheta") = 0, py::arg("grates") = 0, py::arg("adapted") = 0,
-           py::arg("predictions") = 0, py::arg("scratch") = 0, py::arg("stream"));
+           py::arg("mean_loss") = 0, py::arg("gtheta") = 0, py::arg("grates") = 0,
+           py::arg("adapted") = 0, py::arg("predictions") = 0, py::arg("scratch") = 0,
+           py::arg("arrived") = 0, py::arg("stream"));
 
   constexpr auto kStatic = py::return_value_policy::reference;
   module.attr("cuda") = py::cast(cuda_kernels(), kStatic);

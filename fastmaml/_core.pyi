@@ -262,11 +262,13 @@ class Mlp:
         rates: int = 0,
         rate_steps: int = 1,
         losses: int = 0,
+        mean_loss: int = 0,
         gtheta: int = 0,
         grates: int = 0,
         adapted: int = 0,
         predictions: int = 0,
         scratch: int = 0,
+        arrived: int = 0,
         stream: Stream,
     ) -> None: ...
 

@@ -10,7 +10,7 @@ from mlp_problems import CHANGES, MODULES, SUPPORT, Pointwise, check, in_double
 from mlp_problems import problem as mlp_problem
 from torch import Tensor, nn
 
-from fastmaml.backends.base import MetaStep
+from fastmaml.backends.base import MetaStep, MetaStepResult
 from fastmaml.backends.mlp import MlpKernel
 from fastmaml.backends.reference import ReferenceExecutor
 from fastmaml.program.capture import capture
@@ -47,11 +47,32 @@ def test_kinds_of_calls(change, threads):
     check(found, reference.meta_step(call), call)
 
 
+@pytest.mark.parametrize("threads", [1, 5])
+def test_more_than_one_block_adds_up(threads):
+    kernel, reference, call = problem(*MODULES["sine"], "mse", torch.float64, steps=9, rate_steps=9)
+    found = kernel.meta_step(call, emulated_threads=threads)
+    check(found, reference.meta_step(call), call)
+    torch.testing.assert_close(found.take_loss(), found.losses.mean())
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("tasks", [1, 7, 33, 300])
+def test_the_mean_loss_comes_along(tasks, gradient):
+    graph, layout, call = mlp_problem(
+        *MODULES["images"], "cross_entropy", torch.float32, tasks=tasks, gradient=gradient
+    )
+    found = MlpKernel.of(graph, layout, torch.float32).meta_step(call)
+    assert found.mean_loss.shape == ()
+    torch.testing.assert_close(found.mean_loss, found.losses.double().mean().float())
+
+
 @pytest.mark.parametrize("missing", [["query_y"], ["query_x", "query_y"]])
 def test_adaptation_without_a_query_set(missing):
     kernel, reference, call = problem(*MODULES["sine"], "mse", torch.float64, gradient=False)
     call = replace(call, **dict.fromkeys(missing))
-    check(kernel.meta_step(call), reference.meta_step(call), call)
+    found = kernel.meta_step(call)
+    check(found, reference.meta_step(call), call)
+    assert found.mean_loss is None
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -65,15 +86,22 @@ def test_activations(function):
 
 def test_results_do_not_depend_on_the_number_of_threads():
     kernel, _, call = problem(*MODULES["sine"], "mse", torch.float32, rate_steps=0)
-    one, many = (kernel.meta_step(call, emulated_threads=n) for n in (1, 7))
-    assert torch.equal(one.theta_grad, many.theta_grad)
-    assert torch.equal(one.rates_grad, many.rates_grad)
+    one, many, again = (kernel.meta_step(call, emulated_threads=n) for n in (1, 7, 7))
+    for other in (many, again):
+        assert_same_bits(other, one)
+
+
+def assert_same_bits(found: MetaStepResult, expected: MetaStepResult) -> None:
+    for name in ("losses", "mean_loss", "theta_grad", "rates_grad"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
 def test_nan_comes_through():
     kernel, _, call = problem(*MODULES["images"], "cross_entropy", torch.float32)
     call.query_x[1, 0, 0] = float("nan")
-    assert kernel.meta_step(call).losses.isnan().tolist() == [False, True, False, False]
+    found = kernel.meta_step(call)
+    assert found.losses.isnan().tolist() == [False, True, False, False]
+    assert found.mean_loss.isnan()
 
 
 class Branched(nn.Module):
@@ -152,3 +180,21 @@ def problem_of_size(width: int, outputs: int) -> tuple[MlpKernel, MetaStep]:
 def test_on_a_gpu(name, loss, change, dtype):
     kernel, reference, call = problem(*MODULES[name], loss, dtype, "cuda", **CHANGES[change])
     check(kernel.meta_step(call), reference.meta_step(in_double(call)), call)
+
+
+@pytest.mark.gpu
+def test_on_streams_and_in_a_graph_at_once():
+    kernel, _, call = problem(*MODULES["sine"], "mse", torch.float32, "cuda", rate_steps=0)
+    expected = kernel.meta_step(call)
+    graph, streams, found = torch.cuda.CUDAGraph(), [torch.cuda.Stream() for _ in range(3)], []
+    with torch.cuda.graph(graph):
+        captured = kernel.meta_step(call)
+    torch.cuda.synchronize()
+    for _ in range(50):
+        graph.replay()
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(kernel.meta_step(call))
+    torch.cuda.synchronize()
+    for result in (captured, *found):
+        assert_same_bits(result, expected)

@@ -1,4 +1,4 @@
-// Sums over tasks, in an order that depends on their number alone: no atomics.
+// Sums over tasks, in an order that depends on their number alone: nothing is added by atomics.
 #pragma once
 
 #include "cuda/team.h"
@@ -32,6 +32,22 @@ FASTMAML_TEAM void sum_columns(const Team& team, Index tasks, Index columns, T* 
     for (int group = 1; group < kGroups; ++group) sum += partial[group * kColumns + item];
     total(first + item, sum);
   }
+}
+
+// The same sum of one column, to the last bit, by one thread: term(task).
+template <typename T, typename Term>
+FASTMAML_TEAM T sum_column(Index tasks, Term term) {
+  constexpr int kAtOnce = 2 * kGroups;  // terms that are read before any is added
+  T sums[kGroups] = {};
+  for (Index first = 0; first < tasks; first += kAtOnce) {
+    const Index left = tasks - first;  // past the end the first is read again: no branches
+    T terms[kAtOnce];
+    for (int i = 0; i < kAtOnce; ++i) terms[i] = term(first + (i < left ? i : 0));
+    for (int i = 0; i < kAtOnce; ++i) sums[i % kGroups] += i < left ? terms[i] : T(0);
+  }
+  T sum = sums[0];
+  for (int group = 1; group < kGroups; ++group) sum += sums[group];
+  return sum;
 }
 
 }  // namespace FASTMAML_TEAM_NAMESPACE

@@ -1,12 +1,12 @@
 // A whole meta-step of a small multi-layer perceptron: one block runs a task's inner loop and its
-// exact adjoint in shared memory (fastmaml/program/README.md has the maths), and a second, small
-// kernel takes the means over tasks. theta_k of every inner step goes to scratch memory; a step's
+// exact adjoint in shared memory (fastmaml/program/README.md has the maths), and the last block to
+// finish takes the means over tasks. theta_k of every inner step goes to scratch memory; a step's
 // activations are computed again in its adjoint, together with their tangents.
 #include <algorithm>
 
-#include "cuda/column_sums.h"
 #include "cuda/mlp.h"
 #include "cuda/mlp_network.h"
+#include "cuda/task_means.h"
 
 namespace fastmaml {
 namespace FASTMAML_TEAM_NAMESPACE {
@@ -14,6 +14,9 @@ namespace FASTMAML_TEAM_NAMESPACE {
 namespace {
 
 constexpr const char* kName = "mlp_meta_step";
+// Bytes of the tasks' gradients that one block adds up; more are left to many blocks of a second
+// launch. An estimate: what a block reads from the L2 cache in the few microseconds of a launch.
+constexpr Index kMostForOneBlock = Index{384} << 10;
 
 // Where a call's pieces lie in its scratch memory, in elements.
 struct Scratch {
@@ -33,10 +36,20 @@ Scratch scratch_of(const MlpMetaStep& args, const Network& network) {
   return {0, steps, row, steps + args.tasks * row};
 }
 
-// Elements of the team's own memory.
-Index shared_elements(const MlpMetaStep& args, const Network& network) {
+Index element_size(const MlpMetaStep& args) {
+  return args.dtype == DType::kFloat32 ? sizeof(float) : sizeof(double);
+}
+
+bool sums_apart(const MlpMetaStep& args, const Scratch& scratch) {
+  return args.tasks * scratch.row * element_size(args) > kMostForOneBlock;
+}
+
+// Of the team's own memory.
+Index shared_bytes_of(const MlpMetaStep& args, const Network& network) {
   const Index most = std::max(args.support_examples, args.query_examples);
-  return 3 * Index{network.places} + most * (network.layers[0].in + 6 * Index{network.widths} + 1);
+  const Index elements =
+      3 * Index{network.places} + most * (network.layers[0].in + 6 * Index{network.widths} + 1);
+  return std::max<Index>(elements * element_size(args), TaskMeans<double>::kSharedBytes);
 }
 
 template <typename T>
@@ -46,7 +59,9 @@ struct MetaStepOfTask {
   MlpMetaStep args;
   Network network;
   Scratch scratch;
+  TaskMeans<T> means;
   int most_examples;
+  bool keeps_steps, takes_means;
 
   FASTMAML_TEAM void operator()(const Team& team, unsigned char* shared) const {
     Run run(*this, team, reinterpret_cast<T*>(shared));
@@ -55,12 +70,14 @@ struct MetaStepOfTask {
     run.write_adapted();
     if (args.query_x == nullptr) return;
     run.query();
-    if (!args.gradient) return;
-    for (Index k = args.steps - 1; k >= 0 && keeps_steps; --k) run.adjoint_step(k);
-    run.write_gradient();
+    if (args.gradient) {
+      for (Index k = args.steps - 1; k >= 0 && keeps_steps; --k) run.adjoint_step(k);
+      run.write_gradient();
+    }
+    if (takes_means && team.is_last_block(reinterpret_cast<unsigned long long*>(args.arrived))) {
+      means.by_one_block(team, shared);
+    }
   }
-
-  bool keeps_steps;
 
  private:
   // One task on its way through the inner loop and back.
@@ -234,25 +251,6 @@ struct MetaStepOfTask {
   };
 };
 
-// The means over tasks of the gradients of theta and of the rates.
-template <typename T>
-struct MeanOverTasks {
-  static constexpr int kThreads = kColumns * kGroups;
-
-  const T* rows;  // [tasks][row]
-  Index tasks, row, theta_size;
-  T *gtheta, *grates;
-
-  FASTMAML_TEAM void operator()(const Team& team, unsigned char* shared) const {
-    sum_columns<T>(
-        team, tasks, row, reinterpret_cast<T*>(shared),
-        [&](Index task, Index i) { return rows[task * row + i]; },
-        [&](Index i, T sum) {
-          (i < theta_size ? gtheta[i] : grates[i - theta_size]) = sum / T(tasks);
-        });
-  }
-};
-
 Network network_of(const MlpMetaStep& args) {
   Network network{};
   require(args.depth >= 1 && args.depth <= Network::kMostLayers, kName,
@@ -287,10 +285,6 @@ Network network_of(const MlpMetaStep& args) {
   return network;
 }
 
-Index element_size(const MlpMetaStep& args) {
-  return args.dtype == DType::kFloat32 ? sizeof(float) : sizeof(double);
-}
-
 void check(const MlpMetaStep& args, Index shared_bytes, int device) {
   const bool query = args.query_x != nullptr, targets = query && args.query_y != nullptr;
   require(args.theta != nullptr && args.theta_size > 0, kName, "theta must not be null or empty");
@@ -310,6 +304,10 @@ void check(const MlpMetaStep& args, Index shared_bytes, int device) {
           "rate_steps must be 1 or steps");
   require(args.scratch != nullptr || mlp_scratch_bytes(args) == 0, kName,
           "scratch must not be null");
+  require(args.mean_loss == nullptr || (targets && args.losses != nullptr), kName,
+          "query_x, query_y and losses must not be null where their mean is wanted");
+  require(args.arrived != nullptr || (!args.gradient && args.mean_loss == nullptr), kName,
+          "arrived must not be null where means over tasks are wanted");
   require(shared_bytes <= shared_memory_limit(device), kName,
           "the network does not fit into a block's shared memory");
 }
@@ -317,24 +315,25 @@ void check(const MlpMetaStep& args, Index shared_bytes, int device) {
 template <typename T>
 void run_as(const MlpMetaStep& args, const Network& network, const Stream& stream) {
   const Scratch scratch = scratch_of(args, network);
+  const TaskMeans<T> means{args.tasks,
+                           static_cast<const T*>(args.losses),
+                           static_cast<T*>(args.mean_loss),
+                           static_cast<const T*>(args.scratch) + scratch.rows,
+                           scratch.row,
+                           args.theta_size,
+                           static_cast<T*>(args.gtheta),
+                           static_cast<T*>(args.grates)};
   const int most = static_cast<int>(std::max(args.support_examples, args.query_examples));
-  launch(kName, MetaStepOfTask<T>{args, network, scratch, most, keeps_steps(args)}, args.tasks,
-         static_cast<std::size_t>(shared_elements(args, network)) * sizeof(T), stream);
-  if (!args.gradient) return;
-  const MeanOverTasks<T> means{static_cast<const T*>(args.scratch) + scratch.rows,
-                               args.tasks,
-                               scratch.row,
-                               args.theta_size,
-                               static_cast<T*>(args.gtheta),
-                               static_cast<T*>(args.grates)};
-  launch(kName, means, column_blocks(scratch.row), sizeof(T) * means.kThreads, stream);
+  const bool any = args.gradient || args.mean_loss != nullptr, apart = sums_apart(args, scratch);
+  launch(kName,
+         MetaStepOfTask<T>{args, network, scratch, means, most, keeps_steps(args), any && !apart},
+         args.tasks, static_cast<std::size_t>(shared_bytes_of(args, network)), stream);
+  if (apart) launch(kName, means, column_blocks(scratch.row), means.kSharedBytes, stream);
 }
 
 }  // namespace
 
-Index mlp_shared_bytes(const MlpMetaStep& args) {
-  return shared_elements(args, network_of(args)) * element_size(args);
-}
+Index mlp_shared_bytes(const MlpMetaStep& args) { return shared_bytes_of(args, network_of(args)); }
 
 Index mlp_scratch_bytes(const MlpMetaStep& args) {
   return scratch_of(args, network_of(args)).total * element_size(args);

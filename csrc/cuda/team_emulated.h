@@ -68,6 +68,7 @@ template <typename Body>
 void launch(const std::string&, const Body& body, Index blocks, std::size_t shared_bytes,
             const Stream& stream) {
   const int size = stream.emulated_threads;
+  if (stream.emulated_launches != nullptr) ++*stream.emulated_launches;
   std::vector<std::max_align_t> shared(shared_bytes / sizeof(std::max_align_t) + 1);
   Barrier barrier(size);
   const auto member = [&](int rank) {

@@ -3,6 +3,7 @@
 
 #include "check.h"
 #include "cpu/activation_names.h"
+#include "cuda/task_means.h"
 #include "fastmaml/device.h"
 #include "program_builder.h"
 
@@ -26,7 +27,8 @@ struct Case {
 };
 
 struct Results {
-  Values losses, gtheta, grates, adapted, predictions;
+  Values losses, mean_loss, gtheta, grates, adapted, predictions;
+  Index launches = 0;
 };
 
 class Problem {
@@ -62,6 +64,7 @@ class Problem {
     fastmaml::MetaStepArgs args;
     fill(&args);
     args.losses = r.losses.data();
+    args.mean_loss = r.mean_loss.data();
     args.gtheta = r.gtheta.data();
     if (c_.rate_steps > 0) args.grates = r.grates.data();
     args.adapted = r.adapted.data();
@@ -76,6 +79,7 @@ class Problem {
     args.gradient = true;
     args.rates_gradient = c_.rate_steps > 0;
     args.losses = r.losses.data();
+    args.mean_loss = r.mean_loss.data();
     args.gtheta = r.gtheta.data();
     args.grates = r.grates.data();
     args.adapted = r.adapted.data();
@@ -83,7 +87,10 @@ class Problem {
     const auto& kernels = *fastmaml::emulated_kernels();
     auto scratch = poisoned<double>(kernels.mlp_scratch_bytes(args) / sizeof(double));
     args.scratch = scratch.data();
-    kernels.mlp_meta_step(args, Stream{0, 0, threads});
+    std::uint64_t arrived = 0;
+    args.arrived = &arrived;
+    kernels.mlp_meta_step(args, Stream{0, 0, threads, &r.launches});
+    check(arrived == 0, c_.name + ": the counter of blocks is not left as it was");
     return r;
   }
 
@@ -121,8 +128,11 @@ class Problem {
   }
 
   Results empty() const {
-    return {poisoned<double>(c_.tasks), poisoned<double>(size_),
-            poisoned<double>(c_.rate_steps * size_), poisoned<double>(c_.tasks * size_),
+    return {poisoned<double>(c_.tasks),
+            poisoned<double>(1),
+            poisoned<double>(size_),
+            poisoned<double>(c_.rate_steps * size_),
+            poisoned<double>(c_.tasks * size_),
             poisoned<double>(c_.tasks * c_.query * c_.widths.back())};
   }
 
@@ -134,18 +144,28 @@ class Problem {
   std::vector<std::int64_t> labels_;
 };
 
-void check_case(const Case& c) {
+bool same_means(const Results& a, const Results& b) {
+  return a.mean_loss == b.mean_loss && a.gtheta == b.gtheta && a.grates == b.grates;
+}
+
+// In so many launches.
+void check_case(const Case& c, Index launches = 1) {
   const Problem problem(c);
   const Results expected = problem.by_program();
+  Results before;
   for (const int threads : {1, 5}) {
     const std::string name = c.name + ", " + std::to_string(threads) + " threads: ";
     const Results got = problem.by_kernel(threads);
     constexpr double kUnits = 1e4;
     check_close(got.losses, expected.losses, kUnits, name + "losses");
+    check_close(got.mean_loss, expected.mean_loss, kUnits, name + "their mean");
     check_close(got.predictions, expected.predictions, kUnits, name + "predictions");
     check_close(got.adapted, expected.adapted, kUnits, name + "adapted");
     check_close(got.gtheta, expected.gtheta, kUnits, name + "gradient");
     check_close(got.grates, expected.grates, kUnits, name + "gradient of the rates");
+    check(got.launches == launches, name + "launches");
+    check(threads == 1 || same_means(got, before), name + "other means than by one thread");
+    before = got;
   }
 }
 
@@ -162,10 +182,57 @@ void check_cases() {
   check_case({"one layer", {4, 3}, "", labels, 3, 6, 6, 4, 0});
   check_case({"one example", {1, 1}, "", mse, 1, 1, 1, 2, 1});
   check_case({"output activation", {4, 6, 3}, "sigmoid", mse, 3, 6, 6, 2, 0, false, true});
+  check_case({"as much as one block adds up", {31, 32}, "", mse, 48, 2, 1, 1, 0});
+  check_case({"more than one block adds up", {31, 32}, "", mse, 49, 2, 1, 1, 0}, 2);
+  check_case({"many sums", {5, 61, 53, 3}, "tanh", mse, 9, 3, 2, 2, 1}, 2);
   check_case({"mini-batches", {3, 5, 2}, "tanh", labels, 3, 4, 6, 5, 1, false, false, 2});
   for (const char* function :
        {"leaky_relu", "selu", "gelu_tanh", "hardtanh", "log_sigmoid", "square", "cos", "exp"}) {
     check_case({function, {3, 6, 5, 2}, function, mse, 3, 5, 4, 2, 0});
+  }
+}
+
+// The two ways to take means over tasks, whichever of them a call takes.
+template <typename T>
+void check_means(Index tasks, Index row, Index theta_size) {
+  using fastmaml::emulated::Team;
+  using Means = fastmaml::emulated::TaskMeans<T>;
+  struct ByOneBlock : Means {
+    void operator()(const Team& team, unsigned char* shared) const {
+      this->by_one_block(team, shared);
+    }
+  };
+  const std::vector<T> losses = random_values<T>(tasks), rows = random_values<T>(tasks * row);
+  const auto means = [&](bool one_block, int threads) {
+    std::vector<T> out = poisoned<T>(1 + row);
+    const Means body{tasks, losses.data(), out.data(),     rows.data(),
+                     row,   theta_size,    out.data() + 1, out.data() + 1 + theta_size};
+    const Stream stream{0, 0, threads};
+    if (one_block) {
+      fastmaml::emulated::launch("", ByOneBlock{body}, 1, Means::kSharedBytes, stream);
+    } else {
+      const Index blocks = fastmaml::emulated::column_blocks(row);
+      fastmaml::emulated::launch("", body, blocks, Means::kSharedBytes, stream);
+    }
+    return out;
+  };
+  Values expected(1 + row);
+  for (Index task = 0; task < tasks; ++task) {
+    expected[0] += losses[task] / tasks;
+    for (Index i = 0; i < row; ++i) expected[1 + i] += rows[task * row + i] / double(tasks);
+  }
+  const std::string name = std::to_string(tasks) + " tasks, " + std::to_string(row) + ": ";
+  const std::vector<T> got = means(true, 1);
+  check_close(got, expected, 100, name + "means");
+  check(got == means(true, 3) && got == means(false, 1) && got == means(false, 3),
+        name + "means depend on who takes them");
+}
+
+void check_means() {
+  for (const Index tasks : {1, 7, 8, 25, 31, 32, 33, 100, 513}) {
+    check_means<double>(tasks, 1, 1);
+    check_means<float>(tasks, 67, 67);
+    check_means<double>(tasks, 132, 33);
   }
 }
 
@@ -198,6 +265,11 @@ void check_errors() {
     a->gradient = true;
     a->gtheta = out;
   });
+  check_refused("arrived", [](MlpMetaStep* a) {
+    a->losses = out;
+    a->mean_loss = out;
+  });
+  check_refused("their mean", [](MlpMetaStep* a) { a->mean_loss = out; });
 }
 
 // What is out of range is not read, and the loss says so.
@@ -216,6 +288,7 @@ void check_labels_out_of_range() {
 
 int main() {
   check_cases();
+  check_means();
   check_errors();
   check_labels_out_of_range();
   return report("cuda_mlp");

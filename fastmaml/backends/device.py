@@ -6,6 +6,7 @@ import functools
 import warnings
 
 import torch
+from torch import Tensor
 
 from fastmaml import _core
 
@@ -47,3 +48,20 @@ def stream_on(device: torch.device, emulated_threads: int = 1) -> _core.Stream:
         return _core.Stream(emulated_threads=emulated_threads)
     stream = torch.cuda.current_stream(device)
     return _core.Stream(handle=stream.cuda_stream, device=stream.device_index)
+
+
+def block_counter(device: torch.device) -> Tensor:
+    """A zero for a kernel on :func:`stream_on`'s stream that counts its blocks and leaves a zero.
+
+    Kernels of one stream take turns with it. A graph under capture may be replayed beside any of
+    them: it gets one of its own, which each replay sets to zero. Each call on the CPU has its own.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int64, device=device)
+    stream = torch.cuda.current_stream(device)
+    return _counter_of_stream(stream.device_index, stream.cuda_stream)
+
+
+@functools.cache
+def _counter_of_stream(index: int, stream: int) -> Tensor:
+    return torch.zeros(1, dtype=torch.int64, device=torch.device("cuda", index))

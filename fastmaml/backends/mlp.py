@@ -6,7 +6,7 @@ import torch
 
 from fastmaml import _core
 from fastmaml.backends.base import MetaStep, MetaStepResult
-from fastmaml.backends.device import kernels_or_emulated, stream_on
+from fastmaml.backends.device import block_counter, kernels_or_emulated, stream_on
 from fastmaml.backends.native import MetaStepArguments, batch_sizes, dtype_name, pointer
 from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
@@ -55,7 +55,11 @@ class MlpKernel:
         if kernels is None:
             raise RuntimeError(f"fastmaml's CUDA kernels do not run on {theta.device}")
         tasks, _, query = batch_sizes(call)
-        result = MetaStepResult(losses=theta.new_zeros(tasks))
+        if call.query_y is None:
+            result, counter = MetaStepResult(losses=theta.new_zeros(tasks)), None
+        else:
+            result = MetaStepResult(losses=theta.new_empty(tasks), mean_loss=theta.new_empty(()))
+            counter = block_counter(theta.device)
         if call.gradient:
             result.theta_grad = torch.empty_like(theta)
             result.phi_grad = torch.zeros_like(call.phi) if call.shared_gradient else None
@@ -80,11 +84,13 @@ class MlpKernel:
         )
         network.meta_step(
             **arguments.common(result.losses),
+            mean_loss=pointer(result.mean_loss),
             gtheta=pointer(result.theta_grad),
             grates=pointer(result.rates_grad),
             adapted=pointer(result.adapted),
             predictions=pointer(result.predictions),
             scratch=scratch.data_ptr(),
+            arrived=pointer(counter),
             stream=stream_on(theta.device, emulated_threads),
         )
         return result

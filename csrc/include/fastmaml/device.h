@@ -13,7 +13,8 @@ namespace fastmaml {
 struct Stream {
   std::uintptr_t handle = 0;  // a cudaStream_t
   int device = 0;
-  int emulated_threads = 1;  // of a team on the host
+  int emulated_threads = 1;            // of a team on the host
+  Index* emulated_launches = nullptr;  // counted here, if anywhere
 };
 
 // One batch of episodes, bit for bit that of EpisodeDrawer::draw. See core.h for the images' values
@@ -100,11 +101,15 @@ struct MlpMetaStep {
   bool gradient = false;        // gtheta is wanted
   bool rates_gradient = false;  // grates is wanted, too
   void* losses = nullptr;       // [tasks]
+  void* mean_loss = nullptr;    // [1], of losses
   void* gtheta = nullptr;       // [theta_size], mean over tasks
   void* grates = nullptr;       // [rate_steps, theta_size], mean over tasks
   void* adapted = nullptr;      // [tasks, theta_size]
   void* predictions = nullptr;  // [tasks, query_examples, out]
   void* scratch = nullptr;      // mlp_scratch_bytes of this very call
+  // [1], zero before the call and after it; for gtheta and mean_loss. Calls that may run at the
+  // same time have each their own.
+  std::uint64_t* arrived = nullptr;
 };
 
 struct DeviceKernels {
