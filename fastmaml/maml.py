@@ -54,7 +54,7 @@ class MAML(BaseLearner):
     Attributes:
         memory_budget: bytes of inner steps' activations that :meth:`meta_loss` keeps on the CPU,
             to be set on any wrapper; steps that do not fit run a second time. None, as it is at
-            first: 128 MiB for each thread.
+            first: 96 MiB for each thread.
 
     Raises:
         TypeError: ``model`` is no module, or ``lr`` no number.

@@ -87,9 +87,10 @@ class NativeProgram final : public Program, public std::enable_shared_from_this<
 void check_meta_step(const MetaStepArgs& args, const ProgramSizes& sizes, Index output_rows,
                      Index output_columns);
 
-// Elements of a region of gradients with respect to `sources`.
+// Elements of a region of gradients with respect to `sources`; see Flow for `over_values`.
 template <typename T>
-Index gradient_region_size(const Plan<T>& plan, const BatchPlan<T>& batch, Sources sources);
+Index gradient_region_size(const Plan<T>& plan, const BatchPlan<T>& batch, Sources sources,
+                           bool over_values = false);
 
 // Between torch's layout and the program's, one task at a time, shared by its team.
 template <typename T>

@@ -151,10 +151,12 @@ std::shared_ptr<T> NativeProgram<T>::pack_buffers(const T* buffers) {
 }
 
 template <typename T>
-Index gradient_region_size(const Plan<T>& plan, const BatchPlan<T>& batch, Sources sources) {
+Index gradient_region_size(const Plan<T>& plan, const BatchPlan<T>& batch, Sources sources,
+                           bool over_values) {
   const bool output_needs_it = (plan.storages[plan.output].depends & (kTheta | kPhi)) == 0;
   const bool with_input = (sources & kInput) != 0 || output_needs_it;
-  return with_input ? batch.gradient_size_with_input : batch.gradient_size;
+  if (with_input) return batch.gradient_size_with_input;
+  return over_values ? batch.least_gradient_size : batch.gradient_size;
 }
 
 template <typename T>
@@ -187,7 +189,7 @@ template <typename T>
 T* begin_flow(Run<T>& run, Flow<T>& flow) {
   run.reset(flow);
   flow.value_written[run.plan.output] = 1;
-  return flow.region + run.batch.gradient[run.plan.output];
+  return run.place(flow, run.plan.output);
 }
 
 template <typename T>
@@ -220,7 +222,7 @@ void store_stats(const Run<T>& run, T* stats) {
   template void NativeProgram<T>::unpack_theta(const void*, Index, void*, int);               \
   template void NativeProgram<T>::transpose_shared(PackedParameters<T>&, Sources, int);       \
   template std::shared_ptr<T> NativeProgram<T>::pack_buffers(const T*);                       \
-  template Index gradient_region_size<T>(const Plan<T>&, const BatchPlan<T>&, Sources);       \
+  template Index gradient_region_size<T>(const Plan<T>&, const BatchPlan<T>&, Sources, bool); \
   template void load_input<T>(Run<T>&, const T*, T*);                                         \
   template void store_output<T>(Run<T>&, const T*, T*);                                       \
   template T* begin_flow<T>(Run<T>&, Flow<T>&);                                               \

@@ -65,10 +65,10 @@ void MetaStep<T>::allocate() {
 
 template <typename T>
 typename MetaStep<T>::StepMemory MetaStep<T>::take_step(const BatchPlan<T>& batch,
-                                                        Sources sources) const {
+                                                        bool over_values) const {
   ArenaPool& memory = program_.memory();
   return {memory.take<T>(batch.value_size),
-          memory.take<T>(gradient_region_size(plan_, batch, sources)),
+          memory.take<T>(gradient_region_size(plan_, batch, outer_, over_values)),
           memory.take<T>(plan_.theta.transposed_size())};
 }
 
@@ -84,7 +84,7 @@ template <typename T>
 void MetaStep<T>::take(Workspace& work) const {
   ArenaPool& memory = program_.memory();
   const Index saved = args_.steps - first_saved_;
-  for (Index i = 0; i < saved; ++i) work.steps.push_back(take_step(*support_batch_, outer_));
+  for (Index i = 0; i < saved; ++i) work.steps.push_back(take_step(*support_batch_, false));
   for (Index k = 0; k < args_.steps; ++k) work.thetas.push_back(memory.take<T>(theta_size_));
   const Index gradients = args_.steps == 0 ? 0 : keeps_gradients() ? saved : 1;
   for (Index i = 0; i < gradients; ++i) work.step_gradients.push_back(take_theta());
@@ -96,10 +96,10 @@ void MetaStep<T>::take(Workspace& work) const {
   if (args_.query_examples == 0) return;
   if (!wants_gradient()) {
     work.query.values = memory.take<T>(query_batch_->value_size);
-    work.query.gradients = memory.take<T>(gradient_region_size(plan_, *query_batch_, outer_));
+    work.query.gradients = memory.take<T>(gradient_region_size(plan_, *query_batch_, outer_, true));
     return;
   }
-  work.query = take_step(*query_batch_, outer_);
+  work.query = take_step(*query_batch_, true);
   work.adjoint = take_theta();
   work.phi = memory.take<T>((outer_ & kPhi) != 0 ? phi_size_ : 0);
   if (args_.steps == 0) return;

@@ -60,7 +60,7 @@ class MetaStep {
   void allocate();
   void take(Workspace& work) const;
   std::shared_ptr<T> take_theta() const;
-  StepMemory take_step(const BatchPlan<T>& batch, Sources sources) const;
+  StepMemory take_step(const BatchPlan<T>& batch, bool over_values) const;
   Index step_bytes() const;
 
   void run_task(Member& member) const;

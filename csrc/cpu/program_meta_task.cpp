@@ -125,6 +125,7 @@ void MetaStep<T>::query(Member& member) const {
   }
   if (args_.query_y == nullptr) return;
   run.first.region = work.query.gradients.get();
+  run.first.over_values = true;  // nobody reads them again
   const T value = loss(run, args_.query_y, member.task);
   if (args_.losses != nullptr && run.share.part == 0) {
     static_cast<T*>(args_.losses)[member.task] = value;

@@ -178,6 +178,7 @@ class NormReluOp final : public AffineOp<T> {
     width_ = this->positions_ / height_;
     const Place place = reader.need(0, channels_first(x, reader.lanes()), Padding::kRequired);
     this->inputs = {place.storage};
+    if (reader.may_overwrite(0, place)) reader.give_way(place);
     reader.keep(place);
     this->output = reader.produce(channels_first(reader.fused_output(), reader.lanes()));
   }

@@ -11,22 +11,25 @@ BatchPlan<T>::BatchPlan(const Plan<T>& plan, Index examples)
       gradient(plan.storages.size()),
       tangent(plan.storages.size()),
       ops(plan.ops.size()) {
-  for (std::size_t i = 0; i < plan.storages.size(); ++i) {
-    const Storage& storage = plan.storages[i];
-    value[i] = reserve_value(examples * storage.size);
-    tangent[i] = reserve_tangent(examples * storage.size);
-    if ((storage.depends & (kTheta | kPhi)) != 0) {
-      gradient[i] = reserve_gradient(examples * storage.gradient_size);
+  const auto place_gradients = [&](bool of_parameters, bool giving_way, Index& size) {
+    for (std::size_t i = 0; i < plan.storages.size(); ++i) {
+      const Storage& storage = plan.storages[i];
+      if (((storage.depends & (kTheta | kPhi)) != 0) != of_parameters) continue;
+      if (storage.gives_way != giving_way) continue;
+      gradient[i] = take(size, examples * storage.gradient_size);
     }
+  };
+  for (std::size_t i = 0; i < plan.storages.size(); ++i) {
+    value[i] = reserve_value(examples * plan.storages[i].size);
+    tangent[i] = reserve_tangent(examples * plan.storages[i].size);
   }
+  place_gradients(true, false, least_gradient_size);
   for (const auto& op : plan.ops) op->reserve(*plan.kernels, *this, ops[op->index]);
+  gradient_size = least_gradient_size;
+  place_gradients(true, true, gradient_size);
   gradient_size_with_input = gradient_size;
-  for (std::size_t i = 0; i < plan.storages.size(); ++i) {
-    const Storage& storage = plan.storages[i];
-    if ((storage.depends & (kTheta | kPhi)) == 0) {
-      gradient[i] = take(gradient_size_with_input, examples * storage.gradient_size);
-    }
-  }
+  place_gradients(false, false, gradient_size_with_input);
+  place_gradients(false, true, gradient_size_with_input);
 }
 
 namespace {

@@ -21,6 +21,9 @@ struct Storage {
   Index gradient_size = 0;  // of its gradient: the input's has padding that the input has not
   Sources depends = 0;      // what the value is a function of
   bool live = false;        // the output depends on it
+  // Whoever writes its gradient is the last to read the value, element by element: the gradient may
+  // take its place.
+  bool gives_way = false;
 };
 
 // A buffer among all buffers, as given and with its padding.
@@ -64,14 +67,17 @@ struct BatchPlan {
   BatchPlan(const Plan<T>& plan, Index examples);
 
   Index reserve_value(Index count) { return take(value_size, count); }
-  Index reserve_gradient(Index count) { return take(gradient_size, count); }
+  Index reserve_gradient(Index count) { return take(least_gradient_size, count); }
   Index reserve_tangent(Index count) { return take(tangent_size, count); }
 
   Index examples;
   std::vector<Index> value, gradient, tangent;  // by storage
   std::vector<OpPlaces> ops;
   Index value_size = 0;
-  Index gradient_size = 0;  // the input's gradient comes last: it is needed only where asked for
+  // Of gradients, from what every pass needs to what few do: those of values that give way come
+  // second to last, the input's last.
+  Index least_gradient_size = 0;
+  Index gradient_size = 0;
   Index gradient_size_with_input = 0;
   Index tangent_size = 0;
 
@@ -96,7 +102,8 @@ struct Target {
 template <typename T>
 struct Flow {
   T* region = nullptr;
-  T* theta = nullptr;  // packed gradients
+  bool over_values = false;  // gradients take the place of values that give way
+  T* theta = nullptr;        // packed gradients
   T* phi = nullptr;
   Sources sources = 0;  // what the gradient is taken with respect to
   std::vector<char> value_written;
@@ -163,9 +170,9 @@ class Run {
   }
   // The gradient that has arrived at a value; null where none has (zero).
   const T* arrived(const Flow<T>& flow, int storage) const {
-    return flow.value_written[storage] ? flow.region + batch.gradient[storage] : nullptr;
+    return flow.value_written[storage] ? place(flow, storage) : nullptr;
   }
-  const T* gradient(int storage) const { return first.region + batch.gradient[storage]; }
+  const T* gradient(int storage) const { return place(first, storage); }
 
   bool wanted(const Flow<T>& flow, int storage) const {
     return (plan.storages[storage].depends & flow.sources) != 0;
@@ -174,7 +181,11 @@ class Run {
     if (!wanted(flow, storage)) return {};
     const bool accumulate = flow.value_written[storage];
     flow.value_written[storage] = 1;
-    return {flow.region + batch.gradient[storage], accumulate};
+    return {place(flow, storage), accumulate};
+  }
+  T* place(const Flow<T>& flow, int storage) const {
+    const bool over = flow.over_values && plan.storages[storage].gives_way;
+    return over ? value_out(storage) : flow.region + batch.gradient[storage];
   }
   Target<T> into_slot(Flow<T>& flow, int slot) const {
     if (slot < 0 || (plan.slots[slot].source() & flow.sources) == 0) return {};

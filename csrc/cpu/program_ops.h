@@ -76,6 +76,8 @@ class OpReader {
   virtual bool feeds_batch_statistics() const = 0;
   // The contents of this input must stay as they are.
   virtual void keep(const Place& place) = 0;
+  // Nothing but this op reads the input, and its backward pass can write over it.
+  virtual void give_way(const Place& place) = 0;
   virtual int produce(const Layout& layout) = 0;
   // The output takes the memory of an input, and whoever wrote it must leave it alone.
   virtual int produce_in_place(const Place& place) = 0;

@@ -200,7 +200,7 @@ class Planner {
     if (!as_it_is) plan_.input_from_torch = gather_map(dense, layout);
     plan_.input_gradient_to_torch = gather_map(gradient, dense);
     plan_.input_size = dense.size();
-    plan_.storages.push_back({layout.size(), gradient.size(), kInput, false});
+    plan_.storages.push_back({layout.size(), gradient.size(), kInput});
     kept_.push_back(true);
     values_[0] = Place{0, layout};
   }
@@ -226,7 +226,7 @@ class Planner {
   }
 
   int new_storage(const Layout& layout, Sources depends) {
-    plan_.storages.push_back({layout.size(), layout.size(), depends, false});
+    plan_.storages.push_back({layout.size(), layout.size(), depends});
     kept_.push_back(false);
     return static_cast<int>(plan_.storages.size()) - 1;
   }
@@ -325,6 +325,10 @@ class Planner<T>::Reader final : public OpReader {
   }
 
   void keep(const Place& place) override { planner_.kept_[place.storage] = true; }
+
+  void give_way(const Place& place) override {
+    planner_.plan_.storages[place.storage].gives_way = true;
+  }
 
   int produce(const Layout& layout) override {
     const int storage = planner_.new_storage(layout, depends_);

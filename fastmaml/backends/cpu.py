@@ -20,7 +20,7 @@ from fastmaml.program.updates import FusedUpdate
 
 _PYTHON_ONLY = ("running", "momentum")  # whose running statistics a batch norm feeds, and how
 _STEP_PASSES = 6  # of a second-order inner step: forward, backward, and its part of the adjoint
-_MEMORY_BUDGET = 1 << 27  # bytes of activations that a meta-step keeps for each thread
+_MEMORY_BUDGET = 96 << 20  # bytes of activations that a meta-step keeps for each thread
 _WORTH_A_THREAD = 1 << 17  # elements to copy
 
 
