@@ -106,16 +106,16 @@ class Learner(BaseLearner):
         program = self._program(x)
         if isinstance(program, NativeProgram):
             assert isinstance(x, Tensor)
-            self._used |= program.used
-            y, statistics = program.run(self._theta, self._phi, x if self.tasks else x[None])
+            self._used.update(program.used)
+            y, statistics = program.run(self._theta, self._phi, x, one_task=self.tasks is None)
             self._record(program, statistics)
-            return y if self.tasks else y.squeeze(0)
+            return y
         if self.tasks is None:
             with twice_differentiable(self.module):
                 return self.module(*args, **kwargs)
         views = self._layout.views(self.theta, self._phi.expand(self.tasks, -1))
         outputs, statistics = program.run(views, args, kwargs)
-        self._used |= views.keys()
+        self._used.update(views)
         self._record(program, statistics)
         return outputs
 

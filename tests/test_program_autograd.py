@@ -105,3 +105,17 @@ def test_backward_passes_over_one_graph_do_not_mix(
     torch.autograd.grad(value, y, retain_graph=True)  # stops before the parameters
     assert_same(gradients(value, parameters), expected)
     assert_same(gradients(value, parameters), expected)
+
+
+@pytest.mark.parametrize("tasks", [None, 2])
+@pytest.mark.parametrize("last", [nn.Linear(6, 3, bias=False), nn.Linear(6, 1 << 14), nn.Tanh()])
+def test_the_output_may_be_written_to(
+    last: nn.Module, tasks: int | None, x: Tensor, backend: None
+) -> None:
+    """Also where it is a view of what the executor keeps, or large."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), last).double()
+    x = x if tasks is None else torch.stack([x, x.flip(1)])
+    learner = fastmaml.MAML(net, 0.1).clone(tasks=tasks)
+    parameters = list(net.parameters())
+    expected = gradients((learner(x) * 0.5).pow(3).mean(), parameters)
+    assert_same(gradients(learner(x).mul_(0.5).pow(3).mean(), parameters), expected)

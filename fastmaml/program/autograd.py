@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from fastmaml.backends.base import Executor, MetaStep, MetaStepResult
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.theta import Pack, Unpack
 
+Data = TypeVar("Data", Tensor, Tensor | None)
 Wanted = tuple[Tensor | None, Tensor | None, Tensor | None]  # gradients: gtheta, gphi, gx
 
 
@@ -35,6 +36,7 @@ class Run:
     reference: Executor
     buffers: Sequence[Tensor]
     keep: bool = True  # a backward pass may follow
+    one_task: bool = False  # the caller's x, y, and what goes along with them, have no task axis
     statistics: Tensor | None = None
     state: Any = None
     # by the backward pass in which they were met: (gradient state, tangent state) of directional
@@ -51,17 +53,26 @@ class Run:
         """What waits in this backward pass, and ``gy`` with it; None where nothing waits."""
         total: Wanted | None = None
         for gradient, tangent in self.waiting.pop(_backward_pass(), ()):
-            part = self.executor.backward_tangent(
+            gtheta, gphi, gx = self.executor.backward_tangent(
                 self.state,
                 gradient,
                 tangent,
-                gy,
+                self.by_task(gy),
                 sum_theta=sum_theta,
                 want_phi=want_phi,
                 want_x=want_x,
             )
+            part = gtheta, gphi, self.as_given(gx)
             total, gy = part if total is None else _added(total, part), None
         return total
+
+    def by_task(self, data: Data) -> Data:
+        """The caller's tensor of examples as the executor takes it."""
+        return data[None] if self.one_task and data is not None else data
+
+    def as_given(self, data: Data) -> Data:
+        """The executor's tensor of examples as the caller's are."""
+        return data.squeeze(0) if self.one_task and data is not None else data
 
     def unpacked(self, rows: Tensor) -> Tensor:
         """Rows in the executor's order in torch's."""
@@ -93,7 +104,9 @@ class ProgramForward(Function):
         ctx: Any, run: Run, theta: Tensor, phi: Tensor, x: Tensor, start: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         keep = run.keep and any(ctx.needs_input_grad)
-        y, run.statistics, run.state = run.executor.forward(theta, phi, run.buffers, x, keep=keep)
+        executor, given = run.executor, run.by_task(x)
+        y, run.statistics, run.state = executor.forward(theta, phi, run.buffers, given, keep=keep)
+        y = run.as_given(y).detach()  # as a view it could not be written to
         token = y.new_empty(0)
         ctx.run = run
         ctx.save_for_backward(theta, phi, x, token)
@@ -134,12 +147,12 @@ class ProgramBackward(Function):
     ) -> Wanted:
         want_phi, want_x, keep = wants
         gtheta, gphi, gx, gradient = run.executor.backward(
-            run.state, gy, want_phi=want_phi, want_x=want_x, keep=keep
+            run.state, run.by_task(gy), want_phi=want_phi, want_x=want_x, keep=keep
         )
         ctx.run, ctx.gradient = run, gradient
         ctx.save_for_backward(theta, phi, x, gy)
         ctx.set_materialize_grads(False)
-        return gtheta, gphi, gx
+        return gtheta, gphi, run.as_given(gx)
 
     @staticmethod
     def backward(
@@ -150,11 +163,11 @@ class ProgramBackward(Function):
         if v is None and u is None and w is None:
             return (None,) * 7
         run: Run = ctx.run
-        v = torch.zeros_like(theta) if v is None else v
+        v, w = torch.zeros_like(theta) if v is None else v, run.by_task(w)
         if not torch.is_grad_enabled():
             dy, tangent = run.executor.tangent(run.state, v, u, w)
             run.wait(ctx.gradient, tangent)
-            return None, None, None, None, None, dy if want_gy else None, None
+            return None, None, None, None, None, run.as_given(dy) if want_gy else None, None
         # a third derivative was asked for: the rules are differentiable themselves
         executor, v = run.reference, run.unpacked(v)
         state, gradient = _recompute(run, run.unpacked(theta), phi, x, gy)
@@ -162,8 +175,8 @@ class ProgramBackward(Function):
         rows, gphi, gx = executor.backward_tangent(
             state, gradient, tangent, None, want_phi=want_phi, want_x=want_x
         )
-        gtheta = run.packed(rows) if want_theta else None
-        return None, None, gtheta, gphi, gx, dy if want_gy else None, None
+        gtheta, dy = run.packed(rows) if want_theta else None, run.as_given(dy)
+        return None, None, gtheta, gphi, run.as_given(gx), dy if want_gy else None, None
 
 
 def _added(a: Wanted, b: Wanted) -> Wanted:
@@ -181,8 +194,8 @@ def _backward_pass() -> int:
 
 def _recompute(run: Run, theta: Tensor, phi: Tensor, x: Tensor, gy: Tensor) -> tuple[Any, Any]:
     executor = run.reference
-    _, _, state = executor.forward(theta, phi, run.buffers, x, keep=True)
-    return state, executor.backward(state, gy, want_phi=True, want_x=True)[-1]
+    _, _, state = executor.forward(theta, phi, run.buffers, run.by_task(x), keep=True)
+    return state, executor.backward(state, run.by_task(gy), want_phi=True, want_x=True)[-1]
 
 
 class GivenGradients(Function):

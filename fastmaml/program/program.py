@@ -61,11 +61,17 @@ class NativeProgram:
                 f"mode, got {examples} example(s) per task; add examples or call eval()"
             )
 
-    def run(self, theta: Theta, phi: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``(y [T, N, ...], statistics [T, S])``; y is differentiable in theta, phi and x."""
-        self.check_examples(x.shape[1], "x")
+    def run(
+        self, theta: Theta, phi: Tensor, x: Tensor, *, one_task: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(y [T, N, ...], statistics [T, S])``; y is differentiable in theta, phi and x.
+
+        ``one_task``: x and y are ``[N, ...]``.
+        """
+        self.check_examples(x.shape[0 if one_task else 1], "x")
         executor, rows, start = theta.on(self.executor)
-        run = Run(executor, self._reference, self.buffers(), keep=torch.is_grad_enabled())
+        keep = torch.is_grad_enabled()
+        run = Run(executor, self._reference, self.buffers(), keep, one_task)
         y, _ = ProgramForward.apply(run, rows, phi, x, start)
         return y, run.statistics
 
