@@ -33,6 +33,14 @@ def test_memory_is_taken_again_once_nobody_holds_it() -> None:
     assert empty(LARGE, torch.float32).data_ptr() == place
 
 
+def test_memory_serves_what_is_not_much_smaller() -> None:
+    rows, width = 977, 1 << 10  # no other test's
+    place = empty((rows, width), torch.float32).data_ptr()
+    assert empty((rows * 3 // 4, width), torch.float32).data_ptr() == place
+    assert empty((rows // 3, width), torch.float32).data_ptr() != place
+    assert empty((rows, width), torch.float32).data_ptr() == place
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (5, 7), LARGE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_it_is_a_tensor_as_any_other(shape: tuple[int, ...], dtype: torch.dtype) -> None:

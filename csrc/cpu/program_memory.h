@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 
@@ -23,23 +25,27 @@ class ArenaPool : public std::enable_shared_from_this<ArenaPool> {
   template <typename T>
   std::shared_ptr<T> take(Index count) {
     if (count == 0) return nullptr;
-    const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
-    void* memory = take_bytes(bytes);
-    return std::shared_ptr<T>(static_cast<T*>(memory),
-                              [pool = shared_from_this(), bytes](T* p) { pool->give(p, bytes); });
+    const Block block = take_bytes(static_cast<std::size_t>(count) * sizeof(T));
+    return std::shared_ptr<T>(static_cast<T*>(block.memory),
+                              [pool = shared_from_this(), block](T*) { pool->give(block); });
   }
 
  private:
   struct Block {
     void* memory;
     std::size_t bytes;
+    std::uint64_t given;  // when it was given back, in numbers of blocks
   };
+  using BlocksBySize = std::map<std::size_t, std::deque<Block>>;
 
-  void* take_bytes(std::size_t bytes);
-  void give(void* memory, std::size_t bytes);
+  Block take_bytes(std::size_t bytes);
+  void give(Block block);
+  void use(std::size_t bytes);
+  void drop_oldest();
 
   std::mutex mutex_;
-  std::deque<Block> free_;  // oldest first
+  BlocksBySize free_;  // of one size the oldest first
+  std::uint64_t given_ = 0;
   std::size_t free_bytes_ = 0;
   // The pool holds not much more than was once in use at the same time (or some hundred megabytes).
   std::size_t used_bytes_ = 0;
