@@ -1,5 +1,7 @@
 #include "cpu/program_memory.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstring>
 #include <new>
@@ -10,13 +12,34 @@ namespace {
 
 constexpr std::align_val_t kAlignment{64};
 constexpr std::size_t kAlwaysKeptBytes = std::size_t{512} << 20;
+constexpr std::size_t kMappedBytes = std::size_t{1} << 20;
 constexpr std::size_t kMostSlack = 2;  // of a block over what it is taken for
+
+// Zeros. A large block is mapped: the system zeroes its pages where a thread first comes to them.
+void* allocate(std::size_t bytes) {
+  if (bytes < kMappedBytes) {
+    void* memory = ::operator new(bytes, kAlignment);
+    std::memset(memory, 0, bytes);
+    return memory;
+  }
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  return memory;
+}
+
+void release(void* memory, std::size_t bytes) {
+  if (bytes < kMappedBytes) {
+    ::operator delete(memory, kAlignment);
+  } else {
+    munmap(memory, bytes);
+  }
+}
 
 }  // namespace
 
 ArenaPool::~ArenaPool() {
   for (const auto& [bytes, blocks] : free_) {
-    for (const Block& block : blocks) ::operator delete(block.memory, kAlignment);
+    for (const Block& block : blocks) release(block.memory, bytes);
   }
 }
 
@@ -35,8 +58,7 @@ ArenaPool::Block ArenaPool::take_bytes(std::size_t bytes) {
       return block;
     }
   }
-  const Block block{::operator new(bytes, kAlignment), bytes, 0};
-  std::memset(block.memory, 0, bytes);
+  const Block block{allocate(bytes), bytes, 0};
   std::lock_guard<std::mutex> lock(mutex_);
   use(bytes);
   return block;
@@ -63,7 +85,7 @@ void ArenaPool::drop_oldest() {
       free_.begin(), free_.end(),
       [](const auto& a, const auto& b) { return a.second.front().given < b.second.front().given; });
   const Block block = oldest->second.front();
-  ::operator delete(block.memory, kAlignment);
+  release(block.memory, block.bytes);
   free_bytes_ -= block.bytes;
   oldest->second.pop_front();
   if (oldest->second.empty()) free_.erase(oldest);
