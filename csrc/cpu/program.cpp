@@ -65,6 +65,7 @@ Run<T> context_run(const Plan<T>& plan, const NativeContext<T>& context, const T
   run.values = context.values[task].get();
   run.input = run.values + context.batch->value[0];
   run.weights = context.weights.of(task);
+  run.far = context.tasks > 1;
   return run;
 }
 

@@ -136,6 +136,8 @@ class Run {
   Flow<T> first;   // gradients
   Flow<T> second;  // their tangents
 
+  bool far = false;  // what other passes left has gone from the core's cache meanwhile
+
   Index examples() const { return batch.examples; }
   void sync() const { member.sync(); }
 
@@ -145,6 +147,17 @@ class Run {
 
   const T* weight(int slot) const { return slot < 0 ? nullptr : weights.value(plan.slots[slot]); }
   const T* transposed(int slot) const { return weights.transposed(plan.slots[slot]); }
+
+  // Brings a value, or what has its layout, into the core's cache before a kernel takes it in small
+  // pieces. By loads: prefetch instructions had no effect where a page, too, had gone.
+  void fetch(const T* data, int storage) const {
+    if (!far || data == nullptr) return;
+    constexpr Index kLine = 64 / static_cast<Index>(sizeof(T));
+    const Range mine = split(examples() * plan.storages[storage].size, share);
+    for (Index i = mine.begin; i < mine.end; i += kLine) {
+      static_cast<void>(*static_cast<const volatile T*>(data + i));
+    }
+  }
 
   // --- tangents: null where zero --------------------------------------------------------------
   bool has_tangent(int storage) const {

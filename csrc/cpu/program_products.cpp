@@ -44,6 +44,7 @@ class WeightedOp : public Op<T> {
 
   void backward(Run<T>& run, Flow<T>& flow) const override {
     const T* gy = run.arrived(flow, this->output);
+    run.fetch(run.value(input()), input());
     weight_gradient(run, flow, {run.value(input()), gy, nullptr, nullptr});
     bias_gradient(run, flow, gy);
     if (run.wanted(flow, input())) {
@@ -68,6 +69,9 @@ class WeightedOp : public Op<T> {
   void backward_tangent(Run<T>& run) const override {
     const T* gy = run.gradient(this->output);
     const T* dgy = run.arrived(run.second, this->output);
+    run.fetch(run.value(input()), input());
+    run.fetch(run.tangent(input()), input());
+    run.fetch(gy, this->output);
     weight_gradient(run, run.second, {run.value(input()), dgy, run.tangent(input()), gy});
     if (dgy != nullptr) bias_gradient(run, run.second, dgy);
     if (!run.wanted(run.second, input())) return;
