@@ -1,7 +1,7 @@
 #include "conv2d.h"
 
 #include "conv_lines.h"
-#include "gemm.h"
+#include "gemm_tail.h"
 #include "winograd.h"
 
 namespace fastmaml {
@@ -25,6 +25,8 @@ struct SweepData {
   const T* bias;
   T* out;
   bool accumulate;
+  int tail;  // of those channels (see gemm_tail.h)
+  Index tail_step;
 };
 
 // The taps of a pass as runs of products; taps that follow each other both in memory and in the
@@ -61,8 +63,8 @@ Index lower_bound(const ConvPass& pass, Index row) {
 }
 
 template <typename T>
-void run_pass(const ConvPass& pass, const SweepData<T>& data, Range rows, Index source_start,
-              Index destination_start) {
+void run_pass(const ConvPass& pass, const SweepData<T>& data, Range rows, Range vectors,
+              Index source_start, Index destination_start) {
   const Index first = pass.destination[0] >= rows.begin ? 0 : lower_bound(pass, rows.begin);
   const Index last =
       pass.destination[pass.rows - 1] < rows.end ? pass.rows : lower_bound(pass, rows.end);
@@ -75,16 +77,19 @@ void run_pass(const ConvPass& pass, const SweepData<T>& data, Range rows, Index 
                            pass.accumulate ? nullptr : data.bias,
                            data.out + destination_start * data.columns,
                            data.columns,
-                           pass.accumulate || data.accumulate};
+                           pass.accumulate || data.accumulate,
+                           deep_enough(data.tail, pass.tap_count * data.k) ? data.tail : 0,
+                           data.tail_step};
   for (int t = 0; t < data.term_count; ++t) {
     product.terms[t].a += source_start * product.terms[t].lda;
   }
-  multiply_rows(product, pass.source, pass.destination, first, last - first,
-                {0, data.columns / kLanes<T>});
+  multiply_rows(product, pass.source, pass.destination, first, last - first, vectors);
 }
 
+// Vectors [vectors.begin, vectors.end) of the destination's channels.
 template <typename T>
-void run_sweep(const ConvSweep& sweep, Index images, const SweepData<T>& data, Share share) {
+void run_sweep(const ConvSweep& sweep, Index images, const SweepData<T>& data, Range vectors,
+               Share share) {
   const Range mine = split(images * sweep.destination_rows, share);
   for (Index row = mine.begin; row < mine.end;) {
     const Index image = row / sweep.destination_rows;
@@ -92,7 +97,7 @@ void run_sweep(const ConvSweep& sweep, Index images, const SweepData<T>& data, S
     Range block = {row - start, smaller(mine.end - start, row - start + sweep.block_rows)};
     block.end = smaller(block.end, sweep.images * sweep.destination_rows);
     for (int p = 0; p < sweep.pass_count; ++p) {
-      run_pass(sweep.passes[p], data, block, image * sweep.source_rows, start);
+      run_pass(sweep.passes[p], data, block, vectors, image * sweep.source_rows, start);
     }
     row = start + block.end;
   }
@@ -110,6 +115,7 @@ LineSweep<T> line_sweep(const ConvPlan& plan, const SweepData<T>& data, bool inp
   sweep.images = plan.images;
   sweep.k = data.k;
   sweep.columns = data.columns;
+  sweep.vectors = data.columns / kLanes<T> - (data.tail > 0 ? 1 : 0);
   sweep.in_height = input_grad ? g.out_height : g.height;
   sweep.in_width = input_grad ? g.out_width : g.width;
   sweep.out_height = input_grad ? g.height : g.out_height;
@@ -125,13 +131,39 @@ LineSweep<T> line_sweep(const ConvPlan& plan, const SweepData<T>& data, bool inp
   return sweep;
 }
 
+// The forward pass to n output channels, or the input gradient to n input channels.
+template <typename T>
+void run_direction(const ConvPlan& plan, SweepData<T> data, Index n, bool input_grad, Share share) {
+  const ConvGeometry& g = plan.geometry;
+  const ConvSweep& sweep = input_grad ? plan.input_grad : plan.forward;
+  const Index weights = Index{g.kernel_h} * g.kernel_w * data.k;
+  T tails[2 * kTailElements];
+  data.tail = gathered_columns<T>(n, plan.images * sweep.destination_rows, weights, data.k);
+  data.tail_step = weights;
+  gather_tails(data.terms, data.term_count, weights, n, data.tail, tails);
+  const LineSweep<T> lines = line_sweep(plan, data, input_grad);
+  Range left = {lines.vectors, data.columns / kLanes<T>};
+  if (lines.vectors == 0) {
+    // All of it is left.
+  } else if (winograd_serves<T>(g, plan.images, data.k, data.terms[0].lda)) {
+    winograd_sweep(lines, share);
+  } else if (sweeps_by_line<T>(g, lines.out_width, lines.vectors * kLanes<T>)) {
+    sweep_lines(lines, share);
+  } else {
+    left.begin = 0;
+  }
+  if (left.begin < left.end) run_sweep(sweep, plan.images, data, left, share);
+}
+
 template <typename T>
 void weight_grad_by_tap(const ConvPlan& plan, const ProductTerm<T> (&terms)[2], int term_count,
                         T* gw, bool accumulate, Share share) {
   const ConvGeometry& g = plan.geometry;
   const ConvWeightWalk& walk = plan.weight_grad;
-  const Index ld = padded_to_lanes<T>(g.out_channels), vectors = ld / kLanes<T>;
-  const Index per_tap = outer_units(g.in_channels, vectors);
+  const Index ld = padded_to_lanes<T>(g.out_channels);
+  const Columns columns =
+      columns_of<T>(g.out_channels, g.in_channels, walk.scopes * walk.units * walk.unit_output);
+  const Index per_tap = outer_units<T>(g.in_channels, columns);
   const Range mine = split(per_tap * g.kernel_h * g.kernel_w, share);
   const Index block_bytes = walk.block_units * walk.unit_output * ld * Index{sizeof(T)};
   const bool halve = term_count * block_bytes > kPairedBytes;
@@ -160,7 +192,7 @@ void weight_grad_by_tap(const ConvPlan& plan, const ProductTerm<T> (&terms)[2], 
           product.terms[t].a += input * terms[t].lda;
           product.terms[t].b += output * ld;
         }
-        multiply_outer(product, g.in_channels, vectors, units);
+        multiply_outer(product, g.in_channels, columns, units);
       }
     }
   }
@@ -233,6 +265,7 @@ void weight_grad_narrow(const ConvPlan& plan, const ProductTerm<T> (&terms)[2], 
   const Index cached = kNarrowOutputs / (g.out_width * ld) + 1;
   const Index block = smaller(smaller(layout.fitting(g), cached), kMaxSegments);
   alignas(64) T buffer[kNarrowElements];
+  T tails[kTailElements];
   bool add = accumulate;
   for (int t = 0; t < term_count; ++t) {
     for (Index image = 0; image < plan.images; ++image) {
@@ -246,8 +279,19 @@ void weight_grad_narrow(const ConvPlan& plan, const ProductTerm<T> (&terms)[2], 
           segments[i] = {i * g.stride_h * layout.line, i * g.out_width, g.out_width};
         }
         const T* gy = terms[t].b + (image * g.out_height + first) * g.out_width * ld;
-        const RowProduct<T> product = {
-            {{buffer, 1, gy}, {}}, 1, segments, static_cast<int>(count), nullptr, gw, ld, add};
+        const Index outputs = count * g.out_width;
+        RowProduct<T> product = {
+            {{buffer, 1, gy}, {}},
+            1,
+            segments,
+            static_cast<int>(count),
+            nullptr,
+            gw,
+            ld,
+            add,
+            gathered_columns<T>(g.out_channels, layout.k, outputs, g.out_width),
+            outputs};
+        gather_tails(product.terms, 1, outputs, g.out_channels, product.tail, tails);
         multiply_rows(product, offsets, rows, mine.begin, mine.end - mine.begin,
                       {0, ld / kLanes<T>});
         add = true;
@@ -274,14 +318,10 @@ void conv_forward(const ConvPlan& plan, const T* x, Index ldx, const T* w, const
                              padded_to_lanes<T>(g.out_channels),
                              bias,
                              y,
-                             false};
-  if (winograd_serves<T>(g, plan.images, data.k, ldx)) {
-    return winograd_sweep(line_sweep(plan, data, false), share);
-  }
-  if (sweeps_by_line<T>(g, g.out_width, data.columns)) {
-    return sweep_lines(line_sweep(plan, data, false), share);
-  }
-  run_sweep(plan.forward, plan.images, data, share);
+                             false,
+                             0,
+                             0};
+  run_direction(plan, data, g.out_channels, false, share);
 }
 
 template <typename T>
@@ -295,14 +335,10 @@ void conv_input_grad(const ConvPlan& plan, const T* gy, const T* wt, const T* gy
                              padded_to_lanes<T>(g.in_channels),
                              nullptr,
                              gx,
-                             accumulate};
-  if (winograd_serves<T>(g, plan.images, data.k, ld)) {
-    return winograd_sweep(line_sweep(plan, data, true), share);
-  }
-  if (sweeps_by_line<T>(g, g.width, data.columns)) {
-    return sweep_lines(line_sweep(plan, data, true), share);
-  }
-  run_sweep(plan.input_grad, plan.images, data, share);
+                             accumulate,
+                             0,
+                             0};
+  run_direction(plan, data, g.in_channels, true, share);
 }
 
 template <typename T>

@@ -210,7 +210,7 @@ bool sweeps_by_line(const ConvGeometry& g, int out_width, Index columns) {
 
 template <typename T>
 void sweep_lines(const LineSweep<T>& sweep, Share share) {
-  const Panels panels(sweep.columns / kLanes<T>);
+  const Panels panels(sweep.vectors);
   const Range mine = split(sweep.images * sweep.out_height, share);
   for (Index line = mine.begin; line < mine.end; ++line) {
     const Index image = line / sweep.out_height;

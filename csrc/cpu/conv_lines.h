@@ -15,6 +15,7 @@ struct LineSweep {
   ProductTerm<T> terms[2];
   int term_count;
   Index images, k, columns;  // k channels in, `columns` (padded) out
+  Index vectors;             // of those columns, from the first: what is swept
   int in_height, in_width, out_height, out_width;
   int kernel_h, pad_h, pad_w, dilation_h;
   bool flipped;  // weights are stored last tap first

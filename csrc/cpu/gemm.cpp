@@ -2,6 +2,8 @@
 
 #include <utility>
 
+#include "gemm_tail.h"
+
 namespace fastmaml {
 namespace FASTMAML_ISA {
 namespace {
@@ -22,8 +24,6 @@ constexpr int kOuterTile[] = {0, FASTMAML_VECTOR_BYTES == 16 ? 6 : 12,
 constexpr Index kCacheBytes = 24 * 1024;  // what a loop may keep in half of a small L1 cache
 constexpr Index kPairs = 256;             // row pairs whose offsets are worked out at once
 constexpr Index kOuterRows = 96;          // rows of an outer product between updates of c
-
-FASTMAML_INLINE Index row_of(const std::int32_t* list, Index i) { return list ? list[i] : i; }
 
 template <typename T, int R, int NV>
 __attribute__((noinline)) void row_tile(const RowProduct<T>& product, const std::int32_t* source,
@@ -68,11 +68,6 @@ __attribute__((noinline)) void row_tile(const RowProduct<T>& product, const std:
     }
   }
 }
-
-// Where the rows of a pair start, in elements.
-struct Offsets {
-  Index a, b;
-};
 
 template <typename T, int R, int NV, bool kPaired>
 __attribute__((noinline)) void outer_tile(const OuterProduct<T>& product, const Offsets* offsets,
@@ -149,10 +144,12 @@ void outer_panel(const OuterProduct<T>& product, const Offsets* offsets, Range k
 }
 
 Index outer_tile_count(Index k, Index vectors) {
+  if (vectors == 0) return 0;
   const Index widest = divide_up(vectors, panel_count(vectors));
   return divide_up(k, kOuterTile[widest]);
 }
 
+// Tiles of whole vectors, of which outer_tile_count(...) make a panel.
 template <typename T>
 void outer_tiles(const OuterProduct<T>& product, const Offsets* offsets, Index k, Index vectors,
                  Range units) {
@@ -187,13 +184,40 @@ void outer_tiles(const OuterProduct<T>& product, const Offsets* offsets, Index k
   }
 }
 
+template <typename T>
+Index tail_tile_count(Index k, int tail) {
+  return tail > 0 ? divide_up(k, kTailVectors * kLanes<T>) : 0;
+}
+
+template <typename T>
+void tail_tiles(const OuterProduct<T>& product, const Offsets* offsets, Index k, Columns columns,
+                Range units) {
+  const Parts parts(k, tail_tile_count<T>(k, columns.tail));
+  for (Index unit = units.begin; unit < units.end; ++unit) {
+    multiply_tail_outer(product, offsets, parts[unit], columns.vectors * kLanes<T>, columns.tail);
+  }
+}
+
+template <typename T>
+void outer_part(const OuterProduct<T>& product, const Offsets* offsets, Index k, Columns columns,
+                Range units) {
+  const Index whole = outer_tile_count(k, columns.vectors) * panel_count(columns.vectors);
+  if (units.begin < whole) {
+    outer_tiles(product, offsets, k, columns.vectors, {units.begin, smaller(units.end, whole)});
+  }
+  tail_tiles(product, offsets, k, columns, {larger(units.begin - whole, 0), units.end - whole});
+}
+
 }  // namespace
 
 template <typename T>
 void multiply_rows(const RowProduct<T>& product, const std::int32_t* source,
                    const std::int32_t* destination, Index first, Index rows, Range columns) {
   if (rows <= 0) return;
-  const Index vectors = columns.end - columns.begin, count = panel_count(vectors);
+  const bool with_tail = product.tail > 0 && columns.end * kLanes<T> == product.ld;
+  if (with_tail) multiply_tail_rows(product, source, destination, first, rows);
+  const Index vectors = columns.end - columns.begin - (with_tail ? 1 : 0);
+  const Index count = panel_count(vectors);
   const Parts panels(vectors, count);
   for (Index p = 0; p < count; ++p) {
     const Range span = panels[p];
@@ -219,13 +243,15 @@ void multiply_rows(const RowProduct<T>& product, const std::int32_t* source,
   }
 }
 
-Index outer_units(Index k, Index vectors) {
-  return outer_tile_count(k, vectors) * panel_count(vectors);
+template <typename T>
+Index outer_units(Index k, Columns columns) {
+  return outer_tile_count(k, columns.vectors) * panel_count(columns.vectors) +
+         tail_tile_count<T>(k, columns.tail);
 }
 
 template <typename T>
-void multiply_outer(const OuterProduct<T>& product, Index k, Index vectors, Range units) {
-  if (!product.pairs) return outer_tiles(product, nullptr, k, vectors, units);
+void multiply_outer(const OuterProduct<T>& product, Index k, Columns columns, Range units) {
+  if (!product.pairs) return outer_part(product, nullptr, k, columns, units);
   Offsets offsets[kPairs];
   OuterProduct<T> part = product;
   for (Index first = 0; first == 0 || first < product.rows; first += kPairs) {
@@ -235,7 +261,7 @@ void multiply_outer(const OuterProduct<T>& product, Index k, Index vectors, Rang
       const RowPair pair = product.pairs[first + i];
       offsets[i] = {pair.a * product.terms[0].lda, pair.b * product.ld};
     }
-    outer_tiles(part, offsets, k, vectors, units);
+    outer_part(part, offsets, k, columns, units);
   }
 }
 
@@ -252,12 +278,16 @@ void matmul(Index rows, Index k, Index n, const T* a, Index lda, const T* b, con
   const Index chunk = rows > 2 * kRowTile[1] ? larger(kCacheBytes / panel_row, 1) : k;
   const Index chunks = chunk >= k ? 1 : divide_up(k, chunk);
   const Parts parts(k, chunks);
+  ProductTerm<T> terms[2] = {{a, lda, b}, {a2, lda2, b2}};
+  const int term_count = a2 ? 2 : 1, tail = gathered_columns<T>(n, rows, k, k);
+  T tails[2 * kTailElements];
+  gather_tails(terms, term_count, k, n, tail, tails);
   for (Index i = 0; i < chunks; ++i) {
     const Range part = parts[i];
     const Segment segment = {part.begin, part.begin, part.end - part.begin};
     const RowProduct<T> product = {
-        {{a, lda, b}, {a2, lda2, b2}}, a2 ? 2 : 1, &segment, 1,
-        i == 0 ? bias : nullptr,       c,          ld,       accumulate || i > 0};
+        {terms[0], terms[1]}, term_count, &segment, 1, i == 0 ? bias : nullptr, c, ld,
+        accumulate || i > 0,  tail,       k};
     multiply_rows(product, nullptr, nullptr, row_range.begin, row_range.end - row_range.begin,
                   columns);
   }
@@ -266,8 +296,9 @@ void matmul(Index rows, Index k, Index n, const T* a, Index lda, const T* b, con
 template <typename T>
 void matmul_tn(Index rows, Index k, Index n, const T* a, Index lda, const T* b, const T* a2,
                Index lda2, const T* b2, T* c, bool accumulate, Share share) {
-  const Index ld = padded_to_lanes<T>(n), vectors = ld / kLanes<T>;
-  const Range units = split(outer_units(k, vectors), share);
+  const Index ld = padded_to_lanes<T>(n);
+  const Columns columns = columns_of<T>(n, k, rows);
+  const Range units = split(outer_units<T>(k, columns), share);
   const Index blocks = larger(divide_up(rows, kOuterRows), 1);
   const Parts in_blocks(rows, blocks);
   for (Index i = 0; i < blocks; ++i) {
@@ -281,7 +312,7 @@ void matmul_tn(Index rows, Index k, Index n, const T* a, Index lda, const T* b, 
         c,
         ld,
         accumulate || i > 0};
-    multiply_outer(product, k, vectors, units);
+    multiply_outer(product, k, columns, units);
   }
 }
 
@@ -310,7 +341,8 @@ void column_sums(Index rows, Index n, const T* a, T* out, bool accumulate, Share
 #define FASTMAML_INSTANTIATE(T)                                                                  \
   template void multiply_rows<T>(const RowProduct<T>&, const std::int32_t*, const std::int32_t*, \
                                  Index, Index, Range);                                           \
-  template void multiply_outer<T>(const OuterProduct<T>&, Index, Index, Range);                  \
+  template Index outer_units<T>(Index, Columns);                                                 \
+  template void multiply_outer<T>(const OuterProduct<T>&, Index, Columns, Range);                \
   template void matmul<T>(Index, Index, Index, const T*, Index, const T*, const T*, Index,       \
                           const T*, const T*, T*, bool, Share);                                  \
   template void matmul_tn<T>(Index, Index, Index, const T*, Index, const T*, const T*, Index,    \

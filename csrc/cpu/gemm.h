@@ -7,6 +7,8 @@
 namespace fastmaml {
 namespace FASTMAML_ISA {
 
+FASTMAML_INLINE Index row_of(const std::int32_t* list, Index i) { return list ? list[i] : i; }
+
 // `k` consecutive elements of a row of a against `k` consecutive rows of b.
 struct Segment {
   Index a_offset, b_offset, k;
@@ -17,6 +19,7 @@ struct ProductTerm {
   const T* a;
   Index lda;
   const T* b;
+  const T* tail = nullptr;  // the last columns of b, each in one piece (see gemm_tail.h)
 };
 
 // c[destination row] = (accumulate ? c : 0) + bias + sum over terms and segments of
@@ -31,6 +34,8 @@ struct RowProduct {
   T* c;
   Index ld;
   bool accumulate;
+  int tail = 0;         // columns in the last vector, where they are taken apart
+  Index tail_step = 0;  // elements of one
 };
 
 // Rows `first ... first + rows` of the lists, or of the matrices where the lists are null;
@@ -52,10 +57,22 @@ struct OuterProduct {
   bool accumulate;
 };
 
+// Where the rows of a pair start, in elements.
+struct Offsets {
+  Index a, b;
+};
+
+// Columns of an outer product: `vectors` of them, and in another one a tail that is taken apart.
+struct Columns {
+  Index vectors;
+  int tail;
+};
+
 // An outer product with k rows of c is outer_units(k, ...) tiles, computed in any order.
-Index outer_units(Index k, Index vectors);
 template <typename T>
-void multiply_outer(const OuterProduct<T>& product, Index k, Index vectors, Range units);
+Index outer_units(Index k, Columns columns);
+template <typename T>
+void multiply_outer(const OuterProduct<T>& product, Index k, Columns columns, Range units);
 
 // Vectors of c that one tile spans, at most; with AVX2 three, where two would leave one alone.
 constexpr int kPanel = FASTMAML_VECTOR_BYTES == 64 ? 4 : 2;

@@ -1,5 +1,6 @@
 #include "winograd.h"
 
+#include "gemm_tail.h"
 #include "scratch.h"
 
 namespace fastmaml {
@@ -248,7 +249,7 @@ template <typename T>
 void winograd_sweep(const LineSweep<T>& sweep, Share share) {
   const Grid grid(sweep.out_height, sweep.out_width);
   const Range mine = split(sweep.images * grid.per_image(), share);
-  const Index ld = sweep.terms[0].lda, vectors = sweep.columns / kLanes<T>;
+  const Index ld = sweep.terms[0].lda, vectors = sweep.vectors;
   const Index at_once = vectors_at_once(sweep.k, vectors), widest = at_once * kLanes<T>;
   const Index block = tiles_at_once<T>(ld, widest, mine.end - mine.begin);
   if (block == 0) return;
@@ -313,12 +314,15 @@ void winograd_weight_grad(const ConvPlan& plan, const ProductTerm<T> (&terms)[2]
   T* spread[2] = {scratch.take(kPlaces * block * widest), scratch.take(kPlaces * block * widest)};
   T* sums = scratch.take(kPlaces * k * widest);
 
+  const int tail = tail_columns<T>(g.out_channels, k, count);
   const Range mine = split(vectors, share);
   const Index groups = divide_up(mine.end - mine.begin, at_once);
   const Parts group(mine.end - mine.begin, groups);
   for (Index p = 0; p < groups; ++p) {
     const Index column = (mine.begin + group[p].begin) * kLanes<T>;
     const Index width = (group[p].end - group[p].begin) * kLanes<T>;
+    const bool with_tail = tail > 0 && column + width == ldo;
+    const Columns columns = {width / kLanes<T> - (with_tail ? 1 : 0), with_tail ? tail : 0};
     const Tiles<T> outputs[2] = {{spread[0], block, width}, {spread[1], block, width}};
     for (Index first = 0; first < count; first += block) {
       const Range tiles = {first, smaller(first + block, count)};
@@ -337,7 +341,7 @@ void winograd_weight_grad(const ConvPlan& plan, const ProductTerm<T> (&terms)[2]
                                          sums + place * k * width,
                                          width,
                                          first > 0};
-        multiply_outer(product, k, width / kLanes<T>, {0, outer_units(k, width / kLanes<T>)});
+        multiply_outer(product, k, columns, {0, outer_units<T>(k, columns)});
       }
     }
     for (Index row = 0; row < k; ++row) {

@@ -100,9 +100,9 @@ void check_transpose(const Kernels<T>& kernels, Index taps, Index k, Index n) {
 struct TestGemm {
   template <typename T>
   void operator()(const Kernels<T>& kernels) const {
-    for (const Index rows : {1, 5, 17, 200}) {
-      for (const Index k : {1, 3, 64, 301}) {
-        for (const Index n : {1, 17, 48, 100}) {
+    for (const Index rows : {1, 5, 17, 41, 200}) {
+      for (const Index k : {1, 3, 35, 64, 301}) {
+        for (const Index n : {1, 3, 17, 18, 33, 48, 65, 100}) {
           for (const bool dual : {false, true}) {
             check_matmul(kernels, rows, k, n, dual);
             check_matmul_tn(kernels, rows, k, n, dual);
