@@ -65,14 +65,19 @@ __attribute__((noinline)) void line_tile(const LineTile<T>& tile, int first, T* 
       }
     }
   }
+  const bool accumulate = sweep.accumulate;
+  Vec<T> bias[NV] = {};
+#pragma GCC unroll 2
+  for (int j = 0; j < NV; ++j) {
+    if (sweep.bias) bias[j] = load(sweep.bias + tile.column + j * kLanes<T>);
+  }
+  T* y = out + first * ld + tile.column;
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    T* y = out + (first + r) * ld + tile.column;
+  for (int r = 0; r < R; ++r, y += ld) {
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) {
-      Vec<T> value = sum[r][j];
-      if (sweep.bias) value += load(sweep.bias + tile.column + j * kLanes<T>);
-      if (sweep.accumulate) value += load(y + j * kLanes<T>);
+      Vec<T> value = sum[r][j] + bias[j];
+      if (accumulate) value += load(y + j * kLanes<T>);
       store(y + j * kLanes<T>, value);
     }
   }

@@ -56,14 +56,21 @@ __attribute__((noinline)) void row_tile(const RowProduct<T>& product, const std:
       }
     }
   }
+  // Read before c is written, which might overlap `product` for all the compiler knows.
+  T* out = product.c + column;
+  const bool accumulate = product.accumulate;
+  Vec<T> bias[NV] = {};
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) {
+    if (product.bias) bias[j] = load(product.bias + column + j * kLanes<T>);
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    T* c = product.c + row_of(destination, first + r) * ld + column;
+    T* c = out + row_of(destination, first + r) * ld;
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
-      Vec<T> value = sum[r][j];
-      if (product.bias) value += load(product.bias + column + j * kLanes<T>);
-      if (product.accumulate) value += load(c + j * kLanes<T>);
+      Vec<T> value = sum[r][j] + bias[j];
+      if (accumulate) value += load(c + j * kLanes<T>);
       store(c + j * kLanes<T>, value);
     }
   }
@@ -92,13 +99,15 @@ __attribute__((noinline)) void outer_tile(const OuterProduct<T>& product, const 
       }
     }
   }
+  T* c = product.c + first * product.ld + column;
+  const Index ld = product.ld;
+  const bool accumulate = product.accumulate;
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    T* c = product.c + (first + r) * product.ld + column;
+  for (int r = 0; r < R; ++r, c += ld) {
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
       Vec<T> value = sum[r][j];
-      if (product.accumulate) value += load(c + j * kLanes<T>);
+      if (accumulate) value += load(c + j * kLanes<T>);
       store(c + j * kLanes<T>, value);
     }
   }
