@@ -28,19 +28,20 @@ FASTMAML_INLINE int tail_columns(Index n, Index rows, Index depth) {
   return few && rows >= kLeastRows && deep_enough(tail, depth) ? tail : 0;
 }
 
+// The columns of an outer product.
 template <typename T>
 FASTMAML_INLINE Columns columns_of(Index n, Index rows, Index depth) {
   const int tail = tail_columns<T>(n, rows, depth);
   return {tail > 0 ? n / kLanes<T> : divide_up(n, kLanes<T>), tail};
 }
 
-// The same for row products, whose tails are gathered in buffers of kTailElements, and whose
-// products lie in pieces of `piece` in a row: masked loads are cheap with AVX-512 only.
+// The tail of a row product, whose columns are gathered in a buffer of kTailElements, and whose
+// products lie in runs of `run`: what whole vectors leave of a run is cheap with AVX-512 only.
 template <typename T>
-FASTMAML_INLINE int gathered_columns(Index n, Index rows, Index depth, Index piece) {
-  constexpr Index kLeastPiece = FASTMAML_VECTOR_BYTES == 64 ? 1 : 2 * kLanes<T>;
+FASTMAML_INLINE int gathered_columns(Index n, Index rows, Index depth, Index run) {
+  constexpr Index kLeastRun = FASTMAML_VECTOR_BYTES == 64 ? 1 : 2 * kLanes<T>;
   const int tail = tail_columns<T>(n, rows, depth);
-  return piece >= kLeastPiece && tail * depth <= kTailElements ? tail : 0;
+  return run >= kLeastRun && tail * depth <= kTailElements ? tail : 0;
 }
 
 // Copies the last columns of each term's b, `tail` of n, one after the other to `buffer`.
