@@ -34,9 +34,8 @@ const T* GroupSums<T>::total(const Kernels<T>& kernels, int threads) const {
 
 template <typename T>
 Weights<T> PackedParameters<T>::of(Index task) const {
-  const bool own = copies > 1 && theta != nullptr;
-  return {own ? theta.get() + task * stride : theta.get(), theta_transposed.get(), phi.get(),
-          phi_transposed.get()};
+  return {theta == nullptr ? nullptr : theta.get() + task * stride, theta_transposed.get(),
+          phi.get(), phi_transposed.get()};
 }
 
 template <typename T>

@@ -36,7 +36,6 @@ class ArenaPool : public std::enable_shared_from_this<ArenaPool> {
     std::size_t bytes;
     std::uint64_t given;  // when it was given back, in numbers of blocks
   };
-  using BlocksBySize = std::map<std::size_t, std::deque<Block>>;
 
   Block take_bytes(std::size_t bytes);
   void give(Block block);
@@ -44,7 +43,7 @@ class ArenaPool : public std::enable_shared_from_this<ArenaPool> {
   void drop_oldest();
 
   std::mutex mutex_;
-  BlocksBySize free_;  // of one size the oldest first
+  std::map<std::size_t, std::deque<Block>> free_;  // by size; of one size the oldest first
   std::uint64_t given_ = 0;
   std::size_t free_bytes_ = 0;
   // The pool holds not much more than was once in use at the same time (or some hundred megabytes).
