@@ -162,6 +162,17 @@ def test_precision_and_stream_are_part_of_the_form():
     assert pretended.captures == len(graphs) == 3
 
 
+def test_graphs_of_inference_mode_serve_there_alone():
+    pretended = Pretended()
+    graphs, one = MetaStepGraphs(pretended), call(gradient=False)
+    for inference in (True, False, True):
+        with torch.inference_mode(inference):
+            for _ in range(3):
+                found = graphs(one, EXECUTOR.meta_step)
+        assert alike(found, EXECUTOR.meta_step(one), gradient=False)
+    assert pretended.captures == 2
+
+
 def test_inner_optimizers():
     graphs = MetaStepGraphs(Pretended())
     for _ in range(3):

@@ -273,6 +273,7 @@ def _form(call: MetaStep) -> tuple[Hashable, ...]:
         *((t.shape, t.dtype, t.device) for t in _tensors(call)),
         convolution_precision(),
         linear_precision(),
+        torch.is_inference_mode_enabled(),  # what is made in it can be written to there alone
     )
 
 
