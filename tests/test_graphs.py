@@ -269,7 +269,10 @@ def test_explain_says_what_is_captured(capsys):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu():
+@pytest.mark.parametrize("device", [0, 1])
+def test_on_a_gpu(device: int):
+    if device >= torch.cuda.device_count():
+        pytest.skip("needs another CUDA device")
     torch.manual_seed(0)
     module = nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1),
@@ -278,9 +281,9 @@ def test_on_a_gpu():
         nn.MaxPool2d(2),
         nn.Flatten(),
         nn.Linear(8 * 49, 5),
-    ).cuda()
+    ).cuda(device)
     maml = fastmaml.MAML(module, lr=0.1)
-    labels = torch.arange(5, device="cuda").repeat(4, 1)
+    labels = torch.arange(5, device=f"cuda:{device}").repeat(4, 1)
 
     def gradients(x: Tensor) -> list[Tensor]:
         batch = fastmaml.TaskBatch(x[:, :5], labels, x[:, 5:], labels)
@@ -288,7 +291,7 @@ def test_on_a_gpu():
         maml.meta_loss(batch, steps=2).backward()
         return [p.grad.clone() for p in maml.parameters()]
 
-    batches = [torch.randn(4, 10, 1, 14, 14, device="cuda") for _ in range(4)]
+    batches = [torch.randn(4, 10, 1, 14, 14, device=labels.device) for _ in range(4)]
     with precision("ieee"):
         graphed = [gradients(x) for x in batches]
         program = maml.programs.find(maml.layout(), batches[0])

@@ -62,10 +62,12 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """PyTorch's recipe: a warm-up on a side stream, then ``torch.cuda.graph``."""
+    """PyTorch's recipe: a warm-up on a side stream, then ``torch.cuda.graph``, on the same stream:
+    the one that PyTorch would take lies on the device where it was first asked for one.
+    """
 
     def __init__(self) -> None:
-        self._pools: dict[Hashable, Any] = {}
+        self._sides: dict[Hashable, tuple[torch.cuda.Stream, Any]] = {}
 
     def why_not(self) -> str | None:
         return "it is part of another graph" if torch.cuda.is_current_stream_capturing() else None
@@ -75,22 +77,26 @@ class CudaCapture:
         return stream.device_index, stream.cuda_stream
 
     def __call__(self, run: Callable[[], MetaStepResult]) -> Captured:
-        caller, side, graph = (
-            torch.cuda.current_stream(),
-            torch.cuda.Stream(),
-            torch.cuda.CUDAGraph(),
-        )
+        caller, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        side, pool = self._side()
         side.wait_stream(caller)
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side):  # and back, where a failed capture would stay
             run()
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved()
+            with torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):
+                result = run()
         caller.wait_stream(side)
-        # what graphs of one stream compute on the way may lie in the same place: they take turns
-        pool = self._pools.setdefault(self.stream(), torch.cuda.graph_pool_handle())
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            result = run()
         return Captured(graph.replay, result, max(0, torch.cuda.memory_reserved() - before))
+
+    def _side(self) -> tuple[torch.cuda.Stream, Any]:
+        """Beside the caller's stream: another, and a pool. What graphs of one stream compute on the
+        way may lie in the same place: they take turns.
+        """
+        key = self.stream()
+        if key not in self._sides:
+            self._sides[key] = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        return self._sides[key]
 
 
 class _Graph:
