@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,10 @@ from networks import NETWORKS, classification, gradients, make
 from torch import Tensor, nn
 
 import fastmaml
+from fastmaml.backends.select import FallbackWarning, make_executor
 from fastmaml.losses import per_task
+from fastmaml.program.capture import capture
+from fastmaml.program.layout import ParameterLayout
 from fastmaml.rules.activation import FUNCTIONS
 from fastmaml.testing import relative_error, sequential_maml
 
@@ -167,3 +171,16 @@ def test_on_the_cpu_it_wants_the_interpreter(monkeypatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match=r"the input is on cpu; move it to a CUDA device, or"):
         fastmaml.MAML(nn.Linear(3, 2), lr=0.1).clone()(torch.randn(4, 3))
+
+
+def test_an_old_gpu_runs_plain_pytorch(monkeypatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    x = SimpleNamespace(device=torch.device("cuda", 1), dtype=torch.float32)
+    program = (capture(nn.Linear(3, 2), torch.randn(4, 3)), ParameterLayout(nn.Linear(3, 2)))
+    needed = r"needs compute capability 8.0 or later, cuda:1 has 7.5"
+    with pytest.raises(RuntimeError, match=needed):
+        make_executor(*program, x)
+    monkeypatch.delenv("FASTMAML_BACKEND")
+    with pytest.warns(FallbackWarning, match=needed):
+        assert make_executor(*program, x).name == "reference"

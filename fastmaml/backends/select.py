@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import warnings
 
+import torch
 from torch import Tensor, nn
 
 from fastmaml.backends.base import Executor
+from fastmaml.backends.device import OLDEST_CAPABILITY
 from fastmaml.backends.reference import ReferenceExecutor
 from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
@@ -73,18 +75,37 @@ def _gpu(graph: Graph, layout: ParameterLayout, x: Tensor, forced: bool) -> Exec
         message = f"the gpu backend needs Triton, which could not be loaded ({error})"
         if forced:
             raise RuntimeError(f"{message}; install triton") from error
-        warnings.warn(
-            f"{message}. CUDA tensors run through plain PyTorch: the same gradients, slower.",
-            FallbackWarning,
-            stacklevel=2,
-        )
-        return ReferenceExecutor(graph, layout)
+        return _plain(graph, layout, message)
+    if (too_old := _too_old(x)) is not None:
+        if forced:
+            raise RuntimeError(too_old)
+        return _plain(graph, layout, too_old)
     if x.device.type != "cuda" and not interpreted():
         raise RuntimeError(
             f"{ENVIRONMENT_VARIABLE}=gpu was asked for, but the input is on {x.device}; move it to "
             "a CUDA device, or set TRITON_INTERPRET=1 to have the kernels interpreted on the CPU"
         )
     return GpuExecutor(graph, layout, x.dtype)
+
+
+def _too_old(x: Tensor) -> str | None:
+    """Why the GPU that ``x`` is on cannot run the kernels, or None."""
+    if x.device.type != "cuda" or torch.version.cuda is None:
+        return None
+    capability = torch.cuda.get_device_capability(x.device)
+    if capability >= OLDEST_CAPABILITY:
+        return None
+    oldest, here = (".".join(map(str, c)) for c in (OLDEST_CAPABILITY, capability))
+    return f"the gpu backend needs compute capability {oldest} or later, {x.device} has {here}"
+
+
+def _plain(graph: Graph, layout: ParameterLayout, message: str) -> Executor:
+    warnings.warn(
+        f"{message}. CUDA tensors run through plain PyTorch: the same gradients, slower.",
+        FallbackWarning,
+        stacklevel=4,
+    )
+    return ReferenceExecutor(graph, layout)
 
 
 def report_fallback(module: nn.Module, reason: str) -> None:
