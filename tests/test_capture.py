@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmaml.program.capture import capture
+from fastmaml.program.program import module_signature
 from fastmaml.program.substitute import call_with
 from fastmaml.program.trace import NotCovered
 
@@ -174,3 +175,15 @@ def test_a_module_under_two_names_comes_back_whole() -> None:
     after = [*module.parameters(), *module.buffers()]
     assert all(a is b for a, b in zip(after, before, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(after[:4], values[:4], strict=True))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_programs_are_not_those_of_autocast(device: str) -> None:
+    module = nn.Linear(3, 2)
+    outside = module_signature(module)
+    torch.set_autocast_enabled(device, True)
+    try:
+        assert module_signature(module) != outside
+    finally:
+        torch.set_autocast_enabled(device, False)
+    assert module_signature(module) == outside

@@ -187,7 +187,8 @@ class ProgramCache:
 
 def module_signature(module: nn.Module) -> Signature:
     """Changes with ``train()``/``eval()``, ``requires_grad_``, swapped parts and hooks."""
-    return torch.is_autocast_enabled("cpu"), _core.module_signature(module)
+    autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+    return autocast, _core.module_signature(module)
 
 
 @contextmanager
