@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -128,6 +130,42 @@ def test_batch_norm_knows_its_buffers() -> None:
 def test_refusals_say_why(module: nn.Module, shape: tuple[int, ...], reason: str) -> None:
     with pytest.raises(NotCovered, match=reason):
         capture(module, torch.randn(4, *shape))
+
+
+class FixedWeights(nn.Module):
+    """Buffers where a layer has its parameters."""
+
+    def __init__(self, f: Callable[[FixedWeights, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.f = nn.Linear(3, 3), f
+        self.register_buffer("weight", torch.randn(3, 3))
+        self.register_buffer("bias", torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self, self.first(x))
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda m, x: F.linear(x, m.weight),
+        lambda m, x: F.linear(x, m.first.weight, m.bias),
+        lambda m, x: F.batch_norm(x, None, None, m.bias, m.bias, training=True),
+    ],
+)
+def test_a_buffer_is_no_weight(f: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    with pytest.raises(NotCovered, match="a weight that is not a parameter"):
+        capture(FixedWeights(f), torch.randn(4, 3))
+
+
+def test_parameters_are_no_running_statistics() -> None:
+    class Fixed(nn.BatchNorm1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(x, self.bias, self.weight, training=self.training)
+
+    for module in (Fixed(3), Fixed(3).eval()):
+        with pytest.raises(NotCovered, match="running statistics that are not buffers"):
+            capture(module, torch.randn(4, 3))
 
 
 def test_a_view_changed_in_place_is_not_used_again() -> None:

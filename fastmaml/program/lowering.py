@@ -44,9 +44,9 @@ def _matrix_product(trace: Trace, a: Arguments, result: Tensor) -> None:
     x = a["mat1"] if "mat1" in a else a.get("input", a.get("self"))
     if a.get("alpha", 1) != 1 or a.get("beta", 1) != 1:
         raise NotCovered("addmm with factors")
-    weight = a.get("weight")
-    slot = trace.read(a["mat2"], transposed=True) if weight is None else trace.read(weight)
-    trace.emit("linear", result, (trace.value(x),), (slot, trace.read(bias)))
+    weight = a["mat2"] if "mat2" in a else a["weight"]
+    slots = (trace.parameter(weight, transposed="mat2" in a), trace.parameter(bias))
+    trace.emit("linear", result, (trace.value(x),), slots)
 
 
 def _convolution(trace: Trace, a: Arguments, result: Tensor) -> None:
@@ -57,7 +57,7 @@ def _convolution(trace: Trace, a: Arguments, result: Tensor) -> None:
         "conv2d",
         result,
         (x,),
-        (trace.read(a["weight"]), trace.read(a["bias"])),
+        (trace.parameter(a["weight"]), trace.parameter(a["bias"])),
         stride=_pair(a["stride"]),
         padding=_pair(a["padding"]),
         dilation=_pair(a["dilation"]),
@@ -76,11 +76,11 @@ def _batch_norm(trace: Trace, a: Arguments, result: Any, *, training: bool | Non
         "batch_norm",
         result[0],
         (x,),
-        (trace.read(a["weight"]), trace.read(a["bias"])),
-        (None, None) if training else tuple(trace.read(b) for b in running),
+        (trace.parameter(a["weight"]), trace.parameter(a["bias"])),
+        (None, None) if training else tuple(trace.buffer(b) for b in running),
         training=training,
         tracking=tracking,
-        running=tuple(trace.name_of(b) for b in running if b is not None) if tracking else None,
+        running=tuple(trace.buffer_name(b) for b in running if b is not None) if tracking else None,
         momentum=float(momentum),
         eps=float(a.get("eps", a.get("epsilon"))),
     )
@@ -151,7 +151,7 @@ def _add_bias(trace: Trace, x: Value, bias: Tensor, result: Tensor) -> None:
     if bias.shape != result.shape[-1:]:
         raise NotCovered("an addition that broadcasts")
     source = Value(product.inputs[0], trace.values[product.inputs[0]])
-    trace.emit("linear", result, (source,), (product.params[0], trace.read(bias)))
+    trace.emit("linear", result, (source,), (product.params[0], trace.parameter(bias)))
 
 
 def _multiply(trace: Trace, a: Arguments, result: Tensor, *, divide: bool = False) -> None:

@@ -88,22 +88,22 @@ class Trace(TorchDispatchMode):
             return known
         raise NotCovered("an operand that does not come from the input")
 
-    def read(self, tensor: Tensor | None, *, transposed: bool = False) -> int | None:
-        """The slot number of a parameter or buffer, added on first use."""
+    def parameter(self, tensor: Tensor | None, *, transposed: bool = False) -> int | None:
+        """The slot number of a parameter, added on first use."""
         if tensor is None:
             return None
         known = self.lookup(tensor)
-        if not isinstance(known, Read) or known.transposed != transposed:
+        if not isinstance(known, Read) or known.is_buffer or known.transposed != transposed:
             raise NotCovered("a weight that is not a parameter itself")
-        names = self.buffers if known.is_buffer else self.parameters
-        if known.name not in names:
-            names.append(known.name)
-        return names.index(known.name)
+        return _slot(self.parameters, known.name)
 
-    def name_of(self, tensor: Tensor) -> str:
-        """The name of a parameter or buffer."""
+    def buffer(self, tensor: Tensor) -> int:
+        """The slot number of a buffer, added on first use."""
+        return _slot(self.buffers, self.buffer_name(tensor))
+
+    def buffer_name(self, tensor: Tensor) -> str:
         known = self.lookup(tensor)
-        if not isinstance(known, Read):
+        if not isinstance(known, Read) or not known.is_buffer or known.transposed:
             raise NotCovered("running statistics that are not buffers of the module")
         return known.name
 
@@ -195,6 +195,12 @@ class Trace(TorchDispatchMode):
                 raise NotCovered("the network's input changed in place")
             if shares and other is not target:
                 self._stale.add(id(other))
+
+
+def _slot(names: list[str], name: str) -> int:
+    if name not in names:
+        names.append(name)
+    return names.index(name)
 
 
 def bind(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
