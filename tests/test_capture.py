@@ -119,7 +119,7 @@ def test_batch_norm_knows_its_buffers() -> None:
         (Lambda(lambda x: x - x.mean(0)), (3,), "mean over examples"),
         (Lambda(lambda x: x.relu_()), (3,), "network's input changed in place"),
         (Lambda(lambda x: x if x.sum() > 0 else -x), (3,), "aten.sum"),
-        (Lambda(lambda x: x * float(x.detach().numpy().max())), (3,), "examples or their values"),
+        (Lambda(lambda x: x * float(x.numpy().max())), (3,), "examples or their values"),
         (Lambda(lambda x: x * x.shape[0]), (3,), "number of examples"),
         (Lambda(lambda x: x.flatten()), (3,), "whose first axis is not the examples"),
         (Lambda(lambda x: (x, x)), (3,), "does not come from the input"),
@@ -132,12 +132,13 @@ def test_refusals_say_why(module: nn.Module, shape: tuple[int, ...], reason: str
         capture(module, torch.randn(4, *shape))
 
 
-class FixedWeights(nn.Module):
-    """Buffers where a layer has its parameters."""
+class WithTensors(nn.Module):
+    """A layer, and other tensors for ``f`` to use where they should not be."""
 
-    def __init__(self, f: Callable[[FixedWeights, Tensor], Tensor]) -> None:
+    def __init__(self, f: Callable[[WithTensors, Tensor], Tensor]) -> None:
         super().__init__()
         self.first, self.f = nn.Linear(3, 3), f
+        self.exponent = nn.Parameter(torch.tensor(2.0))
         self.register_buffer("weight", torch.randn(3, 3))
         self.register_buffer("bias", torch.randn(3))
 
@@ -155,7 +156,7 @@ class FixedWeights(nn.Module):
 )
 def test_a_buffer_is_no_weight(f: Callable[[nn.Module, Tensor], Tensor]) -> None:
     with pytest.raises(NotCovered, match="a weight that is not a parameter"):
-        capture(FixedWeights(f), torch.randn(4, 3))
+        capture(WithTensors(f), torch.randn(4, 3))
 
 
 def test_parameters_are_no_running_statistics() -> None:
@@ -165,7 +166,45 @@ def test_parameters_are_no_running_statistics() -> None:
 
     for module in (Fixed(3), Fixed(3).eval()):
         with pytest.raises(NotCovered, match="running statistics that are not buffers"):
-            capture(module, torch.randn(4, 3))
+            capture(module.requires_grad_(False), torch.randn(4, 3))
+
+
+class Cut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return torch.zeros_like(gradient)
+
+
+@torch.no_grad()
+def without_gradient(x: Tensor) -> Tensor:
+    return torch.tanh(x)
+
+
+def watched(x: Tensor) -> Tensor:
+    x.register_hook(lambda gradient: 2 * gradient)
+    return torch.tanh(x)
+
+
+@pytest.mark.parametrize(
+    ("f", "reason"),
+    [
+        (lambda m, x: x + x.detach(), "add .a detached tensor"),
+        (lambda m, x: torch.tanh(x.data), "tanh .a detached tensor"),
+        (lambda m, x: F.linear(x, m.first.weight.detach()), "a detached tensor"),
+        (lambda m, x: without_gradient(x), "tanh .without gradient"),
+        (lambda m, x: Cut.apply(x), "tanh .without gradient"),
+        (lambda m, x: watched(x), "a hook"),
+        (lambda m, x: x**m.exponent, "pow .exponent"),
+    ],
+)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_gradients_are_never_lost(f, reason: str, mode: type) -> None:
+    with mode(), pytest.raises(NotCovered, match=reason):
+        capture(WithTensors(f), torch.randn(4, 3))
 
 
 def test_a_view_changed_in_place_is_not_used_again() -> None:
@@ -176,6 +215,14 @@ def test_a_view_changed_in_place_is_not_used_again() -> None:
 
     with pytest.raises(NotCovered, match="changed in place through another"):
         capture(Lambda(f), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_caller_s_gradient_mode_does_not_matter(mode: type) -> None:
+    module = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.SELU(inplace=True))
+    expected = capture(module, torch.randn(4, 2, 5, 5))
+    with mode():
+        assert capture(module, torch.randn(4, 2, 5, 5)) == expected
 
 
 def test_capture_changes_nothing() -> None:

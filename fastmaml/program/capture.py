@@ -45,6 +45,7 @@ def capture(module: nn.Module, x: Tensor) -> Graph:
     return first
 
 
+@torch.inference_mode(False)  # under it composite calls would not come apart
 def _trace(module: nn.Module, x: Tensor, examples: int) -> Graph:
     parameters = dict(module.named_parameters())
     buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
@@ -54,9 +55,10 @@ def _trace(module: nn.Module, x: Tensor, examples: int) -> Graph:
     devices = [x.device] if x.device.type == "cuda" else []
     trace = Trace(examples, parameters, buffers, TABLE)
     trace.add_input(sample)
-    # fastmaml is below autograd here, so the tensors' own requires_grad is of no interest
-    with torch.random.fork_rng(devices), torch.no_grad(), trace:
+    # gradients on: a forward that switches them off, or detaches, is then seen to do so
+    with torch.random.fork_rng(devices), torch.enable_grad(), trace:
         output = _run(module, parameters | buffers, sample)
+    trace.refuse_tensor_hooks()
     return _graph(trace, output)
 
 

@@ -121,7 +121,7 @@ def _gelu(trace: Trace, a: Arguments, result: Tensor) -> None:
 
 
 def _power(trace: Trace, a: Arguments, result: Tensor) -> None:
-    if a["exponent"] != 2:
+    if isinstance(a["exponent"], Tensor) or a["exponent"] != 2:
         raise NotCovered(f"exponent {a['exponent']}")
     _activation(trace, a, result, function="square")
 
@@ -237,6 +237,12 @@ def _same(trace: Trace, a: Arguments, result: Tensor) -> None:
         trace.alias(result, known)
 
 
+def _detach(trace: Trace, a: Arguments, result: Tensor) -> None:
+    """Autograd detaches what it saves, so that only a use of the result tells of a cut gradient."""
+    _same(trace, a, result)
+    trace.refuse(result, "a detached tensor")
+
+
 def _activations() -> dict[str, Lowering]:
     plain = ("relu", "silu", "sigmoid", "tanh", "sin", "cos", "exp", "square")
     table: dict[str, Lowering] = {n: partial(_activation, function=n) for n in plain}
@@ -272,6 +278,7 @@ TABLE: Mapping[str, Lowering] = {
     "mean": _mean,
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unsqueeze", "squeeze"), _view),
     **dict.fromkeys(("permute", "transpose"), _permute),
-    **dict.fromkeys(("clone", "contiguous", "detach", "alias", "lift_fresh", "_to_copy"), _same),
+    "detach": _detach,
+    **dict.fromkeys(("clone", "contiguous", "alias", "lift_fresh", "_to_copy"), _same),
 }
 """ATen's name of an operation, without the trailing underscore of its in-place form."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -63,7 +64,7 @@ class Trace(TorchDispatchMode):
         self._table = table
         self._known: dict[int, Known] = {}
         self._alive: list[Tensor] = []  # an id is only unique while its tensor lives
-        self._stale: set[int] = set()  # changed through another tensor of the same storage
+        self._refused: dict[int, str] = {}  # why an op that reads this tensor is not covered
         for name, tensor in parameters.items():
             self._know(tensor, Read(name, is_buffer=False))
         for name, tensor in buffers.items():
@@ -77,8 +78,8 @@ class Trace(TorchDispatchMode):
         self._known[id(tensor)] = what
 
     def lookup(self, tensor: object) -> Known | None:
-        if id(tensor) in self._stale:
-            raise NotCovered("a view that was changed in place through another")
+        if id(tensor) in self._refused:
+            raise NotCovered(self._refused[id(tensor)])
         return self._known.get(id(tensor))
 
     def value(self, tensor: Any) -> Value:
@@ -97,11 +98,11 @@ class Trace(TorchDispatchMode):
             raise NotCovered("a weight that is not a parameter itself")
         return _slot(self.parameters, known.name)
 
-    def buffer(self, tensor: Tensor) -> int:
+    def buffer(self, tensor: Tensor | None) -> int:
         """The slot number of a buffer, added on first use."""
         return _slot(self.buffers, self.buffer_name(tensor))
 
-    def buffer_name(self, tensor: Tensor) -> str:
+    def buffer_name(self, tensor: Tensor | None) -> str:
         known = self.lookup(tensor)
         if not isinstance(known, Read) or not known.is_buffer or known.transposed:
             raise NotCovered("running statistics that are not buffers of the module")
@@ -153,6 +154,17 @@ class Trace(TorchDispatchMode):
         """``result`` is another tensor object for something known."""
         self._know(result, what)
 
+    def refuse(self, tensor: Tensor, reason: str) -> None:
+        """No op may read ``tensor``, which is known, from here on."""
+        self._refused[id(tensor)] = reason
+
+    def refuse_tensor_hooks(self) -> None:
+        """Hooks on values would not run with the program."""
+        for tensor in self._alive:
+            watched = tensor._backward_hooks or tensor.retains_grad
+            if watched and isinstance(self._known[id(tensor)], Value):
+                raise NotCovered("a hook or retain_grad() on a tensor")
+
     # --- the mode -----------------------------------------------------------------------------
 
     def __torch_dispatch__(
@@ -174,6 +186,8 @@ class Trace(TorchDispatchMode):
         lowering = self._table.get(name.removesuffix("_"))
         if lowering is None:
             raise NotCovered
+        if not torch.is_grad_enabled():
+            raise NotCovered("without gradient: under torch.no_grad() or in an autograd.Function")
         if name.endswith("_"):
             self._change_in_place(arguments["self"])
         lowering(self, arguments, result)
@@ -194,7 +208,7 @@ class Trace(TorchDispatchMode):
             if shares and isinstance(known, Value) and known.id == 0:
                 raise NotCovered("the network's input changed in place")
             if shares and other is not target:
-                self._stale.add(id(other))
+                self.refuse(other, "a view that was changed in place through another")
 
 
 def _slot(names: list[str], name: str) -> int:
