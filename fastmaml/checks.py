@@ -155,12 +155,17 @@ def _field(name: str, tensor: object, support_x: Tensor, like: Tensor) -> None:
             f"{name} must have shape [T, N, ...] with T = {support_x.shape[0]} >= 1 tasks and "
             f"N >= 1 examples, got {list(tensor.shape)}"
         )
+    placed_like(name, tensor, like, any_dtype=name.endswith("_y"))
+
+
+def placed_like(name: str, tensor: Tensor, like: Tensor, *, any_dtype: bool = False) -> None:
+    """``tensor`` is on the device of the parameters ``like`` and, if of floats, of their dtype."""
     if tensor.device != like.device:
         raise ValueError(
             f"{name} must be on the parameters' device {like.device}, got {tensor.device}; "
             "move one of them with .to(device)"
         )
-    if name.endswith("_x") and tensor.is_floating_point() and tensor.dtype != like.dtype:
+    if tensor.dtype != like.dtype and tensor.is_floating_point() and not any_dtype:
         raise ValueError(
             f"{name} must have the parameters' dtype {like.dtype}, got {tensor.dtype}; "
             f"convert it with .to({like.dtype})"

@@ -60,6 +60,24 @@ def test_a_failed_adapt_leaves_the_learner_as_it_was(maml: MAML) -> None:
     assert not torch.equal(learner.theta, before)
 
 
+def test_parameters_converted_after_the_first_call(maml: MAML) -> None:
+    x = torch.randn(2, 5, 3)
+    maml.clone(tasks=2)(x)
+    maml.double()
+    with pytest.raises(ValueError, match=r"x must have the parameters' dtype torch\.float64, got"):
+        maml.clone(tasks=2)(x)
+    assert maml.clone(tasks=2)(x.double()).dtype == torch.float64
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_parameters_of_several_dtypes_have_no_program(maml: MAML, frozen: bool) -> None:
+    other = nn.Parameter(torch.ones(2, dtype=torch.float64), requires_grad=not frozen)
+    maml.module.register_parameter("other", other)
+    maml.module[0].requires_grad_(not frozen)
+    assert "parameter other is torch.float64" in str(fastmaml.explain(maml, torch.randn(5, 3)))
+
+
 def test_unused_parameters_are_named() -> None:
     learner = MAML(Tied(), lr=0.1).clone()
     x = torch.randn(4, 5)

@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from fastmaml import _core
+from fastmaml import _core, checks
 from fastmaml.backends.base import Executor
 from fastmaml.backends.reference import ReferenceExecutor
 from fastmaml.backends.select import forced_backend, make_executor, report_fallback
@@ -68,6 +68,9 @@ class NativeProgram:
 
         ``one_task``: x and y are ``[N, ...]``.
         """
+        for parameters in (theta.root, phi):  # which may have been converted since the capture
+            if parameters.numel():
+                checks.placed_like("x", x, parameters)
         self.check_examples(x.shape[0 if one_task else 1], "x")
         executor, rows, start = theta.on(self.executor)
         keep = torch.is_grad_enabled()
@@ -157,15 +160,11 @@ class ProgramCache:
     def _capture(self, layout: ParameterLayout, x: Tensor, example_axes: int) -> NativeProgram:
         sample = x.detach().flatten(0, example_axes - 1)
         graph = capture(self._module, sample)
-        self._check_dtypes(graph, x)
-        return NativeProgram(self._module, graph, layout, make_executor(graph, layout, x))
-
-    def _check_dtypes(self, graph: Graph, x: Tensor) -> None:
-        parameters = dict(self._module.named_parameters(remove_duplicate=False))
-        for name in graph.parameters:
-            p = parameters[name]
+        for name, p in zip(layout.slots, layout.parameters, strict=True):
             if p.dtype != x.dtype or p.device != x.device:
-                raise NotCovered(f"parameter {name} is {p.dtype} on {p.device}, x is {x.dtype}")
+                came = f"{x.dtype} on {x.device}"
+                raise NotCovered(f"parameter {name} is {p.dtype} on {p.device}, x is {came}")
+        return NativeProgram(self._module, graph, layout, make_executor(graph, layout, x))
 
     def _functional(self, key: Signature, reason: str) -> Program:
         found = self._programs.get(key)
