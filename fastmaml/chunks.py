@@ -36,7 +36,7 @@ def in_chunks(
     checks.positive_int("chunk", chunk)
     with torch.no_grad():
         theta = maml.layout().pack(adapted=True)
-    batch = checks.batch(next_batch(source), theta, labels_needed=True)
+    batch = next_batch(source, theta)
     if any(t.requires_grad for t in batch):
         raise ValueError(
             "chunk must be None where the batch's tensors require gradients, which are kept for "
@@ -45,7 +45,7 @@ def in_chunks(
     learned = _learned(maml) if torch.is_grad_enabled() else []
     gradients: Sequence[Tensor | None] = [None] * len(learned)
     total = theta.new_zeros(())
-    with _buffers_restored_on_error(maml.module):
+    with _buffers_restored_on_error(maml):
         for part in batch.chunks(chunk):
             value, found = _with_gradients(meta_loss(part) * (part.tasks / batch.tasks), learned)
             total += value

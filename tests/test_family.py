@@ -12,8 +12,8 @@ from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call
 
 import fastmaml as l2l
-from fastmaml import TaskBatch
-from fastmaml.algorithms import ANIL, IMAML, MetaSGD, Reptile
+from fastmaml import MAML, TaskBatch
+from fastmaml.algorithms import ANIL, IMAML, MAMLPlusPlus, MetaSGD, Reptile
 from fastmaml.algorithms.imaml import conjugate_gradients
 
 T = 3
@@ -165,3 +165,16 @@ def test_learned_rates_and_a_head_go_together() -> None:
     maml = MetaSGD(net, lr=0.2, adapt="classifier")
     plain = ANIL(net, lr=0.2)
     torch.testing.assert_close(maml.meta_loss(tasks, 2), plain.meta_loss(tasks, 2))
+
+
+@pytest.mark.parametrize("algorithm", [Reptile, IMAML, MAMLPlusPlus])
+def test_batches_are_checked(algorithm: type[MAML]) -> None:
+    maml, tasks = algorithm(Net().double(), lr=0.3), batch()
+    options = {"step_weights": [1.0]} if algorithm is MAMLPlusPlus else {}
+    assert torch.equal(maml.meta_loss(tuple(tasks), **options), maml.meta_loss(tasks, **options))
+    with pytest.raises(TypeError, match=r"query_y must be a tensor \[T, N, ...\], got NoneType"):
+        maml.meta_loss(tasks._replace(query_y=None), **options)
+    with pytest.raises(ValueError, match="steps"):
+        maml.meta_loss(tasks, steps=-1, **options)
+    with pytest.raises(FloatingPointError, match="loss must be finite"):
+        maml.meta_loss(tasks._replace(query_x=tasks.query_x * torch.nan), **options)

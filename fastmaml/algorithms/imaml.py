@@ -76,8 +76,8 @@ class IMAML(MAML):
         if chunk is not None:
             part_loss = partial(self.meta_loss, steps=steps, loss=loss, first_order=first_order)
             return in_chunks(self, batch, chunk, part_loss)
-        theta = self.layout().pack(adapted=True)
-        batch = checks.batch(next_batch(batch), theta.detach(), labels_needed=True)
+        checks.steps_count(steps)
+        batch = next_batch(batch, self.layout().pack(adapted=True).detach())
         if batch.minibatches is not None:
             raise ValueError(
                 "support_x must be [T, N, ...] for IMAML, whose gradient is that at the optimum of "
@@ -89,6 +89,7 @@ class IMAML(MAML):
             learner.adapt(per_task(loss, learner(batch.support_x), batch.support_y))
         root = _restart(learner)
         losses = per_task(loss, learner(batch.query_x), batch.query_y)
+        checks.finite_loss(losses)
         (outer,) = torch.autograd.grad(losses.sum(), root)
         if not first_order:
             outer = self._solve(learner, root, batch, loss, outer)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmaml import checks
 from fastmaml.chunks import in_chunks
 from fastmaml.data.episodes import EpisodeSampler, next_batch
 from fastmaml.data.task_batch import TaskBatch
@@ -43,10 +44,11 @@ class Reptile(MAML):
         """
         if chunk is not None:
             return in_chunks(self, batch, chunk, partial(self.meta_loss, steps=steps, loss=loss))
-        batch = next_batch(batch)
+        batch = next_batch(batch, self.layout().pack(adapted=True).detach())
         adapted = self.adapted(batch, steps, loss)
         with torch.no_grad():
             value = per_task(loss, adapted.predict(), batch.query_y).mean()
+            checks.finite_loss(value)
             ends = adapted.parameters()
             layout = self.layout()
             gradients = [

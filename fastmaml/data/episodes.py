@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastmaml import checks
 from fastmaml.backends.base import Episodes
 from fastmaml.backends.device import kernels_for
 from fastmaml.data.ahead import Ahead
@@ -183,9 +184,10 @@ class EpisodeSampler:
             self._drawing.go_to(self._seed, self._batch)
 
 
-def next_batch(source: TaskBatch | EpisodeSampler) -> TaskBatch:
-    """The next batch of a sampler; a batch as it is."""
-    return source.sample() if isinstance(source, EpisodeSampler) else source
+def next_batch(source: TaskBatch | EpisodeSampler, like: Tensor) -> TaskBatch:
+    """The next batch of a sampler, or a batch; checked against the parameters ``like``."""
+    batch = source.sample() if isinstance(source, EpisodeSampler) else source
+    return checks.batch(batch, like, labels_needed=True)
 
 
 Drawing = NativeDrawing | DeviceDrawing | ReferenceDrawing
