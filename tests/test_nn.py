@@ -182,6 +182,18 @@ def test_parameters_of_inner_modules_are_transformed_too() -> None:
     assert len(list(wrapped.meta_parameters())) == 2
 
 
+def test_a_part_under_two_names_keeps_its_parameters_when_transformed() -> None:
+    part = nn.Linear(3, 3)
+    model = nn.ModuleDict({"a": part, "b": nn.Sequential(part)})
+    model.forward = lambda x: model["b"](x)
+    before = dict(part.named_parameters())
+    wrapped = l2l.nn.ParameterTransform(model, lambda p: l2l.nn.Scale(alpha=2.0))
+    x = torch.randn(4, 3)
+    for _ in range(2):
+        torch.testing.assert_close(wrapped(x), 2 * part(x))
+        assert all(p is before[name] for name, p in part.named_parameters())
+
+
 def test_the_state_of_a_transform_has_learn2learns_names() -> None:
     layer = l2l.nn.ParameterTransform(nn.Linear(3, 2), lambda p: l2l.nn.Scale())
     assert list(layer.state_dict()) == [

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
-from torch.func import functional_call
+
+from fastmaml.program.substitute import call_with
 
 Substitution = Callable[[Any], nn.Module]
 Transform = Callable[[nn.Parameter], nn.Module | None]
@@ -92,7 +93,7 @@ class ParameterTransform(nn.Module):
             for name, p in self.module.named_parameters()
             if _key(name) in self.parameter_transforms
         }
-        return functional_call(self.module, changed, args, kwargs)
+        return call_with(self.module, changed, args, kwargs)
 
 
 def _key(name: str) -> str:
