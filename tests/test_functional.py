@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -71,6 +72,46 @@ class Normed(nn.Module):
         return self.head(torch.tanh(self.norm(h)))
 
 
+class Instances(nn.Module):
+    """A tracked instance norm, in training mode and after it."""
+
+    def __init__(self, *, training: bool = True) -> None:
+        super().__init__()
+        self.norm = nn.InstanceNorm1d(4, affine=True, track_running_stats=True)
+        self.norm.train(training)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(x)).mean(1))
+
+
+class OwnStatistics(nn.Module):
+    """Running statistics that are no batch norm module's, which counts batches."""
+
+    def __init__(self, *, native: bool = False) -> None:
+        super().__init__()
+        self.native = native
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("variance", torch.ones(8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.batch_norm(x.mean(1), self.mean, self.variance, training=True, momentum=0.3)
+        return self.head(h if self.native else h.cumsum(-1))
+
+
+class LooseStatistics(nn.Module):
+    """Running statistics that are no buffers: vmap refuses their update."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics = [torch.zeros(8).double(), torch.ones(8).double()]
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(F.batch_norm(x.mean(1), *self.statistics, training=True)))
+
+
 def norm_then(layer: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(32, 8), layer, nn.Tanh(), nn.Linear(8, 3))
 
@@ -98,6 +139,10 @@ FALLBACKS = {
     "group_norm": lambda: norm_then(nn.GroupNorm(2, 8)),
     "batch_norm": Normed,
     "grouped_conv": Grouped,
+    "instance_norm": Instances,
+    "instance_norm_eval": partial(Instances, training=False),
+    "own_statistics": OwnStatistics,
+    "loose_statistics": LooseStatistics,
 }
 
 
@@ -132,6 +177,17 @@ def test_the_gradient_is_the_same(name: str, door: str) -> None:
 
 
 @pytest.mark.parametrize("door", DOORS)
+def test_a_native_program_needs_no_count_of_batches(door: str) -> None:
+    module, batch = OwnStatistics(native=True).double(), batch_for("own_statistics")
+    batch = TaskBatch(*(t.mean(2, keepdim=True) if t.ndim == 4 else t for t in batch))
+    twin = copy.deepcopy(module)
+    sequential_maml(twin, batch, 0.2, steps=2)
+    DOORS[door](fastmaml.MAML(module, 0.2), batch, 2, F.cross_entropy)
+    for got, want in zip(module.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("door", DOORS)
 def test_one_warning_names_the_op(door: str) -> None:
     maml = fastmaml.MAML(norm_then(nn.LayerNorm(8)).double(), 0.1)
     batch = batch_for("layer_norm")
@@ -140,6 +196,16 @@ def test_one_warning_names_the_op(door: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         DOORS[door](maml, batch, 1, F.cross_entropy)
+
+
+def test_a_warning_says_that_tasks_run_one_after_the_other() -> None:
+    x = batch_for("loose_statistics").support_x
+    maml = fastmaml.MAML(LooseStatistics().double(), 0.1)
+    with pytest.warns(FallbackWarning, match="no native program"):
+        maml.clone(tasks=1)(x[:1])
+    with pytest.warns(FallbackWarning, match=r"one task after the other.*vmap refuses it \(vmap"):
+        maml.clone(tasks=2)(x[1:])
+    maml.clone(tasks=3)(x)
 
 
 @pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")

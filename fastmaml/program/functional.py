@@ -8,6 +8,7 @@ math kernel is chosen. Where vmap itself refuses a module, tasks run one after t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from operator import itemgetter
@@ -21,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from fastmaml.backends.select import FallbackWarning
 from fastmaml.program.statistics import RunningStatistics, Tracked
 from fastmaml.program.substitute import call_with
 
@@ -78,11 +80,7 @@ class PrimitiveNorm(TorchFunctionMode):
                 )
             mean = x.mean(axes)
             variance = (x - _channels(mean, x)).square().mean(axes)
-            if running_mean is not None:
-                assert running_var is not None
-                names = (self._names[id(running_mean)], self._names[id(running_var)])
-                self.tracked.append(Tracked(*names, len(running_mean), momentum))
-                self.statistics += [mean.detach(), variance.detach() * (count / (count - 1))]
+            self._track(running_mean, running_var, momentum, mean, variance, count)
         else:
             assert running_mean is not None and running_var is not None
             mean, variance = running_mean, running_var
@@ -100,12 +98,35 @@ class PrimitiveNorm(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        if running_mean is not None:
-            raise NotImplementedError("instance norm with running statistics under vmap")
+        if not use_input_stats:
+            return self._batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
         axes = list(range(2, x.ndim))
-        centred = x - x.mean(axes, keepdim=True)
-        y = centred * (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
-        return _affine(y, weight, bias)
+        mean = x.mean(axes, keepdim=True)
+        variance = (x - mean).square().mean(axes, keepdim=True)
+        means = (mean.mean(0).flatten(), variance.mean(0).flatten())
+        self._track(running_mean, running_var, momentum, *means, x[0, 0].numel())
+        return _affine((x - mean) * (variance + eps).rsqrt(), weight, bias)
+
+    def _track(
+        self,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        mean: Tensor,
+        variance: Tensor,
+        count: int,
+    ) -> None:
+        """Report the statistics of ``count`` values per channel, if there are running ones."""
+        if running_mean is None or running_var is None:
+            return
+        statistics = [mean.detach(), variance.detach() * (count / (count - 1))]
+        names = [self._names.get(id(running)) for running in (running_mean, running_var)]
+        if names[0] is None or names[1] is None:  # no buffers of the module; vmap refuses this
+            for running, met in zip((running_mean, running_var), statistics, strict=True):
+                running.copy_((1 - momentum) * running + momentum * met)
+            return
+        self.tracked.append(Tracked(names[0], names[1], len(running_mean), momentum))
+        self.statistics += statistics
 
 
 def _channels(vector: Tensor, x: Tensor) -> Tensor:
@@ -124,9 +145,11 @@ class FunctionalProgram:
 
     def __init__(self, module: nn.Module, reason: str) -> None:
         self.reason = reason
-        self.by_loop: str | None = None  # why vmap refused
         self.running = RunningStatistics(module, ())
         self._module = module
+        self._met: list[Tracked] = []  # of the latest task
+        self._refusal: str | None = None  # vmap's
+        self._warned = False
 
     def run(
         self, parameters: Mapping[str, Tensor], args: Any, kwargs: Any
@@ -136,15 +159,27 @@ class FunctionalProgram:
         Differentiable any number of times. ``statistics`` is what ``self.running`` folds.
         """
         with twice_differentiable(self._module):
-            if self.by_loop is None:
+            refusal = self._refusal
+            if refusal is None:
                 try:
                     return self._report(*self._run_vmap(parameters, args, kwargs))
                 except (RuntimeError, NotImplementedError, ValueError) as error:
-                    refusal = str(error).splitlines()[0] if str(error) else type(error).__name__
-                result = self._report(*self._run_loop(parameters, args, kwargs))
-                self.by_loop = refusal
-                return result
-            return self._report(*self._run_loop(parameters, args, kwargs))
+                    refusal = next(iter(str(error).splitlines()), type(error).__name__)
+            result = self._report(*self._run_loop(parameters, args, kwargs))
+        self._refusal = refusal  # only now: an error of the module's own is none
+        self._warn_of_loop(len(next(iter(parameters.values()))), refusal)
+        return result
+
+    def _warn_of_loop(self, tasks: int, refusal: str) -> None:
+        if tasks == 1 or self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"{type(self._module).__name__} runs one task after the other: the same gradients, "
+            f"slower. torch.func.vmap refuses it ({refusal}).",
+            FallbackWarning,
+            stacklevel=2,
+        )
 
     def _one_task(self, parameters: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
         """One task's outputs and the batch statistics it met, in order."""
@@ -154,7 +189,8 @@ class FunctionalProgram:
             if isinstance(m, nn.modules.batchnorm._NormBase)
             for name, buffer in m.named_buffers(recurse=False)
         }
-        with PrimitiveNorm({id(b): name for name, b in buffers.items()}) as norm:
+        names = {id(b): name for name, b in self._module.named_buffers(remove_duplicate=False)}
+        with PrimitiveNorm(names | {id(b): name for name, b in buffers.items()}) as norm:
             output = call_with(self._module, {**parameters, **buffers}, args, kwargs)
         self._met = norm.tracked
         return output, norm.statistics

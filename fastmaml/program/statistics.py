@@ -43,11 +43,13 @@ class _Norm:
         self._variance = tracked.variance.rpartition(".")[2]
         self._momentum = tracked.momentum
         self._owner = module.get_submodule(path)
+        # PyTorch's instance norms count no batches, and take a momentum of None for zero
+        self._counts = not isinstance(self._owner, nn.modules.instancenorm._InstanceNorm)
         self.columns: list[slice] = []
 
     def momentum(self) -> float | None:
         """As the module has it now; None: the cumulative average."""
-        return getattr(self._owner, "momentum", self._momentum)
+        return getattr(self._owner, "momentum", self._momentum) if self._counts else self._momentum
 
     def buffers(self) -> list[Tensor]:
         # .data: eager batch norms hold these for their backward, and also write them unseen
@@ -55,7 +57,7 @@ class _Norm:
 
     def count(self) -> Tensor | None:
         count: Tensor | None = getattr(self._owner, "num_batches_tracked", None)
-        return None if count is None else count.data
+        return count.data if count is not None and self._counts else None
 
 
 class RunningStatistics:
@@ -99,7 +101,8 @@ class RunningStatistics:
         rows = statistics.flatten(0, 1)
         if start is not None:
             torch._foreach_copy_(self._buffers(), start.buffers)
-            torch._foreach_copy_(self._counts(), start.counts)
+            if start.counts:
+                torch._foreach_copy_(self._counts(), start.counts)
         groups: dict[tuple[float | None, int], list[_Norm]] = {}
         for norm in self._norms.values():
             groups.setdefault((norm.momentum(), len(norm.columns)), []).append(norm)
