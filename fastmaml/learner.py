@@ -243,7 +243,18 @@ class Learner(BaseLearner):
         allow_unused: bool | None = None,
         allow_nograd: bool | None = None,
     ) -> Learner:
-        """A learner that starts from this one's parameters; gradients flow back through both."""
+        """A learner that starts from this one's parameters; gradients flow back through both.
+
+        Raises:
+            RuntimeError: a part or parameter of this learner's module was replaced.
+        """
+        built = self._clone.built
+        changed = None if built is None else built.why_not()
+        if changed is not None:
+            raise RuntimeError(
+                f"the learner must have its module's own parts to be cloned, but {changed}; "
+                "replace it in the new clone, or in the base module"
+            )
         learner = type(self)(
             self._base,
             self._layout,
@@ -256,8 +267,8 @@ class Learner(BaseLearner):
         )
         learner.steps_taken = self.steps_taken
         learner.moments = self.moments
-        if self._clone.built is not None:
-            learner._clone.build().set_modes(self._clone.built.modes())
+        if built is not None:
+            learner._clone.build().set_modes(built.modes())
         return learner
 
     # --- parameters ---------------------------------------------------------------------------
