@@ -15,8 +15,8 @@ namespace {
 // Attributes of nn.Module, by the names it keeps them under.
 struct Names {
   py::str training{"training"}, parameters{"_parameters"}, modules{"_modules"};
-  py::str hooks[3] = {py::str("_forward_hooks"), py::str("_forward_pre_hooks"),
-                      py::str("_backward_hooks")};
+  py::str hooks[4] = {py::str("_forward_hooks"), py::str("_forward_pre_hooks"),
+                      py::str("_backward_hooks"), py::str("_backward_pre_hooks")};
   py::str requires_grad{"requires_grad"};
 };
 

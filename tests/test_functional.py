@@ -219,13 +219,14 @@ def test_dropout_draws_a_mask_per_task_and_call() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
-def test_hooks_fire() -> None:
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_fire(kind: str) -> None:
     module, seen = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), []
     learner = fastmaml.MAML(module, 0.1).clone()
     learner(torch.randn(5, 3))
-    module[0].register_forward_hook(lambda m, args, out: seen.append(out.shape))
-    learner(torch.randn(5, 3))
-    assert seen == [(5, 4)]
+    getattr(module[2], f"register_{kind}_hook")(lambda m, *args: seen.append(type(m)))
+    learner(torch.randn(5, 3)).sum().backward()
+    assert seen == [nn.Linear]
 
 
 @pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
