@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <map>
+#include <memory>
 
 namespace fastmaml {
 namespace {
@@ -260,7 +261,7 @@ struct OwningPlan : ConvPlan {
 }  // namespace
 
 ConvPlan* make_conv_plan(const ConvGeometry& geometry, Index images, const ConvBlocking& blocking) {
-  auto* plan = new OwningPlan();
+  auto plan = std::make_unique<OwningPlan>();
   plan->geometry = geometry;
   plan->images = images;
   plan->forward =
@@ -268,7 +269,7 @@ ConvPlan* make_conv_plan(const ConvGeometry& geometry, Index images, const ConvB
   plan->input_grad =
       make_sweep(geometry, Direction::kInputGrad, images, blocking, &plan->input_grad_storage);
   plan->weight_grad = make_walk(geometry, images, blocking, &plan->walk_storage);
-  return plan;
+  return plan.release();
 }
 
 void free_conv_plan(ConvPlan* plan) { delete static_cast<OwningPlan*>(plan); }

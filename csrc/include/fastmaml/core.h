@@ -239,6 +239,8 @@ class EpisodeDrawer {
  public:
   // Throws std::invalid_argument where the sizes do not fit together.
   explicit EpisodeDrawer(const EpisodeSpec& spec);
+  EpisodeDrawer(const EpisodeDrawer&) = delete;  // spec_ points into its vectors
+  EpisodeDrawer& operator=(const EpisodeDrawer&) = delete;
 
   // support_x [tasks, ways * shots, channels, plane], query_x likewise. Calls may come from several
   // threads at once. The result does not depend on `threads`.
