@@ -6,7 +6,11 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <memory>
 #include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "fastmaml/core.h"
@@ -16,19 +20,11 @@ namespace py = pybind11;
 
 namespace fastmaml {
 
-DType dtype_named(const std::string& name) {
-  if (name == "float32") return DType::kFloat32;
-  if (name == "float64") return DType::kFloat64;
-  throw py::value_error("dtype must be 'float32' or 'float64', got '" + name + "'");
-}
-
-TaskLoss loss_named(const std::string& name) {
-  if (name == "cross_entropy") return TaskLoss::kCrossEntropy;
-  if (name == "mse") return TaskLoss::kMeanSquaredError;
-  throw py::value_error("loss must be 'cross_entropy' or 'mse', got '" + name + "'");
-}
-
 namespace {
+
+const NamedValues<DType> kDTypes = {{"float32", DType::kFloat32}, {"float64", DType::kFloat64}};
+const NamedValues<TaskLoss> kLosses = {{"cross_entropy", TaskLoss::kCrossEntropy},
+                                       {"mse", TaskLoss::kMeanSquaredError}};
 
 Attribute attribute(const std::string& name, const py::handle& value) {
   if (py::isinstance<py::bool_>(value)) return value.cast<bool>();
@@ -199,6 +195,9 @@ py::dict info() {
 
 }  // namespace
 
+DType dtype_named(const std::string& name) { return named("dtype", name, kDTypes); }
+TaskLoss loss_named(const std::string& name) { return named("loss", name, kLosses); }
+
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The native core of fastmaml: task-batched programs on raw pointers.";
   using Unlocked = py::call_guard<py::gil_scoped_release>;
@@ -217,9 +216,7 @@ PYBIND11_MODULE(_core, module) {
            py::arg("slots"), py::arg("buffers"), py::arg("output"), py::kw_only(),
            py::arg("theta_size") = -1, py::arg("shared_size") = -1)
       .def_property_readonly("theta_size", [](const Program& p) { return p.sizes().theta; })
-      .def_property_readonly("shared_size", [](const Program& p) { return p.sizes().shared; })
       .def_property_readonly("stats_size", [](const Program& p) { return p.sizes().stats; })
-      .def_property_readonly("buffers_size", [](const Program& p) { return p.sizes().buffers; })
       .def_property_readonly("packed_theta_size",
                              [](const Program& p) { return p.sizes().packed_theta; })
       .def_property_readonly("packing", &Program::packing)

@@ -4,7 +4,6 @@
 
 #include <memory>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "bindings.h"
@@ -16,27 +15,13 @@ namespace fastmaml {
 
 namespace {
 
-template <typename Value>
-using Names = std::vector<std::pair<const char*, Value>>;
-
-template <typename Value>
-Value named(const char* argument, const std::string& name, const Names<Value>& names) {
-  std::string known;
-  for (const auto& [key, value] : names) {
-    if (name == key) return value;
-    known += (known.empty() ? "" : ", ") + std::string(key);
-  }
-  throw py::value_error(std::string(argument) + " must be one of " + known + ", got '" + name +
-                        "'");
-}
-
-const Names<Rotations> kRotations = {{"none", Rotations::kNone},
-                                     {"per_class", Rotations::kPerClass},
-                                     {"as_classes", Rotations::kAsClasses}};
-const Names<Pixel> kPixels = {{"uint8", Pixel::kByte},
-                              {"float32", Pixel::kFloat},
-                              {"float64", Pixel::kDouble},
-                              {"two_bytes", Pixel::kTwoBytes}};
+const NamedValues<Rotations> kRotations = {{"none", Rotations::kNone},
+                                           {"per_class", Rotations::kPerClass},
+                                           {"as_classes", Rotations::kAsClasses}};
+const NamedValues<Pixel> kPixels = {{"uint8", Pixel::kByte},
+                                    {"float32", Pixel::kFloat},
+                                    {"float64", Pixel::kDouble},
+                                    {"two_bytes", Pixel::kTwoBytes}};
 
 std::unique_ptr<EpisodeDrawer> make_drawer(std::uintptr_t images, const std::string& pixel,
                                            Index channels, Index plane,
@@ -50,13 +35,13 @@ std::unique_ptr<EpisodeDrawer> make_drawer(std::uintptr_t images, const std::str
     throw py::value_error("factors and shifts must have one number for each channel");
   }
   EpisodeSpec spec;
-  spec.store.images = reinterpret_cast<const void*>(images);
+  spec.store.images = in(images);
   spec.store.pixel = pixel_named(pixel);
   spec.store.channels = channels;
   spec.store.plane = plane;
   spec.store.factors = factors.empty() ? nullptr : factors.data();
   spec.store.shifts = factors.empty() ? nullptr : shifts.data();
-  spec.members = reinterpret_cast<const Index*>(members);
+  spec.members = pointer<const Index>(members);
   spec.counts = counts.data();
   spec.classes = static_cast<Index>(counts.size());
   spec.ways = ways;
@@ -70,8 +55,7 @@ std::unique_ptr<EpisodeDrawer> make_drawer(std::uintptr_t images, const std::str
 
 void draw(const EpisodeDrawer& drawer, std::uint64_t seed, std::uint64_t batch,
           std::uintptr_t support_x, std::uintptr_t query_x, int threads) {
-  drawer.draw(seed, batch, reinterpret_cast<void*>(support_x), reinterpret_cast<void*>(query_x),
-              threads);
+  drawer.draw(seed, batch, out(support_x), out(query_x), threads);
 }
 
 }  // namespace
