@@ -1,7 +1,7 @@
 // A layer of a small network for as many tasks as a vector has lanes, each with weights of its own:
 // task by task, and with a task in each lane.
+#include <algorithm>
 #include <cstdio>
-#include <vector>
 
 #include "measure.h"
 

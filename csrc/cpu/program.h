@@ -1,7 +1,6 @@
 // The native program: the four operations (program.cpp) and the meta-step (program_meta.cpp).
 #pragma once
 
-#include <algorithm>
 #include <map>
 #include <memory>
 #include <mutex>

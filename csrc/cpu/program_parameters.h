@@ -1,7 +1,6 @@
 // Parameters as the kernels want them: weights [taps][in][padded(out)], vectors padded with zeros.
 #pragma once
 
-#include <cstdint>
 #include <vector>
 
 #include "cpu/kernels.h"

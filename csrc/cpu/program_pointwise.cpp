@@ -1,6 +1,4 @@
 // Activations, sums and scalings: ops on elements, in whatever layout they find.
-#include <map>
-
 #include "cpu/activation_names.h"
 #include "cpu/program_ops.h"
 

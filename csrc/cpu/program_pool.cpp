@@ -1,4 +1,6 @@
 // Pooling, means, and the rearrangement between layouts.
+#include <algorithm>
+
 #include "cpu/program_ops.h"
 
 namespace fastmaml {

@@ -1,5 +1,7 @@
 // Linear layers and convolutions: ops that multiply their input by a weight. Their tangents are
 // sums of two products, which the kernels accumulate in one go.
+#include <algorithm>
+
 #include "cpu/program_ops.h"
 
 namespace fastmaml {

@@ -3,8 +3,6 @@
 // parameters.
 #pragma once
 
-#include <utility>
-
 #include "program_builder.h"
 
 namespace fastmaml_test {

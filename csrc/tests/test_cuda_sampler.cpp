@@ -1,5 +1,4 @@
 // The GPU's sampler, compiled for the host, against the CPU's: to the last bit.
-#include <cstring>
 #include <stdexcept>
 
 #include "check.h"

@@ -1,5 +1,4 @@
 // Random words, draws without replacement, and batches against plain loops.
-#include <algorithm>
 #include <array>
 #include <set>
 #include <stdexcept>
