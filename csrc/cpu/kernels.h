@@ -176,8 +176,8 @@ struct Kernels {
   // taps matrices [k][padded(n)] -> [n][padded(k)]; both sides' padding is written as zero.
   void (*transpose)(Index taps, Index k, Index n, const T* in, T* out, Share share);
 
-  // --- convolution: weights packed [kernel_h][kernel_w][in][padded(out)]
-  // --------------------------
+  // --- convolution -------------------------------------------------------------------------------
+  // Weights packed [kernel_h][kernel_w][in][padded(out)].
   ConvPlan* (*conv_plan)(const ConvGeometry& geometry, Index images);
   void (*conv_plan_free)(ConvPlan* plan);
   // y = bias + x * w (+ x2 * w2). ldx: row stride of x (and x2).
@@ -189,8 +189,9 @@ struct Kernels {
   void (*conv_weight_grad)(const ConvPlan& plan, const T* x, Index ldx, const T* gy, const T* x2,
                            const T* gy2, T* gw, bool accumulate, Share share);
 
-  // --- batch norm over rows, channels padded; gamma/beta and their tangents may be null
-  // ------------ Training: writes xhat, y, mean, biased variance and inv_std. xhat may be x itself.
+  // --- batch norm over rows ----------------------------------------------------------------------
+  // Channels are padded; gamma, beta and their tangents may be null.
+  // Training: writes xhat, y, mean, biased variance and inv_std. xhat may be x itself.
   void (*norm_forward)(Index rows, Index channels, const T* x, const T* gamma, const T* beta, T eps,
                        T* xhat, T* y, T* mean, T* variance, T* inv_std, Share share);
   // ggamma and gbeta are always written (sums of gy*xhat and of gy), padded(channels) each;
@@ -223,8 +224,8 @@ struct Kernels {
                                      const T* inv_std, T* dgx, bool accumulate, T* dggamma,
                                      T* dgbeta, Share share);
 
-  // --- y = max over windows of relu(batch norm(x)), statistics of the batch; what norm_* computes,
-  // without the values in between. gx, gy, dgy, gamma, dgamma, dbeta as there.
+  // --- y = max over windows of relu(batch norm(x)), statistics of the batch ----------------------
+  // What norm_* computes without the values in between; gx, gy, dgy, gamma, dgamma, dbeta as there.
   void (*norm_relu_forward)(const NormReluShape& shape, const NormReluState<T>& state, T eps,
                             Share share);
   void (*norm_relu_backward)(const NormReluShape& shape, const NormReluState<T>& state, const T* gy,
@@ -236,8 +237,7 @@ struct Kernels {
                                      const T* ggamma, const T* gbeta, T* dgx, bool accumulate,
                                      T* dggamma, T* dgbeta, Share share);
 
-  // --- pointwise, over count elements (padding included)
-  // -------------------------------------------
+  // --- pointwise, over count elements (padding included) -----------------------------------------
   void (*act_forward)(Activation kind, T alpha, T beta, Index count, const T* x, T* y, Share share);
   void (*act_backward)(Activation kind, T alpha, T beta, Index count, const T* x, const T* gy,
                        T* gx, bool accumulate, Share share);
@@ -262,8 +262,8 @@ struct Kernels {
   // Per block of kInnerBlock elements: sum of a * b.
   void (*block_products)(Index count, const T* a, const T* b, T* sums, Share share);
 
-  // --- pooling: argmax holds the input position of each output element; x, y rows of `ld`
-  // ----------
+  // --- pooling -----------------------------------------------------------------------------------
+  // argmax holds the input position of each output element; x and y have rows of `ld`.
   void (*max_pool_forward)(const PoolGeometry& geometry, Index images, Index ld, const T* x, T* y,
                            std::int32_t* argmax, Share share);
   void (*max_pool_backward)(const PoolGeometry& geometry, Index images, Index ld,
@@ -276,8 +276,8 @@ struct Kernels {
   void (*avg_pool_backward)(const PoolGeometry& geometry, Index images, Index ld, const T* gy,
                             T* gx, bool accumulate, Share share);
 
-  // --- rearranging: out[i] = in[map[i]] per example, or 0 where map[i] < 0
-  // -------------------------
+  // --- rearranging -------------------------------------------------------------------------------
+  // out[i] = in[map[i]] per example, or 0 where map[i] < 0.
   void (*gather)(Index examples, Index in_size, Index out_size, const std::int32_t* map,
                  const T* in, T* out, bool accumulate, Share share);
 
@@ -297,19 +297,17 @@ struct Kernels {
   void (*scale_bytes)(Index count, const std::uint8_t* x, T factor, T shift, T* out);
   void (*scale)(Index count, const T* x, T factor, T shift, T* out);
 
-  // --- losses, mean over the task; y [rows][padded(columns)]
-  // --------------------------------------- Cross-entropy: labels; mean squared error: values
-  // [rows][columns]. Returns the loss, writes its gradient (padding zero). Throws
-  // std::invalid_argument on a label outside [0, columns).
+  // --- losses, mean over the task; y [rows][padded(columns)] -------------------------------------
+  // Cross-entropy: labels; mean squared error: values [rows][columns]. Returns the loss, writes its
+  // gradient (padding zero). Throws std::invalid_argument on a label outside [0, columns).
   T (*loss_gradient)(Loss kind, Index rows, Index columns, const T* y, const std::int64_t* labels,
                      const T* values, T* gy);
   // dgy = (d2 loss / dy2) dy
   void (*loss_tangent)(Loss kind, Index rows, Index columns, const T* y, const T* dy, T* dgy);
 
-  // --- the machine
-  // ---------------------------------------------------------------------------------- So many
-  // rounds of independent fused multiply-adds in registers; returns how many multiplications and
-  // additions that was. Timed, it is what this processor can do at best.
+  // --- the machine -------------------------------------------------------------------------------
+  // So many rounds of independent fused multiply-adds in registers; returns how many
+  // multiplications and additions that was. Timed, it is what this processor can do at best.
   double (*fma_rounds)(Index rounds);
 };
 

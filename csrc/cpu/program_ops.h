@@ -56,8 +56,7 @@ class OpReader {
   // Of the max-pool, 1 without one; 0 where the op stands alone.
   Index fused_window() const { return last_ == index_ ? 0 : last_ - index_; }
 
-  // --- slots: -1 where absent
-  // ---------------------------------------------------------------------
+  // --- slots: -1 where absent --------------------------------------------------------------------
   const Shape& slot_shape(int i, const std::string& name) const;
   virtual int parameter(int i, const std::string& name, const Shape& shape, bool required) = 0;
   // The buffer's place among the padded buffers.
