@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaml.backends.base import Executor
+from fastmaml.backends.cpu import CpuExecutor
 from fastmaml.backends.device import OLDEST_CAPABILITY
 from fastmaml.backends.reference import ReferenceExecutor
 from fastmaml.program.ir import Graph
@@ -43,8 +44,8 @@ def make_executor(graph: Graph, layout: ParameterLayout, x: Tensor) -> Executor:
     """The executor of ``graph`` for tensors like ``x``.
 
     Raises:
-        RuntimeError: the backend asked for by name cannot run on this device, or the native core
-            or Triton cannot be loaded.
+        RuntimeError: the backend asked for by name cannot run on this device, or Triton cannot be
+            loaded.
     """
     forced = forced_backend()
     device = x.device.type
@@ -57,13 +58,6 @@ def make_executor(graph: Graph, layout: ParameterLayout, x: Tensor) -> Executor:
             f"{ENVIRONMENT_VARIABLE}=cpu was asked for, but the input is on {x.device}; "
             "move it to the CPU or unset the variable"
         )
-    try:
-        from fastmaml.backends.cpu import CpuExecutor
-    except ImportError as error:
-        raise RuntimeError(
-            f"fastmaml's native core could not be loaded ({error}); reinstall fastmaml with "
-            f"`pip install .`, or set {ENVIRONMENT_VARIABLE}=reference for plain PyTorch"
-        ) from error
     return CpuExecutor(graph, layout, x.dtype)
 
 

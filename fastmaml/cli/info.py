@@ -9,6 +9,7 @@ import platform
 import torch
 
 import fastmaml
+from fastmaml import _core
 from fastmaml.backends.select import forced_backend
 from fastmaml.cli.options import Verbs
 
@@ -27,19 +28,12 @@ def run(arguments: argparse.Namespace) -> int:
         "torch": torch.__version__,
         "system": f"{platform.system()} {platform.machine()}",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
-        "backend": forced_backend() or "cpu",
+        "backend": forced_backend() or ("cpu, gpu" if torch.cuda.is_available() else "cpu"),
+        **{f"core {name}": _text(value) for name, value in _core.info().items()},
     }
-    for name, value in (rows | _core()).items():
+    for name, value in rows.items():
         print(f"{name:<14} {value}")
     return 0
-
-
-def _core() -> dict[str, str]:
-    try:
-        from fastmaml import _core
-    except ImportError as error:
-        return {"core": f"not usable: {error}; reinstall fastmaml with `pip install .`"}
-    return {f"core {name}": _text(value) for name, value in _core.info().items()}
 
 
 def _text(value: object) -> str:

@@ -53,19 +53,6 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class BufferSlot:
-    """A buffer that the program reads (running statistics in evaluation mode)."""
-
-    name: str
-    shape: Shape
-    offset: int
-
-    @property
-    def size(self) -> int:
-        return prod(self.shape)
-
-
-@dataclass(frozen=True)
 class Graph:
     """What capture finds in a module: ops over values, and the tensors they read."""
 

@@ -82,7 +82,7 @@ class TieredImagenet(FewShotImages):
                 f"got {len(numbers)} labels"
             )
         self._png = images
-        return list(enumerate(numbers))[: len(images)]
+        return list(enumerate(numbers))
 
     def _open(self, source: int) -> Image.Image:
         with Image.open(io.BytesIO(bytes(self._png[source]))) as image:
