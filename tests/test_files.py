@@ -58,6 +58,5 @@ def test_cache_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTMAML_CACHE", str(tmp_path))
     assert cache_directory() == tmp_path
     monkeypatch.delenv("FASTMAML_CACHE")
-    monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_directory() == tmp_path / "xdg" / "fastmaml"
