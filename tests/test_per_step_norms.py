@@ -169,6 +169,12 @@ def test_norms_are_not_adapted_and_belong_to_the_wrapper() -> None:
         MAMLPlusPlus(nn.Linear(2, 2), per_step_norms=True)
 
 
+def test_norms_of_similar_names_stay_apart() -> None:
+    module = nn.ModuleDict({"a_b": nn.BatchNorm1d(3), "a": nn.ModuleDict({"b": nn.BatchNorm1d(3)})})
+    norms = MAMLPlusPlus(module, steps=1, per_step_norms=True).norms
+    assert {"a_b_running_mean", "a/b_running_mean"} <= dict(norms.named_buffers()).keys()
+
+
 def test_the_papers_schedules() -> None:
     schedule = Annealing(epochs=20, first_order_epochs=5, multi_step_epochs=4)
     assert schedule.options(3, 5) == {

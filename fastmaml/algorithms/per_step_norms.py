@@ -138,4 +138,4 @@ def _norms(module: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def _key(path: str, name: str) -> str:
-    return f"{path}.{name}".replace(".", "_")
+    return f"{path.replace('.', '/')}_{name}"  # the dot is not for names of buffers
