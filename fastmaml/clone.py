@@ -49,7 +49,7 @@ class ModuleClone:
 
     def set_parameters(self, learner: Learner) -> None:
         """Point every parameter at the learner's present values."""
-        self._views = learner.adapted_parameters()
+        self._views = learner.connected_parameters()
         for key, leaf, name in self._places:
             copy = self._copies[key]
             copy.__dict__["_parameters"][leaf] = self._views[name]

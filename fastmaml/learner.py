@@ -50,7 +50,8 @@ class Learner(BaseLearner):
     _theta: Theta
     _phi: Tensor
     _clone: LazyClone
-    _used: set[str]
+    _used: set[str]  # by native programs, since the last step
+    _views: dict[str, Tensor]  # that others have run all tasks with since
     _recorders: dict[int, Recorder]
     lr: float | Tensor
     tasks: int | None
@@ -84,6 +85,7 @@ class Learner(BaseLearner):
             _clone=clone,
             _modules=clone,
             _used=set(),
+            _views={},
             _recorders={},
             lr=base.lr,
             tasks=tasks,
@@ -113,9 +115,7 @@ class Learner(BaseLearner):
         if self.tasks is None:
             with twice_differentiable(self.module):
                 return self.module(*args, **kwargs)
-        views = self._layout.views(self.theta, self._phi.expand(self.tasks, -1))
-        outputs, statistics = program.run(views, args, kwargs)
-        self._used.update(views)
+        outputs, statistics = program.run(self._views_of_tasks(), args, kwargs)
         self._record(program, statistics)
         return outputs
 
@@ -136,6 +136,12 @@ class Learner(BaseLearner):
             modes=None if clone is None else clone.modes(),
             why_not=None if clone is None else clone.why_not(),
         )
+
+    def _views_of_tasks(self) -> dict[str, Tensor]:
+        """The same tensors until the next step, which looks for their gradients."""
+        if not self._views:
+            self._views.update(self.connected_parameters())
+        return self._views
 
     def _record(self, program: Program, statistics: Tensor | None) -> None:
         if statistics is not None and self.updates_statistics:
@@ -178,13 +184,12 @@ class Learner(BaseLearner):
         self.__dict__["steps_taken"] += 1
 
     def _gradient(self, loss: Tensor, second_order: bool, lenient: bool) -> Tensor:
-        clone = self._clone.built
-        views = {} if clone is None or lenient else clone.adapted_views()
+        views = [] if lenient else self._adapted_views()
         total = loss if loss.ndim == 0 else loss.sum()
         with twice_differentiable(self._base.module) if views else nullcontext():
             gradient, *parts = torch.autograd.grad(
                 total,
-                [self._theta.root, *views.values()],
+                [self._theta.root, *(view for _, view in views)],
                 create_graph=second_order,
                 retain_graph=second_order,
                 allow_unused=True,
@@ -195,9 +200,16 @@ class Learner(BaseLearner):
                 "compute it from the output of this learner since its last adapt()"
             )
         if not lenient:
-            seen = {name for name, part in zip(views, parts, strict=True) if part is not None}
+            pairs = zip(views, parts, strict=True)
+            seen = {name for (name, _), part in pairs if part is not None}
             self._require_all_used(seen | self._used)
         return gradient
+
+    def _adapted_views(self) -> list[tuple[str, Tensor]]:
+        """The adapted parameters as PyTorch's modules have met them since the last step."""
+        views = {} if self._clone.built is None else self._clone.built.adapted_views()
+        names = self._layout.adapted_names if self._views else ()
+        return [*views.items(), *((name, self._views[name]) for name in names)]
 
     def _require_all_used(self, used: set[str]) -> None:
         unused = [slot.name for slot in self._layout.group(adapted=True) if slot.name not in used]
@@ -234,6 +246,7 @@ class Learner(BaseLearner):
     def _move(self, theta: Theta) -> None:
         self.__dict__["_theta"] = theta
         self._used.clear()
+        self._views.clear()
         if self._clone.built is not None:
             self._clone.built.set_parameters(self)
 
@@ -278,6 +291,11 @@ class Learner(BaseLearner):
         if self.tasks is None:
             return self._layout.views(self.theta[0], self._phi)
         return self._layout.views(self.theta, self._phi.expand(self.tasks, -1))
+
+    def connected_parameters(self) -> dict[str, Tensor]:
+        """:meth:`adapted_parameters` with the graph that leads to them, in any gradient mode."""
+        with torch.inference_mode(False), torch.enable_grad():
+            return self.adapted_parameters()
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

@@ -218,6 +218,30 @@ def test_dropout_draws_a_mask_per_task_and_call() -> None:
     assert first.unique().tolist() == [0.0, 2.0]
 
 
+class PartlyUsed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(3, 4), nn.Linear(3, 4)
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.used(x)) + 0 * self.unused(x).detach()
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("tasks", [None, 2])
+def test_unused_parameters_are_named(tasks: int | None, mode: type) -> None:
+    learner = fastmaml.MAML(PartlyUsed(), 0.1).clone(tasks=tasks)
+    x = torch.randn(5, 3) if tasks is None else torch.randn(tasks, 5, 3)
+    with mode():  # makes the views that the next call meets again
+        learner(x)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"parameters unused\.weight, unused\.bias; pass"):
+            learner.adapt(learner(x).square().sum())
+        learner.adapt(learner(x).square().sum(), allow_unused=True)
+
+
 @pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 def test_hooks_fire(kind: str) -> None:
