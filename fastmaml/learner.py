@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastmaml import checks
-from fastmaml.clone import LazyClone
+from fastmaml.clone import LazyClone, ModuleClone
 from fastmaml.program.functional import twice_differentiable
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.program import NativeProgram, Program
@@ -96,6 +96,25 @@ class Learner(BaseLearner):
             moments=(),  # the state of an inner optimizer
             updates_statistics=True,  # running statistics of batch norms, by calls
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what a copy makes for itself: the module clone, packed rows, its own records."""
+        built = self._unchanged_clone()
+        return {
+            **self.__dict__,
+            "_clone": None if built is None else built.modes(),
+            "_modules": {},
+            "_theta": self._theta.unpacked(),
+            "moments": tuple(m if m is None else m.unpacked() for m in self.moments),
+            "_views": {},
+            "_recorders": {},
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        clone, modes = LazyClone(self), state["_clone"]
+        self.__dict__.update(state, _clone=clone, _modules=clone)
+        if modes is not None:
+            clone.build().set_modes(modes)
 
     # --- running ------------------------------------------------------------------------------
 
@@ -261,13 +280,7 @@ class Learner(BaseLearner):
         Raises:
             RuntimeError: a part or parameter of this learner's module was replaced.
         """
-        built = self._clone.built
-        changed = None if built is None else built.why_not()
-        if changed is not None:
-            raise RuntimeError(
-                f"the learner must have its module's own parts to be cloned, but {changed}; "
-                "replace it in the new clone, or in the base module"
-            )
+        built = self._unchanged_clone()
         learner = type(self)(
             self._base,
             self._layout,
@@ -283,6 +296,16 @@ class Learner(BaseLearner):
         if built is not None:
             learner._clone.build().set_modes(built.modes())
         return learner
+
+    def _unchanged_clone(self) -> ModuleClone | None:
+        built = self._clone.built
+        changed = None if built is None else built.why_not()
+        if changed is not None:
+            raise RuntimeError(
+                f"the learner must have its module's own parts to be copied, but {changed}; "
+                "replace it in the new learner, or in the base module"
+            )
+        return built
 
     # --- parameters ---------------------------------------------------------------------------
 

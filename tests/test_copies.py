@@ -49,6 +49,35 @@ def test_a_used_wrapper_can_be_copied(duplicate, wrapper) -> None:
     assert relative_error(meta_gradient(maml, batch), expected) < 1e-12
 
 
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, saved])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("tasks", [None, 3])
+def test_a_detached_learner_can_be_copied(duplicate, keep, tasks) -> None:
+    batch = classification("mlp", tasks=3)
+    maml = fastmaml.MAML(make("mlp"), inner=fastmaml.inner.Adam(lr=0.3))
+    x, y = (t if tasks else t[0] for t in batch[:2])
+    learner = maml.clone(tasks=tasks)
+    for _ in range(2):  # the second start is packed
+        maml.clone(tasks=tasks)(x)
+        learner.adapt(F.cross_entropy(learner(x).flatten(0, -2), y.flatten()))
+    learner.detach_parameters(keep_requires_grad=keep)
+    if tasks is None:
+        learner.module.eval()
+    expected = learner(x)
+    twin = duplicate(learner)
+    assert torch.equal(twin(x), expected)
+    assert twin(x).requires_grad == keep
+    if keep:
+        for one in (learner, twin):
+            one.adapt(F.cross_entropy(one(x).flatten(0, -2), y.flatten()))
+        assert torch.equal(twin.theta, learner.theta)
+        expected = learner(x)
+    twin.set_theta(torch.zeros_like(twin.theta))
+    assert torch.equal(learner(x), expected)
+    if tasks is None:
+        assert not twin.module.training
+
+
 @pytest.mark.parametrize("tasks", [None, 3])
 def test_learners_need_no_garbage_collector(tasks) -> None:
     batch = classification("omniglot_cnn", tasks=3)

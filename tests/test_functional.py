@@ -260,7 +260,7 @@ def test_a_part_swapped_in_the_clone_is_what_runs() -> None:
     before = learner(x)
     learner.module[1] = nn.Identity()
     torch.testing.assert_close(torch.tanh(learner(x)), before)
-    with pytest.raises(RuntimeError, match=r"own parts to be cloned, but the clone's 1 was repl"):
+    with pytest.raises(RuntimeError, match=r"own parts to be copied, but the clone's 1 was repl"):
         learner.clone()
 
 

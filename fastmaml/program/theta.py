@@ -94,6 +94,15 @@ class Theta:
         """Other values in the same order of elements."""
         return Theta(root, self.packing)
 
+    def unpacked(self) -> Theta:
+        """The same in torch's order; of a leaf, a leaf."""
+        if self.packing is None:
+            return Theta(self.root)
+        if not self.root.is_leaf:
+            return Theta(self.rows)
+        with torch.no_grad():
+            return Theta(self.rows.clone().requires_grad_(self.root.requires_grad))
+
     @property
     def rows(self) -> Tensor:
         """The parameters in torch's order, ``[T, P]``."""
