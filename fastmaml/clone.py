@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from fastmaml.late import late_parts
+
 if TYPE_CHECKING:
     from fastmaml.learner import Learner
 
@@ -16,7 +18,8 @@ class ModuleClone:
     """Copies of the base's modules whose parameters are views of a learner's theta and phi.
 
     As in learn2learn, a tied parameter is one tensor in every place, and buffers and all other
-    attributes are the base's own objects.
+    attributes are the base's own objects. What is then done to the parameters counts: they are
+    changed in place, replaced, or differentiated by.
     """
 
     def __init__(self, learner: Learner) -> None:
@@ -29,6 +32,7 @@ class ModuleClone:
             for leaf, parameter in module._parameters.items()
             if parameter is not None
         ]
+        self._first = {name: (key, leaf) for key, leaf, name in reversed(self._places)}
         self.module = self._copy(self._base)
         self.set_parameters(learner)
 
@@ -50,15 +54,22 @@ class ModuleClone:
     def set_parameters(self, learner: Learner) -> None:
         """Point every parameter at the learner's present values."""
         self._views = learner.connected_parameters()
+        if learner.was_called:
+            self._views = late_parts(learner, self._views)
         for key, leaf, name in self._places:
             copy = self._copies[key]
             copy.__dict__["_parameters"][leaf] = self._views[name]
             if isinstance(copy, nn.RNNBase):
                 copy._flat_weights[copy._flat_weights_names.index(leaf)] = self._views[name]
 
-    def adapted_views(self) -> dict[str, Tensor]:
-        """The present values of the adapted parameters."""
-        return {s.name: self._views[s.name] for s in self._layout.group(adapted=True)}
+    def parameters(self, *, adapted: bool) -> dict[str, Tensor]:
+        """The group's parameters as they are now, whatever was done to them."""
+        return {s.name: self._now(s.name) for s in self._layout.group(adapted=adapted)}
+
+    def _now(self, name: str) -> Tensor:
+        key, leaf = self._first[name]
+        parameter = self._copies[key]._parameters.get(leaf)
+        return self._views[name] if parameter is None else parameter
 
     def modes(self) -> tuple[bool, ...]:
         """``training`` of every copy, in the order of the base's ``modules()``."""
@@ -79,9 +90,14 @@ class ModuleClone:
                 if child is not None and copy._modules[name] is not self._copies.get(id(child)):
                     return f"the clone's {name} was replaced"
         for key, leaf, name in self._places:
-            if self._copies[key]._parameters.get(leaf) is not self._views[name]:
+            parameter = self._copies[key]._parameters.get(leaf)
+            if parameter is not self._now(name) or not _alike(parameter, self._views[name]):
                 return f"the clone's parameter {name} was replaced"
         return None
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
 
 
 class LazyClone(dict[str, Any]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Set
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -100,11 +100,13 @@ class Learner(BaseLearner):
     def __getstate__(self) -> dict[str, Any]:
         """Without what a copy makes for itself: the module clone, packed rows, its own records."""
         built = self._unchanged_clone()
+        theta, phi = self._now()
         return {
             **self.__dict__,
             "_clone": None if built is None else built.modes(),
             "_modules": {},
-            "_theta": self._theta.unpacked(),
+            "_theta": theta.unpacked(),
+            "_phi": phi,
             "moments": tuple(m if m is None else m.unpacked() for m in self.moments),
             "_views": {},
             "_recorders": {},
@@ -127,8 +129,9 @@ class Learner(BaseLearner):
         program = self._program(x)
         if isinstance(program, NativeProgram):
             assert isinstance(x, Tensor)
+            theta, phi = self._now(program.used)
             self._used.update(program.used)
-            y, statistics = program.run(self._theta, self._phi, x, one_task=self.tasks is None)
+            y, statistics = program.run(theta, phi, x, one_task=self.tasks is None)
             self._record(program, statistics)
             return y
         if self.tasks is None:
@@ -199,44 +202,93 @@ class Learner(BaseLearner):
         second_order = not (self.first_order if first_order is None else first_order)
         lenient = self.allow_unused if allow_unused is None else allow_unused
         gradient = self._gradient(loss, second_order, lenient)
-        self._move(self._theta.moved(self._base.update(self, self._theta, gradient)))
+        theta, _ = self._now()
+        self._move(theta.moved(self._base.update(self, theta, gradient)))
         self.__dict__["steps_taken"] += 1
 
     def _gradient(self, loss: Tensor, second_order: bool, lenient: bool) -> Tensor:
-        views = [] if lenient else self._adapted_views()
-        total = loss if loss.ndim == 0 else loss.sum()
+        clone = self._clone.built
+        if clone is not None:
+            return self._gradient_by_parts(loss, clone, second_order, lenient)
+        views = {} if lenient or not self._views else self._adapted_views()
         with twice_differentiable(self._base.module) if views else nullcontext():
-            gradient, *parts = torch.autograd.grad(
-                total,
-                [self._theta.root, *(view for _, view in views)],
-                create_graph=second_order,
-                retain_graph=second_order,
-                allow_unused=True,
-            )
-        if gradient is None:
+            by = [self._theta.root, *views.values()]
+            gradient, *parts = self._gradients(loss, by, second_order)
+        if not lenient:
+            seen = {name for name, part in zip(views, parts, strict=True) if part is not None}
+            self._require_all_used(seen | self._used)
+        return gradient
+
+    def _gradient_by_parts(
+        self, loss: Tensor, clone: ModuleClone, second_order: bool, lenient: bool
+    ) -> Tensor:
+        parts = clone.parameters(adapted=True)
+        learned = {n: p for n, p in parts.items() if p.requires_grad} or parts
+        with twice_differentiable(self._base.module):
+            found = self._gradients(loss, list(learned.values()), second_order)
+        moves = {n: g for n, g in zip(learned, found, strict=True) if g is not None}
+        if not lenient:
+            self._require_all_used(moves.keys() | (parts.keys() - learned.keys()))
+        flat = self._layout.flat([moves.get(n, torch.zeros_like(p)) for n, p in parts.items()])
+        return self._theta.ordered(flat[None])
+
+    def _adapted_views(self) -> dict[str, Tensor]:
+        """The adapted parameters as others have met them since the last step."""
+        return {name: self._views[name] for name in self._layout.adapted_names}
+
+    def _gradients(self, loss: Tensor, by: list[Tensor], second_order: bool) -> tuple[Any, ...]:
+        found = torch.autograd.grad(
+            loss if loss.ndim == 0 else loss.sum(),
+            by,
+            create_graph=second_order,
+            retain_graph=second_order,
+            allow_unused=True,
+        )
+        if all(gradient is None for gradient in found):
             raise RuntimeError(
                 "loss must depend on this learner's parameters, but none is in its graph; "
                 "compute it from the output of this learner since its last adapt()"
             )
-        if not lenient:
-            pairs = zip(views, parts, strict=True)
-            seen = {name for (name, _), part in pairs if part is not None}
-            self._require_all_used(seen | self._used)
-        return gradient
+        return found
 
-    def _adapted_views(self) -> list[tuple[str, Tensor]]:
-        """The adapted parameters as PyTorch's modules have met them since the last step."""
-        views = {} if self._clone.built is None else self._clone.built.adapted_views()
-        names = self._layout.adapted_names if self._views else ()
-        return [*views.items(), *((name, self._views[name]) for name in names)]
+    def _now(self, used: Container[str] | None = None) -> tuple[Theta, Tensor]:
+        """Theta and phi, computed from the parameters that were handed out, if any were.
 
-    def _require_all_used(self, used: set[str]) -> None:
+        ``used``: the names of those that matter; the others stay out of the graph.
+        """
+        clone = self._clone.built
+        if clone is None:
+            return self._theta, self._phi
+        theta, phi = (
+            self._layout.flat(
+                [p if used is None or n in used else p.detach() for n, p in parts.items()]
+            )
+            for parts in (clone.parameters(adapted=True), clone.parameters(adapted=False))
+        )
+        return self._theta.moved(self._theta.ordered(theta[None])), phi
+
+    def _require_all_used(self, used: Set[str]) -> None:
         unused = [slot.name for slot in self._layout.group(adapted=True) if slot.name not in used]
         if unused:
             raise RuntimeError(
                 f"loss does not depend on the parameters {', '.join(unused)}; "
                 "pass allow_unused=True to leave them as they are, or freeze them"
             )
+
+    @property
+    def was_called(self) -> bool:
+        """Whether a native program has run on the parameters as they are now."""
+        return bool(self._used) and self.tasks is None
+
+    @property
+    def packed_theta(self) -> Theta:
+        """:attr:`theta` in the order in which programs read it."""
+        return self._theta
+
+    @property
+    def phi(self) -> Tensor:
+        """The parameters that are not adapted, flat: ``[Q]``."""
+        return self._phi
 
     @property
     def layout(self) -> ParameterLayout:
@@ -254,13 +306,14 @@ class Learner(BaseLearner):
 
     def detach_parameters(self, keep_requires_grad: bool = False) -> None:
         """Cut the parameters from their graph; see :func:`fastmaml.detach_module`."""
-        root, phi = self._theta.root, self._phi
+        theta, phi = self._now()
+        root = theta.root
         self.__dict__["_phi"] = phi.detach().requires_grad_(
             keep_requires_grad and phi.requires_grad
         )
         keep = keep_requires_grad and root.requires_grad
         self.moments = tuple(m if m is None else m.moved(m.root.detach()) for m in self.moments)
-        self._move(self._theta.moved(root.detach().requires_grad_(keep)))
+        self._move(theta.moved(root.detach().requires_grad_(keep)))
 
     def _move(self, theta: Theta) -> None:
         self.__dict__["_theta"] = theta
@@ -281,11 +334,12 @@ class Learner(BaseLearner):
             RuntimeError: a part or parameter of this learner's module was replaced.
         """
         built = self._unchanged_clone()
+        theta, phi = self._now()
         learner = type(self)(
             self._base,
             self._layout,
-            self._theta.moved(self._theta.root.view_as(self._theta.root)),
-            self._phi,
+            theta.moved(theta.root.view_as(theta.root)),
+            phi,
             tasks=self.tasks,
             first_order=self.first_order if first_order is None else first_order,
             allow_unused=self.allow_unused if allow_unused is None else allow_unused,
@@ -325,7 +379,7 @@ class Learner(BaseLearner):
     ) -> Iterator[tuple[str, Any]]:
         """The learner's parameters under learn2learn's names, ``module.<name>``."""
         lead = f"{prefix}." if prefix else ""
-        if self._clone.built is not None:
+        if self.tasks is None:
             yield from super().named_parameters(prefix, recurse, remove_duplicate)
         elif recurse:
             for name, tensor in self.adapted_parameters().items():

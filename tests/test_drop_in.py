@@ -121,6 +121,80 @@ def test_a_held_module_follows_the_adaptation(net: Net, data: tuple[Tensor, Tens
     torch.testing.assert_close(net(x), before)
 
 
+@pytest.mark.parametrize("asked", ["before", "after", "of the module"])
+def test_parameters_can_be_differentiated_by(
+    asked: str, net: Net, data: tuple[Tensor, Tensor]
+) -> None:
+    x, y = data
+    twin, maml = copy.deepcopy(net), l2l.MAML(net, lr=0.2)
+    maml.clone()(x)  # later learners keep their parameters as the program's kernels read them
+    learner = maml.clone()
+    kept = list(learner.parameters()) if asked == "before" else None
+    loss = F.cross_entropy(learner(x), y)
+    part = learner.module if asked == "of the module" else learner
+    grads = torch.autograd.grad(loss, kept or part.parameters(), create_graph=True)
+    l2l.algorithms.maml_update(part, lr=0.2, grads=grads)
+    (F.cross_entropy(learner(x), y) + grads[0].square().sum()).backward()
+
+    params = dict(twin.named_parameters())
+    loss = F.cross_entropy(torch.func.functional_call(twin, params, (x,)), y)
+    params = plain_step(params, loss, 0.2)
+    penalty = torch.autograd.grad(loss, twin.features[0].weight, create_graph=True)[0]
+    loss = F.cross_entropy(torch.func.functional_call(twin, params, (x,)), y)
+    (loss + penalty.square().sum()).backward()
+    assert relative_error(gradients(net), gradients(twin)) < 1e-10
+
+
+def test_shared_parameters_can_be_differentiated_by(net: Net, data: tuple[Tensor, Tensor]) -> None:
+    x, y = data
+    learner = l2l.MAML(net, lr=0.2, adapt="classifier").clone()
+    loss = F.cross_entropy(learner(x), y)
+    got = torch.autograd.grad(loss, learner.parameters(), retain_graph=True)
+    expected = torch.autograd.grad(loss, list(net.parameters()))
+    for one, other in zip(got, expected, strict=True):
+        assert type(one) is Tensor
+        torch.testing.assert_close(one, other)
+
+
+def test_a_loss_may_be_of_the_parameters_alone(net: Net) -> None:
+    learner = l2l.MAML(net, lr=0.25).clone()
+    learner.adapt(sum(p.square().sum() for p in learner.parameters()))
+    for now, p in zip(learner.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(now, p / 2)
+
+
+@pytest.mark.parametrize("how", ["no_grad", "data", "state"])
+def test_what_is_written_into_a_learners_parameters_counts(
+    how: str, net: Net, data: tuple[Tensor, Tensor]
+) -> None:
+    x, y = data
+    maml = l2l.MAML(net.eval(), lr=0.2)
+    maml.clone()(x)
+    learner = maml.clone()
+    before = {name: p.clone() for name, p in net.state_dict().items()}
+    learner.adapt(F.cross_entropy(learner(x), y))
+    twin = copy.deepcopy(net)
+    twin.load_state_dict({n: v * 0.5 for n, v in learner.module.state_dict().items()})
+    if how == "state":
+        learner.load_state_dict({n: v * 0.5 for n, v in learner.state_dict().items()})
+    for p in learner.parameters():
+        if how == "data":
+            p.data.mul_(0.5)
+        elif how == "no_grad":
+            with torch.no_grad():
+                p.mul_(0.5)
+    if how != "state":  # whose buffers are the base's too
+        twin.features[1].load_state_dict(
+            {**net.features[1].state_dict(), **dict(twin.features[1].named_parameters())}
+        )
+        assert all(torch.equal(p, before[name]) for name, p in net.state_dict().items())
+    torch.testing.assert_close(learner(x), twin(x))
+    torch.testing.assert_close(learner.clone()(x), twin(x))
+    params = plain_step(dict(twin.named_parameters()), F.cross_entropy(twin(x), y), 0.2)
+    learner.adapt(F.cross_entropy(learner(x), y))
+    torch.testing.assert_close(learner(x), torch.func.functional_call(twin, params, (x,)))
+
+
 def test_tied_weights_are_cloned_once() -> None:
     torch.manual_seed(0)
     learner = l2l.MAML(Tied(), lr=0.1).clone()
