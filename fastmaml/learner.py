@@ -23,15 +23,28 @@ if TYPE_CHECKING:
 
 
 class BaseLearner(nn.Module):
-    """Forwards unknown attributes to ``.module``, as learn2learn's wrappers do."""
+    """Forwards calls and unknown attributes to ``.module``, as learn2learn's wrappers do.
+
+    Args:
+        module: what is wrapped; None: set later.
+    """
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        super().__init__()
+        if module is not None:
+            self.module = module
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or name == "module":
+            if name.startswith("__") or name == "module":
                 raise
             return getattr(self.module, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module itself."""
+        return self.module(*args, **kwargs)
 
 
 class Learner(BaseLearner):
@@ -345,6 +358,7 @@ class Learner(BaseLearner):
             allow_unused=self.allow_unused if allow_unused is None else allow_unused,
             allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,
         )
+        learner.lr = self.lr
         learner.steps_taken = self.steps_taken
         learner.moments = self.moments
         if built is not None:

@@ -151,12 +151,13 @@ class MAML(BaseLearner):
         """
         if self.inner is not None:
             return self.inner.step(learner, theta, gradient)
-        if isinstance(self.lr, Tensor):
-            return gradient_step(theta.root, gradient, self.lr)
+        lr = learner.lr
+        if isinstance(lr, Tensor):
+            return gradient_step(theta.root, gradient, lr)
         if theta.packing is not None and is_large(gradient):  # of the core, on the CPU
-            moved: Tensor = NumberStep.apply(theta.root, gradient, self.lr, theta.start)
+            moved: Tensor = NumberStep.apply(theta.root, gradient, lr, theta.start)
             return moved
-        return torch.add(theta.root, gradient, alpha=-self.lr)  # whose backward is one product
+        return torch.add(theta.root, gradient, alpha=-lr)  # whose backward is one product
 
     def fused_rates(
         self, layout: ParameterLayout, theta: Tensor, steps: int

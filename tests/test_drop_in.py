@@ -20,6 +20,7 @@ class Net(nn.Module):
         self.features = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh())
         self.classifier = nn.Linear(8, 3)
         self.temperature = 2.0
+        self._margin = 0.25
         self.register_buffer("scale", torch.tensor(0.5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,6 +55,8 @@ def test_attributes_are_forwarded(net: Net) -> None:
     assert maml.module is net
     for wrapper in (maml, learner):
         assert wrapper.temperature == 2.0
+        assert wrapper._margin == 0.25
+        assert not hasattr(wrapper, "_missing")
         assert wrapper.helper() == "called"
         assert torch.equal(wrapper.scale, net.scale)
         assert not hasattr(wrapper, "missing")
@@ -64,6 +67,30 @@ def test_attributes_are_forwarded(net: Net) -> None:
         False,
     )
     assert l2l.MAML(net, 0.1, allow_nograd=True).allow_unused
+
+
+def test_the_base_of_learners_wraps_a_module(net: Net, data: tuple[Tensor, Tensor]) -> None:
+    learner = l2l.algorithms.base_learner.BaseLearner(net.eval())
+    torch.testing.assert_close(learner(data[0]), net(data[0]))
+    assert learner.temperature == 2.0
+    assert learner.state_dict().keys() == {f"module.{name}" for name in net.state_dict()}
+    with pytest.raises(AttributeError):
+        _ = l2l.algorithms.base_learner.BaseLearner().module
+
+
+@pytest.mark.parametrize("kind", ["MAML", "GBML"])
+def test_a_learner_has_a_rate_of_its_own(kind: str, net: Net, data: tuple[Tensor, Tensor]) -> None:
+    x, y = data
+    transform = {} if kind == "MAML" else {"transform": lambda p: None}
+    maml = getattr(l2l.algorithms, kind)(net.eval(), lr=0.1, **transform)
+    learner = maml.clone()
+    maml.lr = 5.0
+    assert learner.lr == 0.1
+    learner.lr = 0.4
+    learner = learner.clone()
+    params = plain_step(dict(net.named_parameters()), F.cross_entropy(net(x), y), 0.4)
+    learner.adapt(F.cross_entropy(learner(x), y))
+    torch.testing.assert_close(learner(x), torch.func.functional_call(net, params, (x,)))
 
 
 def test_parts_of_the_module_may_be_called(net: Net, data: tuple[Tensor, Tensor]) -> None:

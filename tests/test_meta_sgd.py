@@ -125,6 +125,12 @@ def test_rates_are_parameters_and_are_adapted_with() -> None:
     torch.testing.assert_close(adapted, learner.module.weight.detach())
 
 
+def test_learners_show_the_rates() -> None:
+    maml = l2l.algorithms.MetaSGD(nn.Linear(3, 2), lr=0.1)
+    assert maml.clone().lrs is maml.lrs
+    assert maml.clone().clone().lrs is maml.lrs
+
+
 def test_rates_must_be_like_the_parameters() -> None:
     with pytest.raises(ValueError, match=r"lrs must be like .* shapes \[\[2, 3\], \[2\]\], got"):
         l2l.algorithms.MetaSGD(nn.Linear(3, 2), lrs=[torch.ones(3, 2), torch.ones(2)])

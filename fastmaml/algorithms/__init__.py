@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fastmaml.algorithms import base_learner
 from fastmaml.algorithms.anil import ANIL
 from fastmaml.algorithms.gbml import GBML
 from fastmaml.algorithms.imaml import IMAML
@@ -21,6 +22,7 @@ __all__ = [
     "MetaSGD",
     "ProtoMAML",
     "Reptile",
+    "base_learner",
     "maml_update",
     "meta_sgd_update",
     "multi_step_weights",

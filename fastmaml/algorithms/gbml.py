@@ -161,7 +161,7 @@ class GBML(MAML):
         parts = dict(zip(layout.adapted_names, rows, strict=True))
         moves = update.transformed([parts.get(name) for name in layout.slots], tasks=True)
         flat = torch.cat([move.flatten(1) for move in moves if move is not None], 1)
-        return theta.root - self.lr * theta.ordered(flat)
+        return theta.root - learner.lr * theta.ordered(flat)
 
     def fused_rates(self, layout: ParameterLayout, theta: Tensor, steps: int) -> FusedRates | None:
         """None: the inner step is not a scaled gradient."""

@@ -52,7 +52,7 @@ class IMAML(MAML):
         with torch.no_grad():
             start = self.layout().pack(adapted=True)[None]
         away = theta.root - (start if theta.packing is None else theta.packing.pack(start))
-        return theta.root - self.lr * (gradient + self.strength * away)
+        return theta.root - learner.lr * (gradient + self.strength * away)
 
     def fused_rates(self, layout: ParameterLayout, theta: Tensor, steps: int) -> FusedRates | None:
         """None: the inner step has the proximal term."""

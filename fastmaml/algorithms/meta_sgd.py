@@ -17,6 +17,16 @@ from fastmaml.program.theta import Theta
 from fastmaml.utils import update_module
 
 
+class MetaSGDLearner(Learner):
+    """A learner of :class:`MetaSGD`."""
+
+    @property
+    def lrs(self) -> nn.ParameterList:
+        """The rates, which are the wrapper's."""
+        rates: nn.ParameterList = self._base.lrs
+        return rates
+
+
 class MetaSGD(MAML):
     """:class:`fastmaml.MAML` whose inner learning rates are parameters, one for every element.
 
@@ -35,6 +45,8 @@ class MetaSGD(MAML):
     Raises:
         ValueError: ``lrs`` are not like the model's parameters.
     """
+
+    learner_class = MetaSGDLearner
 
     def __init__(
         self,

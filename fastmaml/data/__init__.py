@@ -1,6 +1,6 @@
 """Tasks and where they come from."""
 
-from fastmaml.data import samplers, transforms, utils
+from fastmaml.data import samplers, task_dataset, transforms, utils
 from fastmaml.data.episodes import EpisodeSampler
 from fastmaml.data.few_shot import (
     aircraft,
@@ -56,6 +56,7 @@ __all__ = [
     "partition_task",
     "quickdraw",
     "samplers",
+    "task_dataset",
     "textures",
     "tiered_imagenet",
     "transforms",
