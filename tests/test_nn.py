@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -170,6 +172,12 @@ def test_layers_are_substituted_and_restored() -> None:
     assert isinstance(restored[2][0], nn.Linear)
     hidden = F.relu(F.linear(x, before["0.weight"], before["0.bias"]))
     torch.testing.assert_close(model(x), F.linear(hidden, before["2.0.weight"], before["2.0.bias"]))
+
+
+def test_a_copy_of_a_frozen_layer_is_not_frozen() -> None:
+    substitutions = {nn.Linear: lambda layer: nn.Sequential(layer, copy.deepcopy(layer))}
+    meta = l2l.nn.MetaModule(nn.Sequential(nn.Linear(3, 3)), substitutions)
+    assert [p.requires_grad for p in meta.parameters()] == [False, False, True, True]
 
 
 def test_parameters_of_inner_modules_are_transformed_too() -> None:

@@ -174,6 +174,7 @@ def test_updates_may_be_left_out_or_attached() -> None:
     net.weight.update = torch.full((1, 2), 2.0)
     utils.update_module(net)
     assert torch.equal(net.weight, weight + 2)
+    assert weight.update is None
     assert torch.equal(net.bias, bias + 1)
 
 

@@ -32,10 +32,11 @@ class MetaModule(nn.Module):
         super().__init__()
         self.substitutions = substitutions
         self.freeze_module = freeze_module
-        if freeze_module:
-            for p in module.parameters():
-                p.requires_grad_(False)
+        own = list(module.parameters())
         self.wrapped_module = self._wrap(module)
+        if freeze_module:  # not before: a replacement may copy the layer
+            for p in own:
+                p.requires_grad_(False)
 
     def _wrap(self, module: nn.Module) -> nn.Module:
         for name, child in list(module.named_children()):

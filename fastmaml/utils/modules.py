@@ -150,4 +150,6 @@ def _updated(
         if change is None:
             return tensor
         memo[tensor] = tensor + change
+        if tensor not in changes:
+            tensor.update = None  # type: ignore[attr-defined]  # it holds a graph
     return memo[tensor]
