@@ -169,6 +169,7 @@ def test_a_filtered_data_set_goes_class_after_class() -> None:
     part = FilteredMetaDataset(Listed([3, 1, 3, 0, 1]), [1, 3])
     assert len(part) == 4
     assert [part[i] for i in range(4)] == [(10, 1), (40, 1), (0, 3), (20, 3)]
+    assert part.indices == part.to_true_indices == [1, 4, 0, 2]
     assert part.labels == [1, 3]
     assert part.labels_to_indices == {1: [0, 1], 3: [2, 3]}
     assert [label for _, label in DataLoader(part, batch_size=None)] == [1, 1, 3, 3]

@@ -94,6 +94,16 @@ def read_labelled(dataset: Dataset, index: int) -> tuple[Any, Label]:
     Raises:
         ValueError: it cannot be read, or its label is not a single value.
     """
+    x, label = read_pair(dataset, index)
+    return x, label_of(dataset, index, label)
+
+
+def read_pair(dataset: Dataset, index: int) -> tuple[Any, Any]:
+    """Data and label of an example, as the data set has them.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     example = read_example(dataset, index)
     try:
         x, label, *_ = example
@@ -101,7 +111,7 @@ def read_labelled(dataset: Dataset, index: int) -> tuple[Any, Label]:
         raise ValueError(
             f"{example_name(dataset, index)} must be (x, label, ...), got {example!r:.60}"
         ) from error
-    return x, label_of(dataset, index, label)
+    return x, label
 
 
 def label_of(dataset: Dataset, index: int, label: Any) -> Label:

@@ -223,6 +223,11 @@ class FilteredMetaDataset(MetaDataset):
     def __getitem__(self, item: int) -> Any:
         return self.dataset[self.indices[checked_index(item, len(self))]]
 
+    @property
+    def to_true_indices(self) -> list[int]:
+        """learn2learn's name of ``indices``."""
+        return self.indices
+
     def example_name(self, i: int) -> str:
         """What messages call an example."""
         return example_name(self.dataset, self.indices[i])

@@ -16,7 +16,8 @@ from fastmaml.data.examples import (
     check_alike,
     check_finite,
     example_name,
-    read_labelled,
+    label_of,
+    read_pair,
     shape_of,
 )
 
@@ -101,8 +102,9 @@ class OnDeviceDataset(TensorDataset):
         device: torch.device | str | None = None,
         transform: Callable[[Tensor], Any] | None = None,
     ) -> None:
-        pairs = [read_labelled(dataset, i) for i in range(len(dataset))]  # type: ignore[arg-type]
-        for i, (x, y) in enumerate(pairs):
+        pairs = [read_pair(dataset, i) for i in range(len(dataset))]  # type: ignore[arg-type]
+        for i, (x, label) in enumerate(pairs):
+            y = label_of(dataset, i, label)
             check_alike(dataset, i, str(shape_of(x)), 0, str(shape_of(pairs[0][0])))
             check_finite(dataset, i, x, y)
             if not isinstance(y, (int, float)):
