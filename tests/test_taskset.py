@@ -9,7 +9,7 @@ import pytest
 import torch
 from episode_images import pictures
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import fastmaml as l2l
 from fastmaml.data import (
@@ -57,6 +57,7 @@ def recipe(name: str, data: MetaDataset) -> list:
             RemapLabels(data, shuffle=False),
         ],
         "replacement": [NWays(data, 2), KShots(data, 4, replacement=True), load, remap],
+        "fused, replacement": [FusedNWaysKShots(data, 2, 4, replacement=True), load, remap],
         "every class": [KShots(data, 1), load, sort],
     }[name]
 
@@ -70,6 +71,8 @@ LEARN2LEARN = {  # two samples of learn2learn 0.2.1 after random.seed(5)
                  ([8, 52, 16, 4, 61, 17], [0, 0, 1, 1, 2, 2])],
     "replacement": [([54, 65, 54, 65, 2, 29, 62, 40], [0, 0, 0, 0, 1, 1, 1, 1]),
                     ([57, 24, 7, 13, 47, 25, 14, 58], [0, 0, 0, 0, 1, 1, 1, 1])],
+    "fused, replacement": [([65, 65, 65, 54, 2, 40, 18, 57], [0, 0, 0, 0, 1, 1, 1, 1]),
+                           ([42, 20, 33, 44, 7, 51, 18, 2], [1, 1, 1, 1, 0, 0, 0, 0])],
     "every class": [([64, 62, 59, 54, 61, 30], [0, 17, 51, 68, 102, 170]),
                     ([42, 57, 15, 10, 3, 19], [0, 17, 51, 68, 102, 170])],
 }  # fmt: skip
@@ -82,6 +85,27 @@ def test_a_seed_draws_the_tasks_of_learn2learn(name, numbers) -> None:
     for expected in LEARN2LEARN[name]:
         x, y = taskset.sample()
         assert (x.int().tolist(), y.tolist()) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "second"),
+    [
+        ("int", [3, 1, 2, 0, 4], [1, 2, 4, 0, 3]),
+        ("numpy", [3, 1, 2, 0, 4], [1, 2, 4, 0, 3]),
+        ("float", [4, 1, 2, 3, 0], [0, 2, 1, 3, 4]),
+    ],
+)
+def test_a_seed_numbers_many_classes_as_learn2learn_does(
+    kind: str, first: list[int], second: list[int]
+) -> None:
+    labels = torch.arange(300) % 100 * 13
+    examples = TensorDataset(torch.arange(300.0), labels / 4 if kind == "float" else labels)
+    known = dict(enumerate(labels.numpy())) if kind == "numpy" else None
+    data = MetaDataset(examples, indices_to_labels=known)
+    random.seed(5)
+    taskset = Taskset(data, [NWays(data, 5), KShots(data, 1), LoadData(data), RemapLabels(data)])
+    drawn = [tuple(part.tolist() for part in taskset.sample()) for _ in range(2)]
+    assert drawn == [([94, 145, 88, 283, 67], first), ([48, 269, 13, 173, 131], second)]
 
 
 def test_a_seed_draws_the_tasks_of_learn2learn_from_some_classes(numbers) -> None:
@@ -144,6 +168,43 @@ def test_the_users_own_callables_are_applied(numbers) -> None:
     assert not (x % 2).any()
     alone = Taskset(numbers, lambda task: LoadData(numbers)(task)[:5], task_collate=list)
     assert [int(x) for x, _ in alone.sample()] == [0, 1, 2, 3, 4]
+
+
+def test_data_may_be_loaded_from_another_data_set(numbers) -> None:
+    read: list[int] = []
+
+    class Pairs(Dataset):
+        def __len__(self) -> int:
+            return 66
+
+        def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+            read.append(i)
+            return torch.tensor([float(i)]), torch.randn(3)  # which is no class
+
+    steps = [NWays(numbers, 2), KShots(numbers, 1), LoadData(Pairs()), TaskWithoutData(None)]
+    x, y = Taskset(numbers, steps).sample()
+    assert x.flatten().tolist() == read
+    assert y.shape == (2, 3)
+
+
+class TaskWithoutData(TaskTransform):
+    def __call__(self, task):
+        return task
+
+
+def test_descriptions_may_be_of_ones_own(numbers) -> None:
+    class Description:
+        def __init__(self, index: int) -> None:
+            self.index, self.transforms = index, []
+
+    taskset = Taskset(numbers, [lambda _: [Description(3), Description(1)], LoadData(numbers)])
+    assert taskset.sample()[0].tolist() == [3, 1]
+
+
+def test_labels_to_keep_may_be_tensors(numbers) -> None:
+    keep = list(torch.tensor([17, 170]))
+    task = FilterLabels(numbers, keep)(None)
+    assert {numbers.indices_to_labels[d.index] for d in task} == {17, 170}
 
 
 def test_labels_that_are_words_are_remapped_alike_in_every_process() -> None:
@@ -283,6 +344,14 @@ def test_a_data_set_as_one_tensor() -> None:
     x, y = held[3]
     assert torch.equal(x, -base.tensors[0][3])
     assert y == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float64])
+def test_labels_as_one_tensor_keep_their_dtype(dtype: torch.dtype) -> None:
+    labels = torch.arange(5).to(dtype)
+    held = OnDeviceDataset(TensorDataset(torch.randn(5, 2), labels))
+    assert held.tensors[1].dtype == dtype
+    assert torch.equal(held.tensors[1], labels)
 
 
 def test_other_failures_of_collating_are_passed_on(numbers) -> None:

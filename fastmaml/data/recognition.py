@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset, default_collate
 
 from fastmaml.data.episodes import EpisodeSampler
 from fastmaml.data.examples import check_finite, read_labelled, unlike
@@ -134,10 +134,12 @@ def _check_shapes(dataset: MetaDataset, classes: Iterable[Any]) -> None:
                 raise unlike(name, shape, first[1], first[0])
 
 
-def _same_data(one: MetaDataset, other: MetaDataset) -> bool:
-    return one is other or (
-        type(one) is type(other) is MetaDataset and one.dataset is other.dataset
-    )
+def _same_data(one: Dataset, other: MetaDataset) -> bool:
+    return one is other or _examples(one) is _examples(other)
+
+
+def _examples(dataset: Dataset) -> Dataset:
+    return dataset.dataset if type(dataset) is MetaDataset else dataset
 
 
 def _unknown(transform: object, dataset: MetaDataset) -> str | None:

@@ -9,10 +9,10 @@ from typing import Any
 from torch.utils.data import Dataset
 from torchvision.transforms import functional as F
 
-from fastmaml.data.transforms import TaskDescription, TaskTransform
+from fastmaml.data.transforms import ClassTransform, TaskDescription
 
 
-class RandomClassRotation(TaskTransform):
+class RandomClassRotation(ClassTransform):
     """Turn all images of a class alike, each class of a task by an angle of its own.
 
     learn2learn up to 0.2.1 turns all classes of a task by the angle that was drawn last; here each

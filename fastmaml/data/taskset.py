@@ -83,7 +83,7 @@ class Taskset(Dataset):
         Raises:
             ValueError: an example cannot be read, or the examples are not alike.
         """
-        examples = [description.load() for description in task_description]
+        examples = [DataDescription.load(description) for description in task_description]
         try:
             return self.task_collate(examples)
         except RuntimeError:

@@ -12,8 +12,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
+from numbers import Number
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastmaml.data.examples import read_example
@@ -54,11 +56,13 @@ class TaskTransform:
     """The base of all task transforms.
 
     Args:
-        dataset: a torch data set; made a :class:`fastmaml.data.MetaDataset` if it is none.
+        dataset: what :meth:`new_task` counts; kept as it is.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset: MetaDataset = as_meta_dataset(dataset)
+    dataset: Any
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
 
     def new_task(self) -> TaskDescription:
         """Every example of the data set."""
@@ -83,6 +87,19 @@ class TaskTransform:
         return self.dataset.indices_to_labels[description.index]
 
 
+class ClassTransform(TaskTransform):
+    """The base of the transforms that look at the examples' classes.
+
+    Args:
+        dataset: a torch data set; made a :class:`fastmaml.data.MetaDataset` if it is none.
+    """
+
+    dataset: MetaDataset
+
+    def __init__(self, dataset: Dataset) -> None:
+        super().__init__(as_meta_dataset(dataset))
+
+
 class LoadData(TaskTransform):
     """Read the examples from the data set."""
 
@@ -93,7 +110,7 @@ class LoadData(TaskTransform):
         return task
 
 
-class FilterLabels(TaskTransform):
+class FilterLabels(ClassTransform):
     """Keep the examples of some classes.
 
     Args:
@@ -105,7 +122,7 @@ class FilterLabels(TaskTransform):
 
     def __init__(self, dataset: Dataset, labels: Iterable[Any]) -> None:
         super().__init__(dataset)
-        self.labels = list(labels)
+        self.labels = [label.item() if isinstance(label, Tensor) else label for label in labels]
         _check_known(self.dataset, self.labels)
         self._kept = frozenset(self.labels)
 
@@ -117,7 +134,7 @@ class FilterLabels(TaskTransform):
         return {label: size for label, size in sizes.items() if label in self._kept}
 
 
-class ConsecutiveLabels(TaskTransform):
+class ConsecutiveLabels(ClassTransform):
     """Sort the examples by class; those of a class stay in their order."""
 
     def __call__(self, task: TaskDescription | None) -> TaskDescription:
@@ -125,7 +142,7 @@ class ConsecutiveLabels(TaskTransform):
         return sorted(task, key=self.label)
 
 
-class RemapLabels(TaskTransform):
+class RemapLabels(ClassTransform):
     """Number the classes of the task from 0.
 
     Args:
@@ -159,7 +176,7 @@ class _Remap:
         return [x, self._positions[label], *rest]
 
 
-class NWays(TaskTransform):
+class NWays(ClassTransform):
     """Keep ``n`` classes, drawn without replacement.
 
     Raises:
@@ -188,7 +205,7 @@ class NWays(TaskTransform):
         return sizes
 
 
-class KShots(TaskTransform):
+class KShots(ClassTransform):
     """Keep ``k`` examples of each class.
 
     Args:
@@ -223,7 +240,7 @@ class KShots(TaskTransform):
         return random.sample(members, k=self.k)
 
 
-class FusedNWaysKShots(TaskTransform):
+class FusedNWaysKShots(ClassTransform):
     """``n`` classes and ``k`` examples of each, without a look at all the others.
 
     Args:
@@ -258,7 +275,7 @@ class FusedNWaysKShots(TaskTransform):
         members = self.dataset.labels_to_indices[label]
         _check_shots(self.k, label, len(members), self.replacement)
         if self.replacement:
-            return random.choices(members, k=self.k)
+            return [random.choice(members) for _ in range(self.k)]
         return random.sample(members, k=self.k)
 
     def __call__(self, task: TaskDescription | None) -> TaskDescription:
@@ -278,11 +295,13 @@ class FusedNWaysKShots(TaskTransform):
 def distinct_labels(labels: Iterable[Any]) -> list[Any]:
     """Each label once.
 
-    Ints come in the order of a set, which is learn2learn's; other labels in order of appearance,
+    Numbers come in the order of a set, which is learn2learn's; other labels in order of appearance,
     for a set's would be another one in every process.
     """
     seen = dict.fromkeys(labels)
-    return list(set(seen)) if all(type(label) is int for label in seen) else list(seen)
+    if not all(isinstance(label, Number) for label in seen):
+        return list(seen)
+    return list(set(iter(seen)))  # a set of the dict would be laid out for its length: other order
 
 
 def _copied(description: DataDescription) -> DataDescription:
