@@ -24,6 +24,7 @@ from published_files import (
     write_textures,
     write_tiered_imagenet,
 )
+from torch.utils.data import Dataset
 
 from fastmaml.cli import main
 from fastmaml.cli.data import DATA_SETS, verify
@@ -206,6 +207,30 @@ def test_benchmarks_give_tasks_of_each_part(name, device, tmp_path) -> None:
     batch = next(parts.test.batches(tasks=3))
     assert batch.support_x.shape[:2] == batch.query_x.shape[:2] == (3, 2)
     assert parts.test.explain().startswith("the native sampler")
+
+
+class Numbers(Dataset):
+    """Each example is its own index, of 97 classes: as many as tiered ImageNet's validation has."""
+
+    def __init__(self, root: str, **options: object) -> None:
+        self.root = root
+
+    def __len__(self) -> int:
+        return 194
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        return torch.tensor(i), i % 97
+
+
+def test_a_seed_draws_the_tasks_of_learn2learns_benchmarks(monkeypatch) -> None:
+    monkeypatch.setattr(benchmarks, "FC100", Numbers)
+    random.seed(0)
+    parts = benchmarks.get_tasksets("fc100", 5, 1, 5, 1)
+    assert [[values.tolist() for values in part.sample()] for part in parts] == [
+        [[102, 130, 150, 62, 162], [0, 3, 2, 4, 1]],
+        [[129, 68, 174, 79, 90], [3, 2, 1, 4, 0]],
+        [[26, 61, 70, 175, 178], [4, 0, 3, 1, 2]],
+    ]
 
 
 @pytest.mark.parametrize("device", [None, "cpu"])

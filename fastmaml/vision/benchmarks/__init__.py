@@ -88,25 +88,31 @@ def get_tasksets(
             f"data_augmentation must be None, 'normalize' or 'lee2019', got {data_augmentation!r}"
         )
     parts = _BENCHMARKS[name](root, device, data_augmentation, download)
-    sizes = ((train_ways, train_samples), *[(test_ways, test_samples)] * 2)
+    train, validation, test = parts
+    rotations = name == "omniglot"
+    in_order = not rotations  # learn2learn's validation tasks, which a seed numbers otherwise
     return BenchmarkTasksets(
-        *(
-            Taskset(part, _task_transforms(part, *size, rotations=name == "omniglot"), num_tasks)
-            for part, size in zip(parts, sizes, strict=True)
-        )
+        _taskset(train, train_ways, train_samples, num_tasks, rotations),
+        _taskset(validation, test_ways, test_samples, num_tasks, rotations, in_order),
+        _taskset(test, test_ways, test_samples, num_tasks, rotations),
     )
 
 
-def _task_transforms(
-    part: MetaDataset, ways: int, samples: int, rotations: bool
-) -> list[TaskTransform]:
-    steps: list[TaskTransform] = [
-        FusedNWaysKShots(part, n=ways, k=samples),
-        LoadData(part),
-        RemapLabels(part),
-        ConsecutiveLabels(part),
-    ]
-    return [*steps, RandomClassRotation(part, [0.0, 90.0, 180.0, 270.0])] if rotations else steps
+def _taskset(
+    part: MetaDataset,
+    ways: int,
+    samples: int,
+    num_tasks: int,
+    rotations: bool,
+    in_order: bool = False,
+) -> Taskset:
+    """``in_order``: classes are sorted before they are numbered, and not after."""
+    steps: list[TaskTransform] = [FusedNWaysKShots(part, n=ways, k=samples), LoadData(part)]
+    numbering = [RemapLabels(part), ConsecutiveLabels(part)]
+    steps += reversed(numbering) if in_order else numbering
+    if rotations:
+        steps.append(RandomClassRotation(part, [0.0, 90.0, 180.0, 270.0]))
+    return Taskset(part, steps, num_tasks)
 
 
 def _omniglot(
