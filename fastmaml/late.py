@@ -33,6 +33,9 @@ class LatePart(Tensor):
     whole: Whole
     parameter: str
 
+    def __repr__(self) -> str:  # type: ignore[override]
+        return repr(self.as_subclass(Tensor))
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

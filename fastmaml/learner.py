@@ -358,6 +358,7 @@ class Learner(BaseLearner):
             allow_unused=self.allow_unused if allow_unused is None else allow_unused,
             allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,
         )
+        self._used.update(self._layout.adapted_names)  # a loss of the other learner uses them all
         learner.lr = self.lr
         learner.steps_taken = self.steps_taken
         learner.moments = self.moments

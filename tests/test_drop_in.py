@@ -263,6 +263,24 @@ def test_a_clone_of_a_learner_branches_off(net: Net, data: tuple[Tensor, Tensor]
     assert net.classifier.weight.grad.abs().sum() > 0
 
 
+def test_a_learner_adapts_on_the_loss_of_its_clone(net: Net, data: tuple[Tensor, Tensor]) -> None:
+    x, y = data
+    twin = copy.deepcopy(net.eval())
+    outer = l2l.MAML(net, lr=0.2).clone()
+    inner = outer.clone()
+    inner.adapt(F.cross_entropy(inner(x), y))
+    outer.adapt(F.cross_entropy(inner(x), y))
+    F.cross_entropy(outer(x), y).backward()
+
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(twin, params, (x,)), y)
+
+    params = dict(twin.named_parameters())
+    params = plain_step(params, loss(plain_step(params, loss(params), 0.2)), 0.2)
+    loss(params).backward()
+    assert relative_error(gradients(net), gradients(twin)) < 1e-10
+
+
 @pytest.mark.parametrize("adapt", [None, "weight", "bias"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_clone_keeps_its_values_when_its_base_moves_on(bias: bool, adapt: str | None) -> None:
