@@ -118,8 +118,8 @@ class Learner(BaseLearner):
             **self.__dict__,
             "_clone": None if built is None else built.modes(),
             "_modules": {},
-            "_theta": theta.unpacked(),
-            "_phi": phi,
+            "_theta": theta.moved(_leaf_as(self._theta.root, theta.root)).unpacked(),
+            "_phi": _leaf_as(self._phi, phi),
             "moments": tuple(m if m is None else m.unpacked() for m in self.moments),
             "_views": {},
             "_recorders": {},
@@ -399,3 +399,8 @@ class Learner(BaseLearner):
         elif recurse:
             for name, tensor in self.adapted_parameters().items():
                 yield f"{lead}module.{name}", tensor
+
+
+def _leaf_as(original: Tensor, values: Tensor) -> Tensor:
+    """``values``, a leaf of the graph where ``original`` is one: only leaves can be copied."""
+    return values.detach().requires_grad_(original.requires_grad) if original.is_leaf else values
