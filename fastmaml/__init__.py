@@ -3,6 +3,15 @@
 ``import fastmaml as l2l`` keeps learn2learn code as it is.
 """
 
+try:
+    from fastmaml import _core  # noqa: F401  (first: all the others need it)
+except ImportError as error:
+    raise ImportError(
+        f"fastmaml's native core is not usable in {__path__[0]}; install with `pip install .` and "
+        "import fastmaml from outside the source folder, or build it there with `pip install -e .` "
+        f"({error})"
+    ) from error
+
 from fastmaml import algorithms, data, inner, nn, optim, utils, vision
 from fastmaml.algorithms import MAML
 from fastmaml.backends.precision import precision
