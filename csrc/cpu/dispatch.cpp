@@ -49,8 +49,9 @@ std::string chosen_isa() {
     if (isa == wanted) return isa;
     names += names.empty() ? isa : ", " + isa;
   }
-  throw std::runtime_error("FASTMAML_ISA must name an instruction set that this processor runs (" +
-                           names + "), got \"" + wanted + "\"; unset it for the best one");
+  throw std::invalid_argument(
+      "FASTMAML_ISA must name an instruction set that this processor runs (" + names +
+      "), got \"" + wanted + "\"; unset it for the best one");
 }
 
 }  // namespace

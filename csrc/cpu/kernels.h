@@ -312,7 +312,7 @@ struct Kernels {
 };
 
 // The best table this processor runs, or the one FASTMAML_ISA=avx512|avx2|portable names (throws
-// std::runtime_error where the processor cannot run it or the name is unknown).
+// std::invalid_argument where the processor cannot run it or the name is unknown).
 template <typename T>
 const Kernels<T>& kernels();
 // The table of one of `runnable_isas()`, whatever the environment says.

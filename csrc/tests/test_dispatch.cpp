@@ -12,7 +12,7 @@ int main() {
   std::string message;
   try {
     fastmaml::kernels<float>();
-  } catch (const std::runtime_error& error) {
+  } catch (const std::invalid_argument& error) {
     message = error.what();
   }
   check(message.find("sse9") != std::string::npos && message.find("portable") != std::string::npos,
