@@ -30,6 +30,18 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
     _sync_directory(path.parent)
 
 
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Raise an OSError now where :func:`write_atomically` would fail later for want of a place."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}; name another file") from error
+
+
 def cache_directory() -> Path:
     """The user's cache folder for fastmaml; `FASTMAML_CACHE` names another one."""
     if chosen := os.environ.get("FASTMAML_CACHE"):

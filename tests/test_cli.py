@@ -1,6 +1,7 @@
 """The command line from end to end, with tiny settings."""
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -177,6 +178,13 @@ def test_an_old_checkpoint_is_not_overwritten(omniglot, capsys, options, message
         (["train", "omniglot"], "data must name the folder that holds omniglot-py, got none"),
         (["train", "omniglot", "--data", "nowhere"], "images_background.zip"),
         (["train", "glyphs", "--shots", "20"], "has 20 images, fewer than the 21 that"),
+        (
+            ["train", "glyphs", "--ways", "190"],
+            "validation classes: ways must be at most",
+        ),
+        (["train", "glyphs", "--inner-batch", "7"], "inner_batch must divide the 5 support"),
+        (["train", "glyphs", "--checkpoint", "."], "is a folder; name a file in it"),
+        (["demo", "--out", "/dev/null/demo.png"], "/dev/null/demo.png cannot be written"),
         (["evaluate", "none.pt"], "none.pt does not exist"),
     ],
 )
@@ -186,9 +194,32 @@ def test_mistakes_get_one_line(capsys, command, message):
     assert message in error
     assert error.startswith("fastmaml: ")
     assert error.count("\n") == 1
+    assert not list(Path().glob("*.pt"))
 
 
-@pytest.mark.parametrize("options", [["--ways", "0"], ["--lr", "-1"], ["--model", "vit"], []])
+def test_an_instruction_set_that_is_not_there_gets_one_line():
+    run = subprocess.run(
+        [sys.executable, "-m", "fastmaml", "info"],
+        env={**os.environ, "FASTMAML_ISA": "sse9"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert run.stderr.startswith("fastmaml: FASTMAML_ISA must name an instruction set")
+    assert run.stderr.count("\n") == 1
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"fastmaml {fastmaml.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--ways", "0"], ["--lr", "-1"], ["--model", "vit"], ["--validate-every", "-1"], []],
+)
 def test_argparse_refuses_bad_values(options):
     command = ["train", "omniglot", *options] if options else []
     with pytest.raises(SystemExit) as caught:

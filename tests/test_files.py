@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from fastmaml.files import cache_directory, write_atomically
+from fastmaml.files import cache_directory, require_writable, write_atomically
 
 
 def test_writes_and_replaces(tmp_path):
@@ -30,6 +30,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, error):
         write_atomically(path, half)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    require_writable(tmp_path / "new folder" / "file")
+    assert os.listdir(tmp_path / "new folder") == []
+    with pytest.raises(OSError, match=r"/dev/null/x cannot be written: .*; name another file"):
+        require_writable("/dev/null/x")
+    with pytest.raises(IsADirectoryError, match="is a folder; name a file in it"):
+        require_writable(tmp_path)
 
 
 def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path):

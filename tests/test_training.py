@@ -283,6 +283,14 @@ def test_a_crash_saves_the_last_whole_state(tmp_path, trainer, monkeypatch):
     assert_same(resumed, straight)
 
 
+def test_a_run_that_fails_at_once_leaves_no_checkpoint(tmp_path, trainer, monkeypatch):
+    path = tmp_path / "run.pt"
+    monkeypatch.setattr(trainer.maml, "meta_loss", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(trainer, 3, save=lambda: save_checkpoint(path, trainer), progress=False)
+    assert not path.exists()
+
+
 def test_a_crash_inside_the_update_keeps_the_old_checkpoint(tmp_path, trainer, monkeypatch):
     path = tmp_path / "run.pt"
     save_checkpoint(path, trainer)
@@ -330,6 +338,33 @@ def test_a_file_that_is_no_checkpoint(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(ValueError, match=r"other\.pt must be a fastmaml checkpoint"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"recipe": {"dataset": "glyphs", "novelty": 1}}, "unexpected keyword argument 'novelty'"),
+        ({"state": {}}, "KeyError"),
+    ],
+)
+def test_a_checkpoint_of_another_version(tmp_path, trainer, damage, message):
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, trainer)
+    torch.save(torch.load(path) | damage, path)
+    with pytest.raises(ValueError, match=rf"not written by this version of fastmaml.*{message}"):
+        load_checkpoint(path)
+
+
+def test_a_model_is_no_checkpoint(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"must be a fastmaml checkpoint, got another") as caught:
+        load_checkpoint(tmp_path / "model.pt")
+    assert "weights_only" not in str(caught.value)
+
+
+def test_tasks_that_evaluation_cannot_draw_are_refused_at_once():
+    with pytest.raises(ValueError, match="validation classes: ways must be at most"):
+        Trainer(replace(RECIPE, ways=4), *make_data())
 
 
 def test_the_learning_rate_falls_to_0():

@@ -9,6 +9,7 @@ from pathlib import Path
 from fastmaml.cli.evaluate import report
 from fastmaml.cli.options import Verbs, add_threads, positive, positive_float, set_threads
 from fastmaml.figure import draw_figure
+from fastmaml.files import require_writable
 from fastmaml.training import Evaluation, Recipe, Trainer, load_data, train
 
 ITERATIONS = 2400
@@ -40,6 +41,7 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     set_threads(arguments)
+    require_writable(arguments.out)
     recipe = Recipe(dataset="glyphs", seed=arguments.seed)
     print("drawing the characters (once; they are cached)", flush=True)
     data, split = load_data("glyphs", arguments.seed)

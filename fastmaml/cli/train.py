@@ -12,10 +12,12 @@ from fastmaml.cli.options import (
     Verbs,
     add_device,
     add_threads,
+    not_negative,
     positive,
     positive_float,
     set_threads,
 )
+from fastmaml.files import require_writable
 from fastmaml.training import Recipe, Trainer, load_checkpoint, load_data, save_checkpoint, train
 from fastmaml.training.recipe import (
     ALGORITHMS,
@@ -50,7 +52,11 @@ def add_parser(verbs: Verbs) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     parser.add_argument(
-        "--validate-every", type=int, default=500, metavar="N", help="0 for never (default 500)"
+        "--validate-every",
+        type=not_negative,
+        default=500,
+        metavar="N",
+        help="0 for never (default 500)",
     )
     parser.add_argument("--test-tasks", type=positive, default=600, help="(default 600)")
     add_device(parser)
@@ -108,6 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoint = arguments.checkpoint or Path(
         f"{recipe.dataset}-{recipe.ways}way-{recipe.shots}shot.pt"
     )
+    require_writable(checkpoint)
     trainer = _start(arguments, recipe, given, checkpoint)
 
     def save() -> None:

@@ -15,6 +15,7 @@ from fastmaml.training.recipe import Recipe, load_data
 from fastmaml.training.trainer import Trainer
 
 FORMAT = "fastmaml checkpoint 1"
+_OTHER_VERSION = "was not written by this version of fastmaml; go on with the one that wrote it"
 
 
 def save_checkpoint(path: str | Path, trainer: Trainer) -> None:
@@ -44,11 +45,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} must be a fastmaml checkpoint, got another or a damaged file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} must be a fastmaml checkpoint, but: {error}") from error
+    except (RuntimeError, pickle.UnpicklingError) as error:  # torch's own advice would mislead
+        raise ValueError(
+            f"{path} must be a fastmaml checkpoint, got another or a damaged file"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} must be a fastmaml checkpoint ({FORMAT!r}), got another file")
-    content["recipe"] = Recipe(**content["recipe"])
+    try:
+        content["recipe"] = Recipe(**content["recipe"])
+    except TypeError as error:
+        raise ValueError(f"{path} {_OTHER_VERSION}: {error}") from error
     return content
 
 
@@ -59,11 +65,14 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: the checkpoint, or the data set, is not there.
-        ValueError: the file is no checkpoint.
+        ValueError: the file is no checkpoint, or one of another version.
     """
     content = read_checkpoint(path)
     recipe: Recipe = content["recipe"]
     root = root or content["root"]
     trainer = Trainer(recipe, *load_data(recipe.dataset, recipe.seed, root), root, device)
-    trainer.load_state(content["state"])
+    try:
+        trainer.load_state(content["state"])
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} {_OTHER_VERSION}: {error!r}") from error
     return trainer

@@ -37,8 +37,8 @@ def train(
     """Advance `trainer` to `iterations` meta-updates in all.
 
     `save` is called every `save_every` updates, at the end, on Ctrl-C, SIGTERM and on a crash that
-    leaves the trainer whole. Ctrl-C and SIGTERM let the update in hand finish; a second one stops
-    at once and keeps the last checkpoint.
+    leaves the trainer whole and further than it was. Ctrl-C and SIGTERM let the update in hand
+    finish; a second one stops at once and keeps the last checkpoint.
 
     Args:
         trainer: the run; its history gets a point at each validation.
@@ -56,6 +56,7 @@ def train(
     Raises:
         DivergedError: the meta-loss is infinite or NaN; the last checkpoint is kept.
     """
+    start = trainer.iteration
     deadline = time.monotonic() + seconds if seconds is not None else float("inf")
     with _catch_signals() as stop, _Bar(trainer, iterations, progress) as bar:
         try:
@@ -71,7 +72,7 @@ def train(
         except DivergedError:
             raise
         except Exception:
-            if save and trainer.whole:
+            if save and trainer.whole and trainer.iteration > start:
                 save()
             raise
     if save:

@@ -66,6 +66,14 @@ class Recipe:
     anneal: int | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        images = self.ways * (self.train_shots or self.shots)
+        if self.inner_batch is not None and images % self.inner_batch:
+            raise ValueError(
+                f"inner_batch must divide the {images} support images of a training task, "
+                f"got {self.inner_batch}"
+            )
+
     def build_model(self) -> nn.Module:
         """A freshly initialised network; draws from torch's global generator."""
         if _one_of("model", self.model, MODELS) == "cnn":

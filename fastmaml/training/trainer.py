@@ -45,6 +45,8 @@ class Trainer:
         self.maml = recipe.wrap(self.model)
         self.optimizer = recipe.build_optimizer(self.maml)
         self.sampler = recipe.training_episodes(data, split.train, device)
+        self._check_held_out("validation", split.validation)
+        self._check_held_out("test", split.test)
         self.iteration = 0
         self.history: list[dict[str, float]] = []
         # False only while the parameters are being changed.
@@ -111,6 +113,13 @@ class Trainer:
         self.sampler.load_state_dict(state["sampler"])
         _set_random_state(state["random"])
         self.history = list(state["history"])
+
+    def _check_held_out(self, name: str, classes: list[int]) -> None:
+        """Tasks that cannot be drawn are an error now, rather than after training."""
+        try:
+            self.recipe.episodes(self.data, classes, tasks=1)
+        except ValueError as error:
+            raise ValueError(f"{name} classes: {error}") from error
 
     def _gradient(self, measure: int | None) -> tuple[float, float | None]:
         """Of the next batch; with the accuracy on it where its index is given."""
