@@ -38,7 +38,7 @@ class Signature {
     const py::dict state =
         py::reinterpret_steal<py::dict>(checked(PyObject_GenericGetDict(module.ptr(), nullptr)));
     add_id(module);
-    facts_.push_back(PyObject_IsTrue(item(state, names_.training)));
+    facts_.push_back(PyObject_IsTrue(module.attr(names_.training).ptr()));  // or a property
     for (const py::str& hooks : names_.hooks) {
       facts_.push_back(PyObject_Size(item(state, hooks)));
     }

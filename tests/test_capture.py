@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastmaml
 from fastmaml.program.capture import capture
 from fastmaml.program.program import module_signature
 from fastmaml.program.substitute import call_with
@@ -272,3 +273,17 @@ def test_programs_are_not_those_of_autocast(device: str) -> None:
     finally:
         torch.set_autocast_enabled(device, False)
     assert module_signature(module) == outside
+
+
+def test_a_compiled_module_gives_the_same_gradients() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    batch = fastmaml.TaskBatch(
+        *(t for _ in range(2) for t in (torch.rand(2, 5, 3), torch.randint(2, (2, 5))))
+    )
+    gradients = []
+    for module in (net, torch.compile(net, backend="eager")):
+        net.zero_grad()
+        fastmaml.MAML(module, lr=0.1).meta_loss(batch).backward()
+        gradients.append([p.grad.clone() for p in net.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other)
