@@ -153,7 +153,7 @@ def _field(name: str, tensor: object, support_x: Tensor, like: Tensor) -> None:
     if tensor.ndim < 2 or tensor.shape[0] != support_x.shape[0] or 0 in tensor.shape[:2]:
         raise ValueError(
             f"{name} must have shape [T, N, ...] with T = {support_x.shape[0]} >= 1 tasks and "
-            f"N >= 1 examples, got {list(tensor.shape)}"
+            f"N >= 1 examples, got {list(tensor.shape)}; a single task is T = 1: unsqueeze(0)"
         )
     placed_like(name, tensor, like, any_dtype=name.endswith("_y"))
 

@@ -15,6 +15,7 @@ from fastmaml.data.task_batch import TaskBatch
 from fastmaml.learner import Learner
 from fastmaml.losses import TaskLoss, built_in, per_task
 from fastmaml.program.autograd import fused_meta_loss
+from fastmaml.program.capture import FAILS_ON_A_SAMPLE
 from fastmaml.program.program import NativeProgram
 from fastmaml.program.updates import FusedUpdate
 
@@ -105,10 +106,31 @@ def _by_autograd(
     learner = maml.learner_for(batch, first_order)
     for step in range(steps):
         x, y = batch.support(step)
-        learner.adapt(per_task(loss, learner(x), y))
-    value = per_task(loss, learner(batch.query_x), batch.query_y).mean()
+        learner.adapt(per_task(loss, _outputs(maml, learner, "support_x", x), y))
+    outputs = _outputs(maml, learner, "query_x", batch.query_x)
+    value = per_task(loss, outputs, batch.query_y).mean()
     checks.finite_loss(value)
     return value
+
+
+def _outputs(maml: MAML, learner: Learner, name: str, x: Tensor) -> Tensor:
+    """``learner(x)``, with an error that names examples which are not the model's."""
+    try:
+        outputs = learner(x)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = getattr(maml.current_program(learner.layout, x), "reason", "")
+        if x.is_floating_point() and not reason.startswith(FAILS_ON_A_SAMPLE):
+            raise
+        raise ValueError(
+            f"{name} must be tasks of examples [T, N, ...] that the model takes, "
+            f"got {list(x.shape)} of {x.dtype}: {error}"
+        ) from error
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"model must return a tensor, got {type(outputs).__name__}; wrap it in a module that "
+            "does, or write the inner loop with clone() and adapt()"
+        )
+    return outputs
 
 
 def _call(
@@ -200,6 +222,6 @@ def adapted(maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss) -> Adapted
         x, y = batch.support(step)
         with torch.enable_grad():
             learner.set_theta(learner.theta.detach().requires_grad_())
-            learner.adapt(per_task(loss, learner(x), y))
+            learner.adapt(per_task(loss, _outputs(maml, learner, "support_x", x), y))
         learner.detach_parameters()
     return Adapted(learner, batch, None)

@@ -33,6 +33,11 @@ def _is_default(loss: object, kind: type[nn.Module]) -> bool:
 
 def per_task(loss: TaskLoss, output: Tensor, target: Tensor) -> Tensor:
     """The losses ``[T]`` of outputs and targets ``[T, N, ...]``; differentiable."""
+    if isinstance(loss, type) or not callable(loss):
+        raise TypeError(
+            "loss must be a function of (outputs, targets) such as F.cross_entropy or "
+            f"nn.CrossEntropyLoss(), got {loss!r}"
+        )
     kind = built_in(loss)
     if kind is not None and _one_row_each(kind, output, target):
         return LOSSES[kind].value(output, target)

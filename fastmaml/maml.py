@@ -58,7 +58,7 @@ class MAML(BaseLearner):
 
     Raises:
         TypeError: ``model`` is no module, or ``lr`` no number.
-        ValueError: both ``lr`` and ``inner`` are given, or neither.
+        ValueError: both ``lr`` and ``inner`` are given, or neither; ``adapt`` names no parameter.
     """
 
     learner_class: type[Learner] = Learner
@@ -87,7 +87,9 @@ class MAML(BaseLearner):
         self.first_order = first_order
         self.allow_nograd = allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
-        self.adapt_filter = _as_filter(adapt)
+        self.adapt_filter = as_filter(adapt)
+        if isinstance(self.adapt_filter, _ByName):
+            self.adapt_filter.require_in(model)
         self.programs = ProgramCache(model)
         self.recognised: fused.Recognised | None = None
         self._layout: tuple[Signature, ParameterLayout] | None = None
@@ -261,10 +263,13 @@ class MAML(BaseLearner):
         return self.programs.find(layout, x, signature=signature)
 
 
-def _as_filter(adapt: AdaptFilter | Iterable[str] | None) -> AdaptFilter | None:
+def as_filter(
+    adapt: AdaptFilter | Iterable[str] | None, argument: str = "adapt"
+) -> AdaptFilter | None:
+    """A predicate; ``argument`` is what the names, prefixes and patterns were passed as."""
     if adapt is None or callable(adapt):
         return adapt
-    return _ByName((adapt,) if isinstance(adapt, str) else tuple(adapt))
+    return _ByName((adapt,) if isinstance(adapt, str) else tuple(adapt), argument)
 
 
 @dataclass(frozen=True)
@@ -272,8 +277,19 @@ class _ByName:
     """Accepts parameters of these names, under these prefixes, or that fit these patterns."""
 
     patterns: tuple[str, ...]
+    argument: str
 
     def __call__(self, name: str, parameter: nn.Parameter) -> bool:
         return any(
             name == p or name.startswith(f"{p}.") or fnmatchcase(name, p) for p in self.patterns
         )
+
+    def require_in(self, model: nn.Module) -> None:
+        """Refuse patterns that accept nothing: an inner loop that adapts nothing looks healthy."""
+        named = list(model.named_parameters(remove_duplicate=False))
+        if self.patterns and not any(self(*pair) for pair in named):
+            names = ", ".join(name for name, _ in named)
+            came = ", ".join(map(repr, self.patterns))
+            raise ValueError(
+                f"{self.argument} must name some of the parameters {names}; got {came}"
+            )

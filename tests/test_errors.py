@@ -154,6 +154,54 @@ def test_no_tasks_steps_and_targets(maml: MAML) -> None:
         maml.meta_loss(TaskBatch(**good_batch()))
 
 
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+def test_examples_that_the_model_does_not_take(maml: MAML) -> None:
+    batch = good_batch()
+    odd = TaskBatch(**batch | {"support_x": torch.randn(2, 5, 7), "query_x": torch.randn(2, 4, 7)})
+    message = r"support_x must be tasks of examples .* got \[2, 5, 7\] of torch\.float32: mat1"
+    pixels = TaskBatch(**batch | {"support_x": batch["support_x"].to(torch.uint8)})
+    for call in (maml.meta_loss, maml.adapted):
+        with pytest.raises(ValueError, match=message):
+            call(odd, steps=1)
+        with pytest.raises(ValueError, match=r"support_x must be .* of torch\.uint8: "):
+            call(pixels, steps=1)
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+def test_a_module_that_fails_for_another_reason_is_not_excused() -> None:
+    class Falling(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) == 4:
+                raise RuntimeError("out of luck")
+            return super().forward(x)
+
+    maml = MAML(Falling(3, 2), lr=0.1)
+    maml.module.register_forward_hook(lambda *_: None)  # so that there is no program
+    with pytest.raises(RuntimeError, match=r"^out of luck$"):
+        maml.meta_loss(TaskBatch(**good_batch()))
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+def test_losses_and_outputs_of_another_kind(maml: MAML) -> None:
+    batch = TaskBatch(**good_batch())
+    for loss in ("mse", nn.MSELoss):
+        with pytest.raises(TypeError, match=r"loss must be a function of .outputs, targets. such"):
+            maml.meta_loss(batch, loss=loss)
+    recurrent = MAML(nn.LSTM(3, 2), lr=0.1)
+    with pytest.raises(TypeError, match="model must return a tensor, got tuple"):
+        recurrent.meta_loss(batch)
+    with pytest.raises(TypeError, match=r"query_y must be a tensor .* got NoneType"):
+        fastmaml.algorithms.Reptile(nn.Linear(3, 2), 0.1).meta_loss(batch._replace(query_y=None))
+
+
+def test_names_that_are_no_parameters() -> None:
+    net = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"adapt must .* 0\.weight, 0\.bias; got 'head\.\*'"):
+        MAML(net, lr=0.1, adapt="head.*")
+    assert MAML(net, lr=0.1, adapt=("head", "0")).layout().adapted_names
+    assert not MAML(net, lr=0.1, adapt=()).layout().adapted_names
+
+
 def test_a_loss_that_is_not_finite(maml: MAML) -> None:
     batch = good_batch()
     batch["query_x"] = torch.full((2, 4, 3), torch.nan)

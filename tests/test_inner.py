@@ -334,6 +334,11 @@ def test_bad_arguments(make: Callable, message: str) -> None:
         make()
 
 
+def test_betas_are_two() -> None:
+    with pytest.raises(TypeError, match=r"betas must be two numbers, .* got 0\.9"):
+        inner.Adam(betas=0.9)
+
+
 def test_an_optimizer_belongs_to_one_wrapper() -> None:
     optimizer = inner.Adam()
     fastmaml.MAML(mlp(), inner=optimizer)

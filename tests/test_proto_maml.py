@@ -116,3 +116,7 @@ def test_bad_arguments() -> None:
         proto.clone(tasks=T, support=(tasks.support_x, tasks.support_y + 1))
     with pytest.raises(ValueError, match="ways must be a positive int, got 0"):
         ProtoMAML(features(), 0.1, size=SIZE, ways=0)
+    with pytest.raises(ValueError, match=r"size must be that of features' .* \[6\] .* got 5"):
+        ProtoMAML(features(), 0.1, size=5, ways=WAYS).clone(
+            tasks=T, support=(tasks.support_x, tasks.support_y)
+        )

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from fastmaml.inner import InnerOptimizer
-from fastmaml.maml import MAML
+from fastmaml.maml import MAML, as_filter
 from fastmaml.program.layout import AdaptFilter
 
 
@@ -34,7 +34,7 @@ class ANIL(MAML):
         *,
         inner: InnerOptimizer | None = None,
     ) -> None:
-        super().__init__(module, lr, first_order, adapt=head, inner=inner)
+        super().__init__(module, lr, first_order, adapt=as_filter(head, "head"), inner=inner)
         if not self.layout().adapted_names:
             names = ", ".join(name for name, _ in module.named_parameters())
             raise ValueError(f"head must name some of the parameters {names}; got {head!r}")

@@ -66,7 +66,7 @@ class ProtoMAML(MAML):
         for name, value in (("size", size), ("ways", ways)):
             checks.positive_int(name, value)
         super().__init__(_Classifier(features, size, ways), lr, first_order, inner=inner)
-        self.ways = ways
+        self.size, self.ways = size, ways
         # past nn.Module's bookkeeping: its parameters are those of self.module
         self.__dict__["_embedder"] = MAML(features, 0.0)
 
@@ -117,6 +117,11 @@ class ProtoMAML(MAML):
         learner = embedder.clone(tasks=len(x))
         learner.updates_statistics = False
         embeddings: Tensor = learner(x)
+        if embeddings.shape[2:] != (self.size,):
+            raise ValueError(
+                f"size must be that of features' embeddings, {list(embeddings.shape[2:])} for each "
+                f"example, got {self.size}"
+            )
         return embeddings
 
     def _head(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -157,6 +157,8 @@ class Adam(InnerOptimizer):
         clip_value: float | None = None,
     ) -> None:
         clipping(clip_norm, clip_value)
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise TypeError(f"betas must be two numbers, such as (0.9, 0.999), got {betas!r}")
         values = {
             "lr": at_least_0("lr", lr),
             "beta1": fraction("betas[0]", betas[0]),

@@ -14,6 +14,7 @@ from fastmaml.program.lowering import TABLE
 from fastmaml.program.substitute import call_with
 from fastmaml.program.trace import NotCovered, Trace
 
+FAILS_ON_A_SAMPLE = "a forward that fails on a sample"  # how that reason begins
 _TRACED_EXAMPLES = (3, 5)  # two runs: a program must not depend on how many examples there are
 _HOOKS = (
     "_forward_hooks",
@@ -68,7 +69,7 @@ def _run(module: nn.Module, tensors: dict[str, Tensor], sample: Tensor) -> Any:
     except NotCovered:
         raise
     except Exception as error:  # the module's own failure: it will be shown by the real call
-        raise NotCovered(f"a forward that fails on a sample ({error})") from error
+        raise NotCovered(f"{FAILS_ON_A_SAMPLE} ({error})") from error
 
 
 def _graph(trace: Trace, output: object) -> Graph:
