@@ -48,8 +48,8 @@ class CMakeBuild(build_ext):
             f"-DFASTMAML_CUDA={cuda()}",
         ]
         jobs = str(self.parallel or len(os.sched_getaffinity(0)))
-        subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
+        run(configure)
+        run([cmake, "--build", str(build), "--parallel", jobs])
 
 
 def cuda() -> str:
@@ -57,6 +57,15 @@ def cuda() -> str:
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"FASTMAML_CUDA must be auto, 0 or 1, got {choice!r}")
     return choice
+
+
+def run(command: list[str]) -> None:
+    """Run a step of the build; where it fails its own messages come before ours."""
+    if subprocess.run(command).returncode != 0:
+        raise SystemExit(
+            "the native core was not built, for the reason above; it needs a C++17 compiler such "
+            "as g++ (CXX names another) and, with FASTMAML_CUDA=1, nvcc"
+        )
 
 
 def tool(name: str) -> str:
