@@ -18,10 +18,16 @@ from bench.turns import Contender, median_seconds
 from fastmaml import inner
 from fastmaml.algorithms import ANIL, MAML, MAMLPlusPlus, MetaSGD, Reptile
 
+
+def last_layer(net: nn.Module) -> str:
+    *_, (name, _) = net.named_parameters()
+    return name.rpartition(".")[0]
+
+
 ALGORITHMS: dict[str, Callable[[nn.Module, Case], MAML]] = {
     "MAML": lambda net, case: MAML(net, case.lr),
     "first order": lambda net, case: MAML(net, case.lr, first_order=True),
-    "ANIL": lambda net, case: ANIL(net, case.lr),
+    "ANIL": lambda net, case: ANIL(net, case.lr, head=last_layer(net)),
     "Meta-SGD": lambda net, case: MetaSGD(net, case.lr),
     "MAML++ rates": lambda net, case: MAMLPlusPlus(net, case.lr, case.steps),
     "Reptile": lambda net, case: Reptile(net, case.lr),
