@@ -14,9 +14,18 @@ from pathlib import Path
 
 import pybind11
 from setuptools import Extension, setup
+from setuptools.command import build as build_command
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+
+
+class FreshBuild(build_command.build):
+    """Packs what is in the source now: modules of an earlier build may have gone since."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class CMakeExtension(Extension):
@@ -85,4 +94,7 @@ def version() -> str:
     return found.group(1)
 
 
-setup(ext_modules=[CMakeExtension("fastmaml._core")], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[CMakeExtension("fastmaml._core")],
+    cmdclass={"build": FreshBuild, "build_ext": CMakeBuild},
+)

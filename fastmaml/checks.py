@@ -151,9 +151,10 @@ def _field(name: str, tensor: object, support_x: Tensor, like: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor [T, N, ...], got {type(tensor).__name__}")
     if tensor.ndim < 2 or tensor.shape[0] != support_x.shape[0] or 0 in tensor.shape[:2]:
+        hint = "; a single task is T = 1: unsqueeze(0)" if tensor.ndim < 2 else ""
         raise ValueError(
             f"{name} must have shape [T, N, ...] with T = {support_x.shape[0]} >= 1 tasks and "
-            f"N >= 1 examples, got {list(tensor.shape)}; a single task is T = 1: unsqueeze(0)"
+            f"N >= 1 examples, got {list(tensor.shape)}{hint}"
         )
     placed_like(name, tensor, like, any_dtype=name.endswith("_y"))
 
