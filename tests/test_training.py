@@ -355,6 +355,16 @@ def test_a_checkpoint_of_another_version(tmp_path, trainer, damage, message):
         load_checkpoint(path)
 
 
+def test_a_flipped_bit_is_found(tmp_path, trainer):
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, trainer)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"run\.pt must be .* got another or a damaged file"):
+        load_checkpoint(path)
+
+
 def test_a_model_is_no_checkpoint(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"must be a fastmaml checkpoint, got another") as caught:

@@ -15,6 +15,7 @@ from fastmaml.training.recipe import Recipe, load_data
 from fastmaml.training.trainer import Trainer
 
 FORMAT = "fastmaml checkpoint 1"
+_UNREADABLE = (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError)
 _OTHER_VERSION = "was not written by this version of fastmaml; go on with the one that wrote it"
 
 
@@ -40,8 +41,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"checkpoint {path} does not exist; `fastmaml train ... --checkpoint {path}` writes it"
         )
-    # The legacy reader that torch.load has for other files fails in many ways.
-    if not zipfile.is_zipfile(path):
+    if not _is_whole_archive(path):
         raise ValueError(f"{path} must be a fastmaml checkpoint, got another or a damaged file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -56,6 +56,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except TypeError as error:
         raise ValueError(f"{path} {_OTHER_VERSION}: {error}") from error
     return content
+
+
+def _is_whole_archive(path: str | Path) -> bool:
+    """torch.load has a legacy reader, which fails in many ways, and looks at no checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except PermissionError:
+        raise
+    except _UNREADABLE:
+        return False
 
 
 def load_checkpoint(
