@@ -21,8 +21,11 @@ from native_problems import (
     threads_set,
 )
 from rule_cases import CASES, Case
+from torch import Tensor, nn
 
+import fastmaml
 from fastmaml import _core
+from fastmaml.backends.cpu import CpuExecutor
 
 ALL_CASES = [case for cases in CASES.values() for case in cases]
 ISA = _core.info()["isa"]
@@ -194,3 +197,19 @@ def test_other_isa(isa: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+def test_a_norm_without_running_statistics_reports_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside one that has them: nothing is written beyond its statistics."""
+    module = nn.Sequential(
+        nn.BatchNorm1d(3), nn.Linear(3, 5), nn.BatchNorm1d(5, track_running_stats=False)
+    )
+    memory = torch.full((100,), torch.inf)
+
+    def statistics(self: CpuExecutor, x: Tensor, *lead: int) -> Tensor:
+        return memory[: lead[0] * 6].view(*lead, 6)
+
+    monkeypatch.setattr(CpuExecutor, "_statistics", statistics)
+    fastmaml.MAML(module, 0.1).clone(tasks=2)(torch.randn(2, 4, 3))
+    assert memory[:12].isfinite().all()
+    assert memory[12:].isinf().all()

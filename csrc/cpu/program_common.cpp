@@ -203,6 +203,7 @@ template <typename T>
 void store_stats(const Run<T>& run, T* stats) {
   if (stats == nullptr || run.share.part != 0) return;
   for (const auto& op : run.plan.ops) {
+    if (op->stats_size() == 0) continue;  // a norm without running statistics has no place here
     op->write_stats(run, stats);
     stats += op->stats_size();
   }
