@@ -287,3 +287,42 @@ def test_a_compiled_module_gives_the_same_gradients() -> None:
         gradients.append([p.grad.clone() for p in net.parameters()])
     for one, other in zip(*gradients, strict=True):
         assert torch.allclose(one, other)
+
+
+class Remembering(nn.Module):
+    def __init__(self, remember) -> None:
+        super().__init__()
+        self.linear, self.remember = nn.Linear(3, 4), remember
+        self.calls, self.seen, self.parts = 0, [1], {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        self.remember(self, y)
+        return y
+
+
+def counted(module: Remembering, y: Tensor) -> None:
+    module.calls += 1
+
+
+@pytest.mark.parametrize(
+    ("remember", "name"),
+    [
+        (lambda m, y: setattr(m, "output", y), "output"),
+        (lambda m, y: m.seen.append(y), "seen"),
+        (lambda m, y: m.parts.update(y=y), "parts"),
+        (counted, "calls"),
+    ],
+)
+def test_what_a_forward_leaves_behind_is_refused(remember, name: str) -> None:
+    """A program would leave the outputs of the sample that it was captured with."""
+    module = Remembering(remember)
+    with pytest.raises(NotCovered, match=f"a forward that sets Remembering.{name}"):
+        capture(module, torch.randn(4, 3))
+    assert not hasattr(module, "output")
+    assert (module.calls, module.seen, module.parts) == (0, [1], {})
+
+
+def test_a_forward_may_set_what_is_the_same_each_time() -> None:
+    module = Remembering(lambda m, y: setattr(m, "shape", y.shape[1:]))
+    assert len(capture(module, torch.randn(4, 3)).ops) == 1

@@ -80,7 +80,9 @@ class MetaSGD(MAML):
 
     def _rates(self, layout: ParameterLayout) -> list[Tensor]:
         slots = layout.slots.values()
-        return [rate for rate, slot in zip(self.lrs, slots, strict=True) if slot.adapted]
+        return [
+            rate.to(slot.dtype) for rate, slot in zip(self.lrs, slots, strict=True) if slot.adapted
+        ]
 
 
 def meta_sgd_update(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmaml.program.attributes import Attributes
 from fastmaml.program.ir import Graph, Op
 from fastmaml.program.lowering import TABLE
 from fastmaml.program.substitute import call_with
@@ -40,7 +41,11 @@ def capture(module: nn.Module, x: Tensor) -> Graph:
     for submodule in module.modules():
         if any(getattr(submodule, hooks, None) for hooks in _HOOKS):
             raise NotCovered(f"forward or backward hooks on {type(submodule).__name__}")
-    first, second = (_trace(module, x, n) for n in _TRACED_EXAMPLES)
+    with Attributes(module) as attributes:
+        first = _trace(module, x, _TRACED_EXAMPLES[0])
+        attributes.settle()  # what depends on shapes alone is now as it will always be
+        second = _trace(module, x, _TRACED_EXAMPLES[1])
+        attributes.check()
     if first != second:
         raise NotCovered("a program that depends on the number of examples or their values")
     return first

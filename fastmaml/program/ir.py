@@ -12,6 +12,8 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 Shape = tuple[int, ...]
 
 
@@ -46,6 +48,7 @@ class Slot:
     shape: Shape
     adapted: bool
     offset: int
+    dtype: torch.dtype = torch.float32
 
     @property
     def size(self) -> int:

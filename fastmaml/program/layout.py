@@ -18,6 +18,9 @@ class ParameterLayout:
 
     Adapted are the parameters that require a gradient and that ``adapt(name, parameter)`` accepts
     under any of their names (all of them by default); the others are shared by all tasks.
+
+    Parameters of several dtypes lie together as the dtype that can hold them all, and are views of
+    it no longer: each is converted back.
     """
 
     def __init__(self, module: nn.Module, adapt: AdaptFilter | None = None) -> None:
@@ -37,6 +40,8 @@ class ParameterLayout:
         self.shared_parameters = tuple(p for s, p in self._pairs() if not s.adapted)
         self.shared_requires_grad = any(p.requires_grad for p in self.shared_parameters)
         self.requires_grad = any(p.requires_grad for p in self.parameters)
+        self.several_dtypes = len({slot.dtype for slot in self.slots.values()}) > 1
+        self.modes = tuple(part.training for part in module.modules())
         self._places = [
             (s.adapted, s.shape, torch.empty(s.shape, device="meta").stride(), s.offset)
             for s in self.slots.values()
@@ -44,7 +49,7 @@ class ParameterLayout:
 
     def _add(self, name: str, parameter: nn.Parameter, adapted: bool) -> None:
         offset = self.theta_size if adapted else self.shared_size
-        slot = Slot(name, tuple(parameter.shape), adapted, offset)
+        slot = Slot(name, tuple(parameter.shape), adapted, offset, parameter.dtype)
         self.slots[name] = slot
         self.parameters.append(parameter)
         if adapted:
@@ -68,6 +73,8 @@ class ParameterLayout:
         if len(tensors) == 1:  # of which PyTorch's function would return a view
             return tensors[0].flatten().clone()
         if tensors:
+            if any(not (t.is_floating_point() or t.is_complex()) for t in tensors):
+                tensors = [t if t.is_complex() else t.double() for t in tensors]  # holds integers
             return _flatten_dense_tensors(tensors)
         return self.parameters[0].new_empty(0) if self.parameters else torch.empty(0)
 
@@ -90,9 +97,18 @@ class ParameterLayout:
         part = source.narrow(-1, slot.offset, slot.size)
         return part.view(*source.shape[:-1], *slot.shape)
 
+    def _converted(self, slot: Slot, part: Tensor) -> Tensor:
+        if not self.several_dtypes or part.dtype == slot.dtype:
+            return part
+        real = part.real if part.is_complex() and not slot.dtype.is_complex else part
+        return real.to(slot.dtype)
+
     def views(self, theta: Tensor, phi: Tensor) -> dict[str, Tensor]:
         """Each parameter as a view: ``[*lead, *shape]`` of ``theta [*lead, P]``, or of ``phi``."""
-        return {name: self.view(slot, theta, phi) for name, slot in self.slots.items()}
+        return {
+            name: self._converted(slot, self.view(slot, theta, phi))
+            for name, slot in self.slots.items()
+        }
 
     @classmethod
     def view(cls, slot: Slot, theta: Tensor, phi: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+Modes = tuple[bool, ...]
 _Place = tuple[dict[str, Any], str, Any]
 
 
@@ -23,6 +24,20 @@ def call_with(
     """
     with _substituted(module, tensors):
         return module(*args, **(kwargs or {}))
+
+
+@contextmanager
+def modes_set(module: nn.Module, modes: Modes | None) -> Iterator[None]:
+    """``module`` with ``training`` of every part as in ``modes``, for a while."""
+    parts = list(module.modules())
+    before = [part.training for part in parts]
+    try:
+        for part, training in zip(parts, modes or before, strict=True):
+            part.training = training
+        yield
+    finally:
+        for part, training in zip(parts, before, strict=True):
+            part.training = training
 
 
 @contextmanager
