@@ -16,7 +16,7 @@ from fastmaml.learner import Learner
 from fastmaml.losses import TaskLoss, built_in, per_task
 from fastmaml.program.autograd import fused_meta_loss
 from fastmaml.program.capture import FAILS_ON_A_SAMPLE
-from fastmaml.program.program import NativeProgram
+from fastmaml.program.program import NativeProgram, Program
 from fastmaml.program.updates import FusedUpdate
 
 if TYPE_CHECKING:
@@ -42,9 +42,11 @@ def meta_loss(
     batch, program, kind = _recognised(maml, layout, theta, source, loss)
     checks.minibatch_steps(batch, steps)
     rates = maml.fused_rates(layout, theta, steps)
+    unfused = program is None or rates is None
+    if sampler is not None and episodes is not None and (unfused or maml.starts_apart):
+        # drawn now: what is read before the meta-step, or saved for a graph, is to stay
+        batch, episodes = sampler.sample(), None
     if program is None or rates is None:
-        if sampler is not None and episodes is not None:  # which would overwrite what is saved
-            batch = sampler.sample()
         return _by_autograd(maml, batch, steps, loss, order)
     start = maml.fused_start(layout, batch)
     theta = theta if start is None else start.detach()
@@ -87,14 +89,10 @@ def _recognised(
     form = (layout, theta.dtype, theta.device, kind, forced_backend(), *checks.form(batch))
     known = maml.recognised
     if known is None or known.form != form:
-        batch = checks.batch(batch, theta, labels_needed=True)
+        batch = checks.batch(batch, theta, labels_needed=True, several_dtypes=layout.several_dtypes)
         program = maml.current_program(layout, batch.support(0)[0])
-        inputs_learned = batch.support_x.requires_grad or batch.query_x.requires_grad
-        native = program if isinstance(program, NativeProgram) else None
-        if native is not None and kind and not inputs_learned:
-            _check(native, batch, kind)
-        else:
-            native = None
+        data_learned = any(t.requires_grad for t in batch)
+        native = None if data_learned else _native(program, batch, kind)
         maml.recognised = known = Recognised(form, native, kind)
     return TaskBatch(*batch), known.program, kind
 
@@ -165,12 +163,23 @@ def _call(
     )
 
 
-def _check(program: NativeProgram, batch: TaskBatch, kind: str) -> None:
+def _native(program: Program, batch: TaskBatch, kind: str) -> NativeProgram | None:
+    """``program`` where it can take a meta-step of this (checked) batch and loss.
+
+    There are no kernels for class probabilities as targets, nor for a cross-entropy of pixels.
+    """
+    if not isinstance(program, NativeProgram) or not kind:
+        return None
     output = program.graph.values[program.graph.output]
+    if kind == "cross_entropy":
+        targets = [y for y in (batch.support(0)[1], batch.query_y) if y is not None]
+        if len(output) > 1 or any(y.is_floating_point() for y in targets):
+            return None
     for part, (x, y) in (("support", batch.support(0)), ("query", batch[2:])):
         program.check_examples(x.shape[1], f"{part}_x")
         if y is not None:
-            checks.known_loss_targets(kind, f"{part}_y", y, output)
+            checks.known_loss_targets(kind, f"{part}_y", y, output, x.dtype)
+    return program
 
 
 class Adapted:
@@ -201,15 +210,15 @@ def adapted(maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss) -> Adapted
     """See :meth:`fastmaml.MAML.adapted`."""
     checks.steps_count(steps)
     layout, theta, phi = maml.packed()
-    batch = checks.batch(batch, theta, labels_needed=False)
+    several = layout.several_dtypes
+    batch = checks.batch(batch, theta, labels_needed=False, several_dtypes=several)
     checks.minibatch_steps(batch, steps)
     learner = maml.learner_for(batch, first_order=True)
     learner.updates_statistics = False
-    program = maml.current_program(layout, batch.support(0)[0])
-    kind = built_in(loss)
+    kind = built_in(loss) or ""
+    program = _native(maml.current_program(layout, batch.support(0)[0]), batch, kind)
     rates = maml.fused_rates(layout, theta, steps)
-    if isinstance(program, NativeProgram) and kind is not None and rates is not None:
-        _check(program, batch, kind)
+    if program is not None and rates is not None:
         start = maml.fused_start(layout, batch)
         theta = theta if start is None else start
         call = _call(program, batch, steps, kind, theta, phi, rates)

@@ -190,6 +190,16 @@ def test_algorithms_with_a_meta_loss_of_their_own(name: str) -> None:
     assert source.state_dict()["batch"] == 2
 
 
+def test_starts_of_tasks_come_from_the_batch_that_is_drawn(monkeypatch) -> None:
+    monkeypatch.setenv("FASTMAML_BACKEND", "reference")
+    features = copy.deepcopy(MODULE)
+    maml = fastmaml.algorithms.ProtoMAML(features, lr=0.1, size=4, ways=4)
+    source = by_kernel(sampler())
+    for i in range(2):
+        torch.testing.assert_close(maml.meta_loss(source), maml.meta_loss(sampler().batch(i)))
+    assert source.state_dict()["batch"] == 2
+
+
 def test_the_kernel_for_small_networks_draws_first() -> None:
     from fastmaml.backends.mlp import MlpKernel
 

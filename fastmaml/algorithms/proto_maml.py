@@ -53,6 +53,8 @@ class ProtoMAML(MAML):
         ValueError: ``size`` or ``ways`` is no positive int.
     """
 
+    starts_apart = True
+
     def __init__(
         self,
         features: nn.Module,
