@@ -17,7 +17,7 @@ struct Names {
   py::str training{"training"}, parameters{"_parameters"}, modules{"_modules"};
   py::str hooks[4] = {py::str("_forward_hooks"), py::str("_forward_pre_hooks"),
                       py::str("_backward_hooks"), py::str("_backward_pre_hooks")};
-  py::str requires_grad{"requires_grad"};
+  py::str requires_grad{"requires_grad"}, dtype{"dtype"};
 };
 
 class Signature {
@@ -46,6 +46,7 @@ class Signature {
       add_id(parameter);
       if (parameter.is_none()) return;
       facts_.push_back(parameter.attr(names_.requires_grad).ptr() == Py_True);
+      add_id(parameter.attr(names_.dtype));  // of each dtype there is one object
     });
     for_values(item(state, names_.modules), [this](py::handle child) {
       if (!child.is_none()) modules_.push_back(py::reinterpret_borrow<py::object>(child));
@@ -88,7 +89,7 @@ void bind_modules(py::module_& module) {
       "module_signature",
       [names = Names()](py::handle root) { return Signature(names, root).bytes(); },
       py::arg("module"),
-      "Changes with train() and eval(), requires_grad_(), swapped parts and hooks.");
+      "Changes with train() and eval(), requires_grad_(), dtypes, swapped parts and hooks.");
 }
 
 }  // namespace fastmaml

@@ -76,8 +76,13 @@ def task_axis(x: object, tasks: int) -> None:
         )
 
 
-def batch(value: object, like: Tensor, *, labels_needed: bool) -> TaskBatch:
-    """``value`` is a TaskBatch of consistent tensors that match the parameters ``like``."""
+def batch(
+    value: object, like: Tensor, *, labels_needed: bool, several_dtypes: bool = False
+) -> TaskBatch:
+    """``value`` is a TaskBatch of consistent tensors that match the parameters ``like``.
+
+    ``several_dtypes``: which the parameters have, so that their module knows what to make of x.
+    """
     from fastmaml.data.task_batch import TaskBatch
 
     if not isinstance(value, tuple) or len(value) != 4:
@@ -87,16 +92,28 @@ def batch(value: object, like: Tensor, *, labels_needed: bool) -> TaskBatch:
         )
     if _in_minibatches(value):
         _minibatches(*value[:2])
-        batch((value[0][0], value[1][0], *value[2:]), like, labels_needed=labels_needed)
+        batch(
+            (value[0][0], value[1][0], *value[2:]),
+            like,
+            labels_needed=labels_needed,
+            several_dtypes=several_dtypes,
+        )
         return TaskBatch(*value)
     for name, tensor in zip(_BATCH_FIELDS, value, strict=True):
         if tensor is None and name == "query_y" and not labels_needed:
             continue
-        _field(name, tensor, value[0], like)
+        _field(name, tensor, value[0], like, any_dtype=several_dtypes or name.endswith("_y"))
     if value[0].shape[2:] != value[2].shape[2:]:
         raise ValueError(
             f"query_x must have the examples' shape of support_x, {list(value[0].shape[2:])}, "
             f"got {list(value[2].shape[2:])}"
+        )
+    if value[0].dtype != value[2].dtype:
+        odd, other = (0, 2) if value[2].dtype == like.dtype else (2, 0)
+        raise ValueError(
+            f"{_BATCH_FIELDS[odd]} must have the dtype of {_BATCH_FIELDS[other]}, "
+            f"{value[other].dtype}, got {value[odd].dtype}; convert it with .to("
+            f"{value[other].dtype})"
         )
     for x, y in ((0, 1), (2, 3)):
         if value[y] is not None and value[y].shape[:2] != value[x].shape[:2]:
@@ -147,7 +164,7 @@ def form(batch: object) -> tuple[object, ...]:
     ]
 
 
-def _field(name: str, tensor: object, support_x: Tensor, like: Tensor) -> None:
+def _field(name: str, tensor: object, support_x: Tensor, like: Tensor, *, any_dtype: bool) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor [T, N, ...], got {type(tensor).__name__}")
     if tensor.ndim < 2 or tensor.shape[0] != support_x.shape[0] or 0 in tensor.shape[:2]:
@@ -156,7 +173,7 @@ def _field(name: str, tensor: object, support_x: Tensor, like: Tensor) -> None:
             f"{name} must have shape [T, N, ...] with T = {support_x.shape[0]} >= 1 tasks and "
             f"N >= 1 examples, got {list(tensor.shape)}{hint}"
         )
-    placed_like(name, tensor, like, any_dtype=name.endswith("_y"))
+    placed_like(name, tensor, like, any_dtype=any_dtype)
 
 
 def placed_like(name: str, tensor: Tensor, like: Tensor, *, any_dtype: bool = False) -> None:
@@ -173,14 +190,21 @@ def placed_like(name: str, tensor: Tensor, like: Tensor, *, any_dtype: bool = Fa
         )
 
 
-def known_loss_targets(kind: str, name: str, y: Tensor, output_shape: tuple[int, ...]) -> None:
-    """Targets of a built-in loss match the network's per-example output."""
+def known_loss_targets(
+    kind: str, name: str, y: Tensor, output_shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Targets of a built-in loss match the network's per-example output and its dtype."""
     if kind == "mse":
         if y.shape[2:] != output_shape or not y.is_floating_point():
             raise ValueError(
                 f"{name} must be float targets of shape [T, N, "
                 f"{', '.join(map(str, output_shape))}] for mse_loss, got {list(y.shape)} "
                 f"of {y.dtype}"
+            )
+        if y.dtype != dtype:
+            raise ValueError(
+                f"{name} must have the inputs' dtype {dtype} for mse_loss, got {y.dtype}; "
+                f"convert it with .to({dtype})"
             )
         return
     if y.dtype != torch.int64 or y.ndim != 2 or len(output_shape) != 1:
@@ -205,7 +229,9 @@ def adapt_loss(loss: object, tasks: int | None) -> Tensor:
     """``loss`` is a finite scalar (or ``[T]`` for T tasks) that depends on parameters."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss must be a tensor, got {type(loss).__name__}")
-    if loss.ndim != 0 and not (tasks is not None and tuple(loss.shape) == (tasks,)):
+    by_task = tasks is not None and tuple(loss.shape) == (tasks,)
+    one = tasks is None and loss.numel() == 1  # which PyTorch differentiates too
+    if loss.ndim != 0 and not by_task and not one:
         expected = "a scalar" if tasks is None else f"losses of shape [{tasks}] or their sum"
         raise ValueError(f"loss must be {expected}, got shape {list(loss.shape)}; reduce it first")
     if not loss.requires_grad:

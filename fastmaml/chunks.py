@@ -34,9 +34,7 @@ def in_chunks(
         ValueError: ``chunk`` is no positive int, or the batch's inputs require gradients.
     """
     checks.positive_int("chunk", chunk)
-    with torch.no_grad():
-        theta = maml.layout().pack(adapted=True)
-    batch = next_batch(source, theta)
+    batch = next_batch(source, maml.layout())
     if any(t.requires_grad for t in batch):
         raise ValueError(
             "chunk must be None where the batch's tensors require gradients, which are kept for "
@@ -44,12 +42,13 @@ def in_chunks(
         )
     learned = _learned(maml) if torch.is_grad_enabled() else []
     gradients: Sequence[Tensor | None] = [None] * len(learned)
-    total = theta.new_zeros(())
+    total: Tensor | None = None
     with _buffers_restored_on_error(maml):
         for part in batch.chunks(chunk):
             value, found = _with_gradients(meta_loss(part) * (part.tasks / batch.tasks), learned)
-            total += value
+            total = _sum(total, value)
             gradients = [_sum(a, b) for a, b in zip(gradients, found, strict=True)]
+    assert total is not None  # there is a task
     result: Tensor = GivenGradients.apply(total, gradients, *learned)
     return result
 

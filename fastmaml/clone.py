@@ -34,6 +34,8 @@ class ModuleClone:
         ]
         self._first = {name: (key, leaf) for key, leaf, name in reversed(self._places)}
         self.module = self._copy(self._base)
+        if len(self._layout.modes) == len(self.modes()):  # else the base has other parts by now
+            self.set_modes(self._layout.modes)
         self.set_parameters(learner)
 
     def _copy(self, module: nn.Module) -> nn.Module:

@@ -163,13 +163,16 @@ class Learner(BaseLearner):
         return super().__getattr__(name)
 
     def _program(self, x: Any) -> Program:
-        clone = self._clone.built
+        clone, now = self._clone.built, self._base.layout()
+        modes = self._layout.modes if clone is None else clone.modes()
+        same = modes == now.modes or len(modes) != len(now.modes)  # or the base has other parts
         return self._base.programs.find(
             self._layout,
             x,
             example_axes=1 if self.tasks is None else 2,
-            modes=None if clone is None else clone.modes(),
+            modes=None if same else modes,
             why_not=None if clone is None else clone.why_not(),
+            signature=self._base.signature,
         )
 
     def _views_of_tasks(self) -> dict[str, Tensor]:

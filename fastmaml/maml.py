@@ -62,6 +62,7 @@ class MAML(BaseLearner):
     """
 
     learner_class: type[Learner] = Learner
+    starts_apart: bool = False  # each task from where its support set says; see fused_start
     lr: float | Tensor
     memory_budget: int | None = None
 
@@ -155,7 +156,7 @@ class MAML(BaseLearner):
             return self.inner.step(learner, theta, gradient)
         lr = learner.lr
         if isinstance(lr, Tensor):
-            return gradient_step(theta.root, gradient, lr)
+            return gradient_step(theta.root, gradient, lr.to(gradient.dtype))
         if theta.packing is not None and is_large(gradient):  # of the core, on the CPU
             moved: Tensor = NumberStep.apply(theta.root, gradient, lr, theta.start)
             return moved
@@ -250,6 +251,11 @@ class MAML(BaseLearner):
         layout = self.layout()
         return layout, layout.pack(adapted=True), layout.pack(adapted=False)
 
+    @property
+    def signature(self) -> Signature | None:
+        """The module's when :meth:`layout` was last called."""
+        return None if self._layout is None else self._layout[0]
+
     def layout(self) -> ParameterLayout:
         """Where each parameter of the module as it is now lives."""
         signature = module_signature(self.module)
@@ -259,8 +265,7 @@ class MAML(BaseLearner):
 
     def current_program(self, layout: ParameterLayout, x: Tensor) -> Program:
         """The program for ``x [T, N, ...]``; ``layout``: :meth:`layout`'s, just taken."""
-        signature = None if self._layout is None else self._layout[0]
-        return self.programs.find(layout, x, signature=signature)
+        return self.programs.find(layout, x, signature=self.signature)
 
 
 def as_filter(

@@ -11,7 +11,7 @@ from networks import Tied, gradients, make
 from torch import Tensor, nn
 
 import fastmaml as l2l
-from fastmaml.testing import relative_error
+from fastmaml.testing import relative_error, sequential_maml
 
 
 class Net(nn.Module):
@@ -443,3 +443,133 @@ def test_adapted_parameters_and_predictions(net: Net, data: tuple[Tensor, Tensor
     torch.testing.assert_close(unadapted.predict()[0], net(x + 0.1).detach())
     for name, value in learner.adapted_parameters().items():
         torch.testing.assert_close(adapted.parameters()[name][0], value.detach())
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+@pytest.mark.parametrize(
+    ("low", "high", "frozen"),
+    [
+        (torch.float32, torch.float64, False),
+        (torch.float32, torch.float64, True),
+        (torch.complex128, torch.float64, False),
+        (torch.int64, torch.float64, True),
+    ],
+)
+def test_parameters_of_several_dtypes(low, high, frozen: bool) -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            first = torch.tensor([2**25 + 1, 1, 3]) if low == torch.int64 else torch.randn(3)
+            self.first = nn.Parameter(first.to(low), requires_grad=not frozen)
+            self.head = nn.Linear(3, 2, dtype=high)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh((x.to(low) * self.first).abs().to(high) % 5))
+
+    torch.manual_seed(0)
+    module = Several()
+    twin, x = copy.deepcopy(module), torch.randn(2, 5, 3, dtype=high)
+    y = torch.randn(2, 5, 2, dtype=high)
+    batch = l2l.TaskBatch(x, y, x, y)
+    expected, grads = sequential_maml(twin, batch, 0.2, steps=2, loss=F.mse_loss)
+    maml = l2l.MAML(module, 0.2)
+    loss = maml.meta_loss(batch, steps=2, loss=F.mse_loss)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, grad in gradients(module).items():
+        torch.testing.assert_close(grad, grads[name], rtol=1e-4, atol=1e-6)
+    assert all(
+        p.dtype == q.dtype
+        for p, q in zip(maml.clone().parameters(), module.parameters(), strict=True)
+    )
+
+
+def test_targets_may_need_a_gradient(net: Net) -> None:
+    """As in dataset distillation; door 3 then takes the way of door 2."""
+    x, query = torch.randn(2, 5, 4, dtype=torch.float64), torch.randn(2, 5, 3, dtype=torch.float64)
+    found = []
+    for run in (l2l.MAML(copy.deepcopy(net), 0.2).meta_loss, None):
+        y = torch.ones(2, 5, 3, dtype=torch.float64, requires_grad=True)
+        batch = l2l.TaskBatch(x, y, x, query)
+        if run is not None:
+            run(batch, steps=2, loss=F.mse_loss).backward()
+        else:
+            for sx, sy, qx, qy in zip(*batch, strict=True):
+                params = dict(net.named_parameters())
+                for _ in range(2):
+                    loss = F.mse_loss(torch.func.functional_call(net, params, (sx,)), sy)
+                    params = plain_step(params, loss, 0.2)
+                loss = F.mse_loss(torch.func.functional_call(net, params, (qx,)), qy)
+                (loss / 2).backward()
+        found.append(y.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+@pytest.mark.parametrize("last", [nn.Identity, lambda: nn.LayerNorm(3)])
+def test_a_clone_keeps_its_modes_when_its_base_changes(last, net: Net, data) -> None:
+    x, _ = data
+    net.classifier = nn.Sequential(net.classifier, last().double())
+    learner = l2l.MAML(net, lr=0.1).clone()
+    expected = net(x)
+    net.eval()
+    torch.testing.assert_close(learner(x), expected)
+    assert learner.module.training
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_a_loss_of_one_element(shape: tuple[int, ...], net: Net, data) -> None:
+    x, y = data
+    adapted = []
+    for of in (torch.Tensor.clone, lambda loss: loss.view(shape)):
+        learner = l2l.MAML(net, lr=0.1).clone()
+        learner.adapt(of(F.cross_entropy(learner(x), y)))
+        adapted.append(learner.theta.detach())
+    torch.testing.assert_close(*adapted)
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_cross_entropy_of_probabilities_and_of_pixels(pixels: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Conv2d(2, 3, 1).double() if pixels else nn.Linear(2, 3).double()
+    size = (4, 4) if pixels else ()
+    x = torch.randn(2, 5, 2, *size, dtype=torch.float64)
+    y = torch.randint(3, (2, 5, *size)) if pixels else torch.rand(2, 5, 3).double().softmax(-1)
+    batch, twin = l2l.TaskBatch(x, y, x, y), copy.deepcopy(net)
+    _, grads = sequential_maml(twin, batch, 0.2, steps=2)
+    maml = l2l.MAML(net, 0.2)
+    maml.meta_loss(batch, steps=2).backward()
+    assert relative_error(gradients(net), grads) < 1e-9
+    assert maml.adapted(batch, steps=2).predict().shape == (2, 5, 3, *size)
+
+
+@pytest.mark.parametrize("runs", [0, 2])
+def test_steps_of_ones_own_between_adapts(runs: int, net: Net, data) -> None:
+    """learn2learn's `maml_update` on a learner, a parameter put in place of one, and `adapt`."""
+    x, y = data
+    net.eval()
+    twin, maml = copy.deepcopy(net), l2l.MAML(net, lr=0.2)
+    for _ in range(runs):
+        maml.clone()(x)
+    learner = maml.clone()
+    loss = F.cross_entropy(learner.module(x), y)
+    gradient = torch.autograd.grad(loss, learner.parameters(), create_graph=True)
+    l2l.algorithms.maml_update(learner, 0.2, gradient)
+    learner.adapt(F.cross_entropy(learner.module(x), y))
+    own = nn.Parameter(torch.ones(8, 4, dtype=torch.float64))
+    learner.module.features[0].weight = own
+    learner.module.classifier.bias.data = torch.ones(3, dtype=torch.float64)
+    learner.adapt(F.cross_entropy(learner(x), y))
+    F.cross_entropy(learner(x), y).backward()
+
+    params, other = dict(twin.named_parameters()), own.detach().clone().requires_grad_()
+    for step in range(3):
+        if step == 2:
+            params["features.0.weight"] = other
+            bias = params["classifier.bias"]
+            params["classifier.bias"] = bias + (1 - bias).detach()
+        loss = F.cross_entropy(torch.func.functional_call(twin, params, (x,)), y)
+        params = plain_step(params, loss, 0.2)
+    F.cross_entropy(torch.func.functional_call(twin, params, (x,)), y).backward()
+    assert relative_error(gradients(net), gradients(twin)) < 1e-10
+    torch.testing.assert_close(own.grad, other.grad)

@@ -9,7 +9,7 @@ from networks import Tied
 from torch import nn
 
 import fastmaml
-from fastmaml import MAML, TaskBatch
+from fastmaml import MAML, FallbackWarning, TaskBatch
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_parameters_converted_after_the_first_call(maml: MAML) -> None:
     x = torch.randn(2, 5, 3)
     maml.clone(tasks=2)(x)
     maml.double()
-    with pytest.raises(ValueError, match=r"x must have the parameters' dtype torch\.float64, got"):
+    with pytest.warns(FallbackWarning, match="got Float and Double"), pytest.raises(RuntimeError):
         maml.clone(tasks=2)(x)
     assert maml.clone(tasks=2)(x.double()).dtype == torch.float64
 
@@ -160,7 +160,7 @@ def test_examples_that_the_model_does_not_take(maml: MAML) -> None:
     batch = good_batch()
     odd = TaskBatch(**batch | {"support_x": torch.randn(2, 5, 7), "query_x": torch.randn(2, 4, 7)})
     message = r"support_x must be tasks of examples .* got \[2, 5, 7\] of torch\.float32: mat1"
-    pixels = TaskBatch(**batch | {"support_x": batch["support_x"].to(torch.uint8)})
+    pixels = TaskBatch(**batch | {k: batch[k].to(torch.uint8) for k in ("support_x", "query_x")})
     for call in (maml.meta_loss, maml.adapted):
         with pytest.raises(ValueError, match=message):
             call(odd, steps=1)
@@ -239,3 +239,18 @@ def test_explain(maml: MAML, capsys: pytest.CaptureFixture) -> None:
     plan = fastmaml.explain(nn.LayerNorm(3), torch.randn(2, 3))
     assert (plan.backend, plan.ops) == ("functional", ())
     assert "native_layer_norm in LayerNorm" in str(plan)
+
+
+def test_dtypes_that_kernels_would_misread() -> None:
+    net, x = nn.Linear(3, 2).double(), torch.randn(2, 5, 3, dtype=torch.float64)
+    y = torch.randn(2, 5, 2, dtype=torch.float64)
+    maml = MAML(net, 0.1)
+    for batch in (TaskBatch(x, y.float(), x, y), TaskBatch(x, y, x, y.bfloat16())):
+        with pytest.raises(ValueError, match=r"_y must have the inputs' dtype torch.float64 for"):
+            maml.meta_loss(batch, loss=F.mse_loss)
+    with pytest.raises(ValueError, match="query_x must have the dtype of support_x"):
+        maml.adapted(TaskBatch(x, y, x.long(), None), loss=F.mse_loss)
+    learner = maml.clone()
+    maml.float()
+    with pytest.raises(ValueError, match=r"x must have the parameters' dtype torch.float64, got"):
+        learner(x[0].float())

@@ -128,6 +128,15 @@ class Grouped(nn.Module):
         return self.head(torch.tanh(h).mean((2, 3)))
 
 
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 5, padding_idx=-7), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.table((x[:, 0] * 3).abs().long() % 7)).mean(1))
+
+
 FALLBACKS = {
     "attention": Attention,
     "sdpa": ScaledDotProduct,
@@ -143,6 +152,7 @@ FALLBACKS = {
     "instance_norm_eval": partial(Instances, training=False),
     "own_statistics": OwnStatistics,
     "loose_statistics": LooseStatistics,
+    "padded_embedding": Padded,
 }
 
 
@@ -291,3 +301,42 @@ def test_several_arguments_and_outputs() -> None:
     out = learner(a, b=b)
     torch.testing.assert_close(out["sum"], module.linear(a + b))
     torch.testing.assert_close(out["a"], a)
+
+
+def test_a_module_may_have_its_mode_elsewhere() -> None:
+    """As what torch.compile makes of a module."""
+
+    class Holder(nn.Module):
+        training = property(lambda self: self.held.training, lambda self, mode: None)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.held = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.held(x)
+
+    module, x = Holder(), torch.randn(5, 3)
+    torch.testing.assert_close(fastmaml.MAML(module, 0.1).clone()(x), module(x))
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+def test_outputs_that_are_no_tensors() -> None:
+    class Several(nn.Module):
+        def forward(self, x: Tensor, name: str) -> tuple:
+            return x.cumsum(1), None, name
+
+    x = torch.randn(2, 5, 3)
+    total, none, name = fastmaml.MAML(Several(), 0.1).clone(tasks=2)(x, "a")
+    torch.testing.assert_close(total, x.cumsum(2))
+    assert (none, name) == (None, "a")
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+def test_a_learner_of_several_tasks_has_modes_of_its_own() -> None:
+    module = nn.Sequential(nn.LayerNorm(3), nn.Dropout(0.5))
+    learner = fastmaml.MAML(module, 0.1).clone(tasks=2)
+    learner.eval()
+    x = torch.randn(2, 5, 3)
+    assert torch.equal(learner(x), learner(x))
+    assert module[1].training

@@ -77,7 +77,7 @@ class IMAML(MAML):
             part_loss = partial(self.meta_loss, steps=steps, loss=loss, first_order=first_order)
             return in_chunks(self, batch, chunk, part_loss)
         checks.steps_count(steps)
-        batch = next_batch(batch, self.layout().pack(adapted=True).detach())
+        batch = next_batch(batch, self.layout())
         if batch.minibatches is not None:
             raise ValueError(
                 "support_x must be [T, N, ...] for IMAML, whose gradient is that at the optimum of "

@@ -144,7 +144,7 @@ class MAMLPlusPlus(MAML):
                 step_weights=step_weights,
             )
             return in_chunks(self, batch, chunk, part_loss)
-        batch = next_batch(batch, self.layout().pack(adapted=True).detach())
+        batch = next_batch(batch, self.layout())
         checks.minibatch_steps(batch, steps)
         learner = self.learner_for(batch, first_order)
         total = torch.zeros(())

@@ -44,7 +44,7 @@ class Reptile(MAML):
         """
         if chunk is not None:
             return in_chunks(self, batch, chunk, partial(self.meta_loss, steps=steps, loss=loss))
-        batch = next_batch(batch, self.layout().pack(adapted=True).detach())
+        batch = next_batch(batch, self.layout())
         adapted = self.adapted(batch, steps, loss)
         with torch.no_grad():
             value = per_task(loss, adapted.predict(), batch.query_y).mean()

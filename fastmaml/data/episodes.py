@@ -23,6 +23,7 @@ from fastmaml.data.drawing import EpisodePlan, NativeDrawing, ReferenceDrawing
 from fastmaml.data.meta_dataset import group_by_label
 from fastmaml.data.packed import ClassIndex, PackedImages, pack
 from fastmaml.data.task_batch import TaskBatch
+from fastmaml.program.layout import ParameterLayout
 
 Rotations = bool | Literal["classes"]
 Labels = Tensor | NDArray[Any] | Sequence[Hashable] | ClassIndex
@@ -184,10 +185,11 @@ class EpisodeSampler:
             self._drawing.go_to(self._seed, self._batch)
 
 
-def next_batch(source: TaskBatch | EpisodeSampler, like: Tensor) -> TaskBatch:
-    """The next batch of a sampler, or a batch; checked against the parameters ``like``."""
+def next_batch(source: TaskBatch | EpisodeSampler, layout: ParameterLayout) -> TaskBatch:
+    """The next batch of a sampler, or a batch; checked against the parameters of ``layout``."""
     batch = source.sample() if isinstance(source, EpisodeSampler) else source
-    return checks.batch(batch, like, labels_needed=True)
+    theta, several = layout.pack(adapted=True).detach(), layout.several_dtypes
+    return checks.batch(batch, theta, labels_needed=True, several_dtypes=several)
 
 
 Drawing = NativeDrawing | DeviceDrawing | ReferenceDrawing

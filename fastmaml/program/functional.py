@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from fastmaml.backends.select import FallbackWarning
 from fastmaml.program.statistics import RunningStatistics, Tracked
-from fastmaml.program.substitute import call_with
+from fastmaml.program.substitute import Modes, call_with, modes_set
 
 
 @contextmanager
@@ -58,6 +58,8 @@ class PrimitiveNorm(TorchFunctionMode):
             return self._batch_norm(*args, **kwargs)
         if func is F.instance_norm:
             return self._instance_norm(*args, **kwargs)
+        if func is F.embedding:
+            return _embedding(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _batch_norm(
@@ -129,6 +131,16 @@ class PrimitiveNorm(TorchFunctionMode):
         self.statistics += statistics
 
 
+def _embedding(
+    x: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """``F.embedding``, of which vmap stops the padding's gradient in the first task alone."""
+    if padding_idx is not None:
+        row = torch.arange(len(weight), device=weight.device) == padding_idx % len(weight)
+        weight = torch.where(row[:, None], weight.detach(), weight)
+    return F.embedding(x, weight, None, *args, **kwargs)
+
+
 def _channels(vector: Tensor, x: Tensor) -> Tensor:
     return vector.view(-1, *[1] * (x.ndim - 2))
 
@@ -138,13 +150,23 @@ def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + _channels(bias, y)
 
 
+def _tasks(inputs: Any) -> int:
+    return len(next(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)))
+
+
+def _stacked(*parts: Any) -> Any:
+    """What all tasks have, along a new axis; of what is no tensor the first task's."""
+    return torch.stack(parts) if isinstance(parts[0], Tensor) else parts[0]
+
+
 class FunctionalProgram:
-    """A module without a native program, and the reason why."""
+    """A module without a native program, and the reason why; ``modes`` where not as it is."""
 
     name = "functional"
 
-    def __init__(self, module: nn.Module, reason: str) -> None:
+    def __init__(self, module: nn.Module, reason: str, modes: Modes | None = None) -> None:
         self.reason = reason
+        self._modes = modes
         self.running = RunningStatistics(module, ())
         self._module = module
         self._met: list[Tracked] = []  # of the latest task
@@ -158,7 +180,7 @@ class FunctionalProgram:
 
         Differentiable any number of times. ``statistics`` is what ``self.running`` folds.
         """
-        with twice_differentiable(self._module):
+        with twice_differentiable(self._module), modes_set(self._module, self._modes):
             refusal = self._refusal
             if refusal is None:
                 try:
@@ -167,7 +189,7 @@ class FunctionalProgram:
                     refusal = next(iter(str(error).splitlines()), type(error).__name__)
             result = self._report(*self._run_loop(parameters, args, kwargs))
         self._refusal = refusal  # only now: an error of the module's own is none
-        self._warn_of_loop(len(next(iter(parameters.values()))), refusal)
+        self._warn_of_loop(_tasks((parameters, args, kwargs)), refusal)
         return result
 
     def _warn_of_loop(self, tasks: int, refusal: str) -> None:
@@ -199,12 +221,11 @@ class FunctionalProgram:
         return vmap(self._one_task, randomness="different")(*inputs)
 
     def _run_loop(self, *inputs: Any) -> Any:
-        tasks = len(next(iter(inputs[0].values())))
         outputs = [
             self._one_task(*pytree.tree_map_only(Tensor, itemgetter(t), inputs))
-            for t in range(tasks)
+            for t in range(_tasks(inputs))
         ]
-        return pytree.tree_map(lambda *parts: torch.stack(parts), *outputs)
+        return pytree.tree_map(_stacked, *outputs)
 
     def _report(self, outputs: Any, statistics: list[Tensor]) -> tuple[Any, Tensor | None]:
         if not statistics:

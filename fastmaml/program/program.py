@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import prod
 
 import torch
@@ -20,6 +18,7 @@ from fastmaml.program.functional import FunctionalProgram
 from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.statistics import RunningStatistics
+from fastmaml.program.substitute import Modes, modes_set
 from fastmaml.program.theta import Start, Theta
 from fastmaml.program.trace import NotCovered
 
@@ -80,7 +79,6 @@ class NativeProgram:
 
 
 Program = NativeProgram | FunctionalProgram
-Modes = tuple[bool, ...]
 Signature = tuple[object, ...]
 
 
@@ -137,7 +135,7 @@ class ProgramCache:
         key: Signature = (layout.adapted_names, state, modes)
         if not isinstance(x, Tensor) or why_not:
             reason = why_not or "it is not called with one tensor"
-            return self._functional((*key, reason), reason)
+            return self._functional((*key, reason), reason, modes)
         key = (*key, x.shape[example_axes:], x.dtype, x.device, forced_backend())
         found = self._programs.get(key)
         if found is not None:
@@ -145,10 +143,10 @@ class ProgramCache:
             self._remember(found[0])
             return found[0]
         try:
-            with _modes_set(self._module, modes):
+            with modes_set(self._module, modes):
                 program: Program = self._capture(layout, x, example_axes)
         except NotCovered as reason:
-            return self._functional(key, str(reason))
+            return self._functional(key, str(reason), modes)
         self._keep(key, program)
         self._remember(program)
         return program
@@ -166,14 +164,14 @@ class ProgramCache:
                 raise NotCovered(f"parameter {name} is {p.dtype} on {p.device}, x is {came}")
         return NativeProgram(self._module, graph, layout, make_executor(graph, layout, x))
 
-    def _functional(self, key: Signature, reason: str) -> Program:
+    def _functional(self, key: Signature, reason: str, modes: Modes | None) -> Program:
         found = self._programs.get(key)
         if found is not None:
             return found[0]
         if reason not in self._warned:
             report_fallback(self._module, reason)
             self._warned.add(reason)
-        program = FunctionalProgram(self._module, reason)
+        program = FunctionalProgram(self._module, reason, modes)
         self._keep(key, program)
         return program
 
@@ -188,17 +186,3 @@ def module_signature(module: nn.Module) -> Signature:
     """Changes with ``train()``/``eval()``, ``requires_grad_``, swapped parts and hooks."""
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
     return autocast, _core.module_signature(module)
-
-
-@contextmanager
-def _modes_set(module: nn.Module, modes: Modes | None) -> Iterator[None]:
-    """``module`` with ``training`` of every part as in ``modes``, for a while."""
-    parts = list(module.modules())
-    before = [part.training for part in parts]
-    try:
-        for part, training in zip(parts, modes or before, strict=True):
-            part.training = training
-        yield
-    finally:
-        for part, training in zip(parts, before, strict=True):
-            part.training = training
