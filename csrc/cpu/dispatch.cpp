@@ -50,8 +50,8 @@ std::string chosen_isa() {
     names += names.empty() ? isa : ", " + isa;
   }
   throw std::invalid_argument(
-      "FASTMAML_ISA must name an instruction set that this processor runs (" + names +
-      "), got \"" + wanted + "\"; unset it for the best one");
+      "FASTMAML_ISA must name an instruction set that this processor runs (" + names + "), got \"" +
+      wanted + "\"; unset it for the best one");
 }
 
 }  // namespace
