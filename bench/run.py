@@ -14,6 +14,7 @@ from bench.cases import CASES, Case, oracle, useful_gflop
 from bench.contenders import CONTENDERS
 from bench.machine import ROOT, environment
 from bench.worker import Job, Worker
+from fastmaml._core import handover_ns
 
 RESULTS = ROOT / "bench" / "results"
 QUICK_CASES = ["sine", "sine5", "omnifc", "omni51"]
@@ -85,9 +86,12 @@ def measure(
     print_case(case)
     exact = oracle(case) if jobs[0].gated else None
     workers = [Worker(job, exact) for job in jobs]
+    record: dict[str, object] = {}
     for record in take_turns(jobs, workers, rounds, budget_s, machine):
         print_record(record)
         yield record
+    handovers = record["handover_ns"]
+    print(f"  a cache line to the other core and back: {min(handovers)} to {max(handovers)} ns")
 
 
 def take_turns(
@@ -99,8 +103,10 @@ def take_turns(
 ) -> Iterator[dict[str, object]]:
     """Time workers round by round, then end them; a record of each."""
     times: list[list[float]] = [[] for _ in jobs]
+    handovers: list[int] = []
     try:
         for _ in range(rounds):
+            handovers.append(round(handover_ns()))
             for worker, samples in zip(workers, times, strict=True):
                 if worker.gate.status == "ok":
                     samples += worker.time(budget_s)
@@ -116,6 +122,7 @@ def take_turns(
             "gflop": useful_gflop(job.sized_case()),
             **vars(worker.gate),
             **percentiles(samples),
+            "handover_ns": handovers,
         }
         if samples and job.device == "cpu":
             record["peak_fraction"] = record["gflop"] / record["p50_s"] / machine["peak_gflops"]

@@ -265,6 +265,8 @@ PYBIND11_MODULE(_core, module) {
              "Whether two pieces of memory hold the same.");
   module.def("fma_peak", &fma_peak, py::arg("threads") = 1, Unlocked(),
              "Measured GFLOP/s of float32 fused multiply-adds in registers.");
+  module.def("handover_ns", &handover_ns, Unlocked(),
+             "Measured nanoseconds for a cache line to go to another core and back.");
 }
 
 }  // namespace fastmaml

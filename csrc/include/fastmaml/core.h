@@ -275,4 +275,8 @@ void step_adjoint(const StepAdjointArgs& args);
 // timings are held against. Takes some tenths of a second.
 double fma_peak(int threads);
 
+// Nanoseconds for a cache line to go to another core and back: what threads that share a task pay
+// wherever one reads what the other wrote.
+double handover_ns();
+
 }  // namespace fastmaml
