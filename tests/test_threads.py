@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fastmaml import _core
+
 ROOT = Path(__file__).parents[1]
 
 PRELUDE = """
@@ -73,3 +75,7 @@ def test_every_caller_gets_the_same_result(script: str, environment: dict[str, s
         check=False,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_a_cache_line_goes_to_another_core_and_back() -> None:
+    assert 1 < _core.handover_ns() < 1e7

@@ -167,7 +167,7 @@ class MetaStepGraphs:
         try:
             graph = _Graph(self._capture, call, run)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             _remember(self._refused, form, reason)
             warnings.warn(
                 f"a meta-step could not be captured in a CUDA graph ({reason}); it runs kernel by "
