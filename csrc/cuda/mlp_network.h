@@ -42,7 +42,7 @@ struct Network {
   static constexpr int kMostLayers = 12;
 
   Layer layers[kMostLayers];
-  int depth, places, indices, widths;  // widths: of all layers together
+  int depth, places, widths;  // widths: of all layers together
   TaskLoss loss;
 
   FASTMAML_TEAM const Layer& last() const { return layers[depth - 1]; }

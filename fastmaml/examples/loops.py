@@ -73,5 +73,8 @@ def compare_times(ways: Mapping[str, Callable[[], Tensor]], rounds: int = 3) -> 
 
 def _seconds(run: Callable[[], Tensor]) -> float:
     start = time.perf_counter()
-    run().backward()
+    loss = run()
+    loss.backward()
+    if loss.is_cuda:
+        torch.cuda.synchronize(loss.device)
     return time.perf_counter() - start

@@ -105,11 +105,14 @@ def _activation(
     trace.emit("activation", output, (x,), function=function, alpha=numbers[0], beta=numbers[1])
 
 
+_SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)  # alpha, scale
+
+
 def _elu(trace: Trace, a: Arguments, result: Tensor) -> None:
     alpha, scale, input_scale = (float(a[k]) for k in ("alpha", "scale", "input_scale"))
     if scale == 1.0 and input_scale == 1.0:
         _activation(trace, a, result, function="elu", alpha=alpha)
-    elif abs(scale - 1.0507009873554805) < 1e-12 and input_scale == 1.0:
+    elif (alpha, scale, input_scale) == (*_SELU, 1.0):
         _activation(trace, a, result, function="selu")
     else:
         raise NotCovered("elu with scales")

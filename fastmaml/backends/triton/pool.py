@@ -132,7 +132,7 @@ def average_kernel(
 
 
 @triton.jit
-def _output_at(h, r, size, out, K, S, P, ADAPTIVE: tl.constexpr):
+def _output_at(h, r, size, out, S, P, ADAPTIVE: tl.constexpr):
     """Candidate r of the outputs whose windows hold place h along an axis, and whether it does."""
     if ADAPTIVE:
         o = h * out // size + r
@@ -156,8 +156,8 @@ def to_windows_kernel(
     image = position // (width * height)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for tap in range(KH * KW):
-        oh, holds_h = _output_at(h, tap // KW, height, out_height, KH, SH, PH, ADAPTIVE)
-        ow, holds_w = _output_at(w, tap % KW, width, out_width, KW, SW, PW, ADAPTIVE)
+        oh, holds_h = _output_at(h, tap // KW, height, out_height, SH, PH, ADAPTIVE)
+        ow, holds_w = _output_at(w, tap % KW, width, out_width, SW, PW, ADAPTIVE)
         holds = (i < count) & holds_h & holds_w
         top, bottom = _window_of(oh, height, out_height, KH, SH, PH, ADAPTIVE)
         left, right = _window_of(ow, width, out_width, KW, SW, PW, ADAPTIVE)

@@ -100,7 +100,7 @@ def published_md5(source: str) -> str | None:
     if found is None:
         return _MD5.get(source.rsplit("/", 1)[1])
     record, name = found.groups()
-    with urlopen(f"https://zenodo.org/api/records/{record}") as reply:
+    with urlopen(f"https://zenodo.org/api/records/{record}", timeout=30) as reply:
         listed = {file["key"]: file["checksum"] for file in json.load(reply)["files"]}
     if not listed.get(name, "").startswith("md5:"):
         raise ValueError(
