@@ -175,3 +175,12 @@ def test_prototypes_of_all_tasks_are_those_of_each(batch) -> None:
         for way in (protonet.batched, protonet.loop_over_tasks)
     ]
     assert_one_gradient(features, values)
+
+
+def test_missing_data_get_one_line(tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        recipe.main(maml.RECIPES, ["omniglot", "--data", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert caught.value.code == 1
+    assert "images_background.zip" in error
+    assert error.count("\n") == 1

@@ -109,4 +109,7 @@ def main(recipes: Mapping[str, Recipe], argv: list[str] | None = None) -> float:
     arguments = parser.parse_args(argv)
     given = {name: value for name in numbers if (value := getattr(arguments, name)) is not None}
     recipe = replace(recipes[arguments.name], **given)
-    return recipe.run(arguments.data, arguments.download, arguments.seed, arguments.drop_in)
+    try:
+        return recipe.run(arguments.data, arguments.download, arguments.seed, arguments.drop_in)
+    except FileNotFoundError as error:  # which says what to fetch and how
+        parser.exit(1, f"{parser.prog}: {error}\n")
