@@ -40,8 +40,9 @@ def server(tmp_path, monkeypatch) -> Path:
     )
     monkeypatch.setattr(torchvision.datasets.utils, "_get_redirect_url", lambda url, **_: url)
 
-    def record(url: str) -> io.BytesIO:
+    def record(url: str, timeout: float) -> io.BytesIO:
         assert re.fullmatch(r"https://zenodo\.org/api/records/\d+", url)
+        assert timeout > 0
         listed = [
             {"key": p.name, "checksum": f"md5:{hashlib.md5(p.read_bytes()).hexdigest()}"}
             for p in folder.iterdir()
