@@ -7,10 +7,11 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastmaml import checks
+from fastmaml.base_learner import BaseLearner
 from fastmaml.clone import LazyClone, ModuleClone
 from fastmaml.program.functional import twice_differentiable
 from fastmaml.program.layout import ParameterLayout
@@ -20,31 +21,6 @@ from fastmaml.program.theta import Theta
 
 if TYPE_CHECKING:
     from fastmaml.maml import MAML
-
-
-class BaseLearner(nn.Module):
-    """Forwards calls and unknown attributes to ``.module``, as learn2learn's wrappers do.
-
-    Args:
-        module: what is wrapped; None: set later.
-    """
-
-    def __init__(self, module: nn.Module | None = None) -> None:
-        super().__init__()
-        if module is not None:
-            self.module = module
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or name == "module":
-                raise
-            return getattr(self.module, name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module itself."""
-        return self.module(*args, **kwargs)
 
 
 class Learner(BaseLearner):

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from fastmaml import checks, fused
 from fastmaml.backends.native import is_large
+from fastmaml.base_learner import BaseLearner
 from fastmaml.chunks import in_chunks
 from fastmaml.data.episodes import EpisodeSampler
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.fused import Adapted, FusedRates
 from fastmaml.inner import InnerOptimizer
-from fastmaml.learner import BaseLearner, Learner
+from fastmaml.learner import Learner
 from fastmaml.losses import TaskLoss
 from fastmaml.program.gradient_step import NumberStep, gradient_step
 from fastmaml.program.layout import AdaptFilter, ParameterLayout
@@ -101,10 +102,6 @@ class MAML(BaseLearner):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "recognised": None, "_layout": None}  # of this very module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module itself, with its own parameters."""
-        return self.module(*args, **kwargs)
 
     # --- doors 1 and 2 ------------------------------------------------------------------------
 

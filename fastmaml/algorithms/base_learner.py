@@ -1,5 +1,5 @@
 """The base class of algorithms, where learn2learn has it."""
 
-from fastmaml.learner import BaseLearner
+from fastmaml.base_learner import BaseLearner
 
 __all__ = ["BaseLearner"]

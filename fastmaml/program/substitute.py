@@ -28,11 +28,14 @@ def call_with(
 
 @contextmanager
 def modes_set(module: nn.Module, modes: Modes | None) -> Iterator[None]:
-    """``module`` with ``training`` of every part as in ``modes``, for a while."""
+    """``module`` with ``training`` of every part as in ``modes``, for a while; None: as it is."""
+    if modes is None:
+        yield
+        return
     parts = list(module.modules())
     before = [part.training for part in parts]
     try:
-        for part, training in zip(parts, modes or before, strict=True):
+        for part, training in zip(parts, modes, strict=True):
             part.training = training
         yield
     finally:
