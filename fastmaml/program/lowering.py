@@ -241,9 +241,7 @@ def _same(trace: Trace, a: Arguments, result: Tensor) -> None:
 
 
 def _detach(trace: Trace, a: Arguments, result: Tensor) -> None:
-    """Autograd detaches what it saves, so that only a use of the result tells of a cut gradient."""
-    _same(trace, a, result)
-    trace.refuse(result, "a detached tensor")
+    trace.detach(result, a["self"])
 
 
 def _activations() -> dict[str, Lowering]:

@@ -8,7 +8,7 @@ code all arrive as the same handful of ATen calls.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,6 +158,14 @@ class Trace(TorchDispatchMode):
         """No op may read ``tensor``, which is known, from here on."""
         self._refused[id(tensor)] = reason
 
+    def detach(self, result: Tensor, source: Tensor) -> None:
+        """Autograd detaches what it saves: only a use of ``result`` tells of a cut gradient.
+
+        Some releases (2.5 among them) dispatch one ``detach`` as two, one of the other's result.
+        """
+        self._know(result, self._known[id(source)])
+        self.refuse(result, self._refused.get(id(source), "a detached tensor"))
+
     def refuse_tensor_hooks(self) -> None:
         """Hooks on values would not run with the program."""
         for tensor in self._alive:
@@ -183,6 +191,8 @@ class Trace(TorchDispatchMode):
     def _record(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
         if not self._touches_known(arguments):
             return
+        if name.removesuffix("_") != "detach":
+            self._require_readable(arguments)
         lowering = self._table.get(name.removesuffix("_"))
         if lowering is None:
             raise NotCovered
@@ -193,11 +203,11 @@ class Trace(TorchDispatchMode):
         lowering(self, arguments, result)
 
     def _touches_known(self, arguments: Mapping[str, Any]) -> bool:
-        return any(
-            self.lookup(item) is not None
-            for argument in arguments.values()
-            for item in (argument if isinstance(argument, (list, tuple)) else (argument,))
-        )
+        return any(id(item) in self._known for item in _flat(arguments))
+
+    def _require_readable(self, arguments: Mapping[str, Any]) -> None:
+        for item in _flat(arguments):
+            self.lookup(item)
 
     def _change_in_place(self, target: Tensor) -> None:
         """Every other tensor of the same storage changes too; none may be used from here on."""
@@ -209,6 +219,11 @@ class Trace(TorchDispatchMode):
                 raise NotCovered("the network's input changed in place")
             if shares and other is not target:
                 self.refuse(other, "a view that was changed in place through another")
+
+
+def _flat(arguments: Mapping[str, Any]) -> Iterator[Any]:
+    for argument in arguments.values():
+        yield from argument if isinstance(argument, (list, tuple)) else (argument,)
 
 
 def _slot(names: list[str], name: str) -> int:
