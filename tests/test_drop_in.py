@@ -7,27 +7,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Tied, gradients, make
+from adapting import Net, plain_step
+from networks import gradients, make
 from torch import Tensor, nn
 
 import fastmaml as l2l
 from fastmaml.testing import relative_error, sequential_maml
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh())
-        self.classifier = nn.Linear(8, 3)
-        self.temperature = 2.0
-        self._margin = 0.25
-        self.register_buffer("scale", torch.tensor(0.5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x))
-
-    def helper(self) -> str:
-        return "called"
 
 
 @pytest.fixture
@@ -40,13 +25,6 @@ def net() -> Net:
 def data() -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(1)
     return torch.randn(6, 4, generator=g).double(), torch.randint(3, (6,), generator=g)
-
-
-def plain_step(
-    params: dict[str, Tensor], loss: Tensor, lr: float, create_graph: bool = True
-) -> dict[str, Tensor]:
-    grads = torch.autograd.grad(loss, list(params.values()), create_graph=create_graph)
-    return {n: p - lr * g for (n, p), g in zip(params.items(), grads, strict=True)}
 
 
 def test_attributes_are_forwarded(net: Net) -> None:
@@ -148,88 +126,6 @@ def test_a_held_module_follows_the_adaptation(net: Net, data: tuple[Tensor, Tens
     torch.testing.assert_close(net(x), before)
 
 
-@pytest.mark.parametrize("asked", ["before", "after", "of the module"])
-def test_parameters_can_be_differentiated_by(
-    asked: str, net: Net, data: tuple[Tensor, Tensor]
-) -> None:
-    x, y = data
-    twin, maml = copy.deepcopy(net), l2l.MAML(net, lr=0.2)
-    maml.clone()(x)  # later learners keep their parameters as the program's kernels read them
-    learner = maml.clone()
-    kept = list(learner.parameters()) if asked == "before" else None
-    loss = F.cross_entropy(learner(x), y)
-    part = learner.module if asked == "of the module" else learner
-    grads = torch.autograd.grad(loss, kept or part.parameters(), create_graph=True)
-    l2l.algorithms.maml_update(part, lr=0.2, grads=grads)
-    (F.cross_entropy(learner(x), y) + grads[0].square().sum()).backward()
-
-    params = dict(twin.named_parameters())
-    loss = F.cross_entropy(torch.func.functional_call(twin, params, (x,)), y)
-    params = plain_step(params, loss, 0.2)
-    penalty = torch.autograd.grad(loss, twin.features[0].weight, create_graph=True)[0]
-    loss = F.cross_entropy(torch.func.functional_call(twin, params, (x,)), y)
-    (loss + penalty.square().sum()).backward()
-    assert relative_error(gradients(net), gradients(twin)) < 1e-10
-
-
-def test_shared_parameters_can_be_differentiated_by(net: Net, data: tuple[Tensor, Tensor]) -> None:
-    x, y = data
-    learner = l2l.MAML(net, lr=0.2, adapt="classifier").clone()
-    loss = F.cross_entropy(learner(x), y)
-    got = torch.autograd.grad(loss, learner.parameters(), retain_graph=True)
-    expected = torch.autograd.grad(loss, list(net.parameters()))
-    for one, other in zip(got, expected, strict=True):
-        assert type(one) is Tensor
-        torch.testing.assert_close(one, other)
-
-
-def test_a_loss_may_be_of_the_parameters_alone(net: Net) -> None:
-    learner = l2l.MAML(net, lr=0.25).clone()
-    learner.adapt(sum(p.square().sum() for p in learner.parameters()))
-    for now, p in zip(learner.parameters(), net.parameters(), strict=True):
-        torch.testing.assert_close(now, p / 2)
-
-
-@pytest.mark.parametrize("how", ["no_grad", "data", "state"])
-def test_what_is_written_into_a_learners_parameters_counts(
-    how: str, net: Net, data: tuple[Tensor, Tensor]
-) -> None:
-    x, y = data
-    maml = l2l.MAML(net.eval(), lr=0.2)
-    maml.clone()(x)
-    learner = maml.clone()
-    before = {name: p.clone() for name, p in net.state_dict().items()}
-    learner.adapt(F.cross_entropy(learner(x), y))
-    twin = copy.deepcopy(net)
-    twin.load_state_dict({n: v * 0.5 for n, v in learner.module.state_dict().items()})
-    if how == "state":
-        learner.load_state_dict({n: v * 0.5 for n, v in learner.state_dict().items()})
-    for p in learner.parameters():
-        if how == "data":
-            p.data.mul_(0.5)
-        elif how == "no_grad":
-            with torch.no_grad():
-                p.mul_(0.5)
-    if how != "state":  # whose buffers are the base's too
-        twin.features[1].load_state_dict(
-            {**net.features[1].state_dict(), **dict(twin.features[1].named_parameters())}
-        )
-        assert all(torch.equal(p, before[name]) for name, p in net.state_dict().items())
-    torch.testing.assert_close(learner(x), twin(x))
-    torch.testing.assert_close(learner.clone()(x), twin(x))
-    params = plain_step(dict(twin.named_parameters()), F.cross_entropy(twin(x), y), 0.2)
-    learner.adapt(F.cross_entropy(learner(x), y))
-    torch.testing.assert_close(learner(x), torch.func.functional_call(twin, params, (x,)))
-
-
-def test_tied_weights_are_cloned_once() -> None:
-    torch.manual_seed(0)
-    learner = l2l.MAML(Tied(), lr=0.1).clone()
-    assert learner.module.again.weight is learner.module.embed.weight
-    assert learner.module.embed.weight is not learner._base.module.embed.weight
-    assert len(list(learner.parameters())) == 5
-
-
 def test_buffers_are_shared_and_modes_are_not(net: Net) -> None:
     learner = l2l.MAML(net, lr=0.1).clone()
     assert learner.module.scale is net.scale
@@ -279,31 +175,6 @@ def test_a_learner_adapts_on_the_loss_of_its_clone(net: Net, data: tuple[Tensor,
     params = plain_step(params, loss(plain_step(params, loss(params), 0.2)), 0.2)
     loss(params).backward()
     assert relative_error(gradients(net), gradients(twin)) < 1e-10
-
-
-@pytest.mark.parametrize(
-    ("bias", "adapt"),
-    [(True, None), (True, "weight"), (True, "bias"), (False, None), (False, "weight"), (False, ())],
-)
-def test_a_clone_keeps_its_values_when_its_base_moves_on(
-    bias: bool, adapt: str | tuple | None
-) -> None:
-    net = nn.Linear(3, 2, bias=bias)
-    learner = l2l.MAML(net, lr=0.1, adapt=adapt).clone()
-    x = torch.randn(4, 3)
-    before = net(x).detach()
-    with torch.no_grad():
-        for p in net.parameters():
-            p += 1
-    torch.testing.assert_close(learner(x).detach(), before)
-
-
-def test_a_tied_parameter_is_chosen_by_any_of_its_names() -> None:
-    net = l2l.vision.models.OmniglotCNN(5, hidden_size=2)  # its base is a part of its features
-    for name in ("base", "features"):
-        layout = l2l.MAML(net, lr=0.1, adapt=name).layout()
-        chosen = [id(p) for p in layout.adapted_parameters]
-        assert chosen == [id(p) for p in net.base.parameters()]
 
 
 def test_inputs_may_need_a_gradient(net: Net, data: tuple[Tensor, Tensor]) -> None:
@@ -369,28 +240,6 @@ def test_a_learned_inner_rate_gets_its_gradient(net: Net, data: tuple[Tensor, Te
     assert rates[0] != 0
 
 
-def test_only_the_chosen_parameters_adapt(net: Net, data: tuple[Tensor, Tensor]) -> None:
-    """ANIL: the head adapts, the body is shared and still meta-trained, in every door."""
-    x, y = data
-    batch = l2l.TaskBatch(x[None], y[None], x[None], y[None])
-    twin = copy.deepcopy(net)
-    head = {n: p for n, p in twin.named_parameters() if n.startswith("classifier")}
-    loss = F.cross_entropy(twin(x), y)
-    head = plain_step(head, loss, 0.5)
-    F.cross_entropy(torch.func.functional_call(twin, head, (x,)), y).backward()
-    for door in (1, 2, 3):
-        module = copy.deepcopy(net)
-        maml = l2l.MAML(module, 0.5, adapt=["classifier"])
-        if door == 3:
-            maml.meta_loss(batch).backward()
-        else:
-            learner = maml.clone() if door == 1 else maml.clone(tasks=1)
-            xs, ys = (x, y) if door == 1 else (x[None], y)
-            learner.adapt(F.cross_entropy(learner(xs).view(-1, 3), ys))
-            F.cross_entropy(learner(xs).view(-1, 3), ys).backward()
-        assert relative_error(gradients(module), gradients(twin)) < 1e-10, door
-
-
 def test_learn2learns_keywords_and_import_paths() -> None:
     from fastmaml.algorithms.base_learner import BaseLearner
     from fastmaml.algorithms.maml import MAML, maml_update
@@ -443,45 +292,6 @@ def test_adapted_parameters_and_predictions(net: Net, data: tuple[Tensor, Tensor
     torch.testing.assert_close(unadapted.predict()[0], net(x + 0.1).detach())
     for name, value in learner.adapted_parameters().items():
         torch.testing.assert_close(adapted.parameters()[name][0], value.detach())
-
-
-@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
-@pytest.mark.parametrize(
-    ("low", "high", "frozen"),
-    [
-        (torch.float32, torch.float64, False),
-        (torch.float32, torch.float64, True),
-        (torch.complex128, torch.float64, False),
-        (torch.int64, torch.float64, True),
-    ],
-)
-def test_parameters_of_several_dtypes(low, high, frozen: bool) -> None:
-    class Several(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            first = torch.tensor([2**25 + 1, 1, 3]) if low == torch.int64 else torch.randn(3)
-            self.first = nn.Parameter(first.to(low), requires_grad=not frozen)
-            self.head = nn.Linear(3, 2, dtype=high)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(torch.tanh((x.to(low) * self.first).abs().to(high) % 5))
-
-    torch.manual_seed(0)
-    module = Several()
-    twin, x = copy.deepcopy(module), torch.randn(2, 5, 3, dtype=high)
-    y = torch.randn(2, 5, 2, dtype=high)
-    batch = l2l.TaskBatch(x, y, x, y)
-    expected, grads = sequential_maml(twin, batch, 0.2, steps=2, loss=F.mse_loss)
-    maml = l2l.MAML(module, 0.2)
-    loss = maml.meta_loss(batch, steps=2, loss=F.mse_loss)
-    loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    for name, grad in gradients(module).items():
-        torch.testing.assert_close(grad, grads[name], rtol=1e-4, atol=1e-6)
-    assert all(
-        p.dtype == q.dtype
-        for p, q in zip(maml.clone().parameters(), module.parameters(), strict=True)
-    )
 
 
 def test_targets_may_need_a_gradient(net: Net) -> None:
@@ -541,35 +351,3 @@ def test_cross_entropy_of_probabilities_and_of_pixels(pixels: bool) -> None:
     maml.meta_loss(batch, steps=2).backward()
     assert relative_error(gradients(net), grads) < 1e-9
     assert maml.adapted(batch, steps=2).predict().shape == (2, 5, 3, *size)
-
-
-@pytest.mark.parametrize("runs", [0, 2])
-def test_steps_of_ones_own_between_adapts(runs: int, net: Net, data) -> None:
-    """learn2learn's `maml_update` on a learner, a parameter put in place of one, and `adapt`."""
-    x, y = data
-    net.eval()
-    twin, maml = copy.deepcopy(net), l2l.MAML(net, lr=0.2)
-    for _ in range(runs):
-        maml.clone()(x)
-    learner = maml.clone()
-    loss = F.cross_entropy(learner.module(x), y)
-    gradient = torch.autograd.grad(loss, learner.parameters(), create_graph=True)
-    l2l.algorithms.maml_update(learner, 0.2, gradient)
-    learner.adapt(F.cross_entropy(learner.module(x), y))
-    own = nn.Parameter(torch.ones(8, 4, dtype=torch.float64))
-    learner.module.features[0].weight = own
-    learner.module.classifier.bias.data = torch.ones(3, dtype=torch.float64)
-    learner.adapt(F.cross_entropy(learner(x), y))
-    F.cross_entropy(learner(x), y).backward()
-
-    params, other = dict(twin.named_parameters()), own.detach().clone().requires_grad_()
-    for step in range(3):
-        if step == 2:
-            params["features.0.weight"] = other
-            bias = params["classifier.bias"]
-            params["classifier.bias"] = bias + (1 - bias).detach()
-        loss = F.cross_entropy(torch.func.functional_call(twin, params, (x,)), y)
-        params = plain_step(params, loss, 0.2)
-    F.cross_entropy(torch.func.functional_call(twin, params, (x,)), y).backward()
-    assert relative_error(gradients(net), gradients(twin)) < 1e-10
-    torch.testing.assert_close(own.grad, other.grad)

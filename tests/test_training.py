@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from glyph_runs import RECIPE, make_data
 
 from fastmaml.data import EpisodeSampler
 from fastmaml.training import (
@@ -22,22 +23,6 @@ from fastmaml.training import (
 )
 from fastmaml.training import checkpoint as checkpoint_module
 from fastmaml.training.evaluation import accuracies, summarise
-from fastmaml.vision.datasets import ImageClasses, Split
-
-RECIPE = Recipe(dataset="glyphs", ways=3, queries=2, meta_batch=4, test_steps=2, seed=5)
-CLASSES = 12
-
-
-def make_data():
-    """Each class is a fixed random pattern; its images add noise."""
-    generator = torch.Generator().manual_seed(0)
-    patterns = torch.randint(0, 120, (CLASSES, 1, 28, 28), generator=generator)
-    noise = torch.randint(0, 135, (CLASSES, 6, 28, 28), generator=generator)
-    images = (patterns + noise).to(torch.uint8).flatten(0, 1)
-    labels = torch.arange(CLASSES).repeat_interleave(6)
-    names = [f"made/{i}" for i in range(CLASSES)]
-    split = Split([0, 1, 2, 3, 4, 5], [6, 7, 8], [9, 10, 11])
-    return ImageClasses(images, labels, names), split
 
 
 @pytest.fixture
@@ -165,24 +150,6 @@ def test_confidence_interval():
 def test_evaluate_needs_a_task(trainer):
     with pytest.raises(ValueError, match="tasks must be at least 1, got 0"):
         evaluate(trainer.maml, trainer.sampler, tasks=0, steps=1)
-
-
-def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, trainer, monkeypatch):
-    path = tmp_path / "run.pt"
-    save_checkpoint(path, trainer)
-    trainer.step()
-    real = torch.save
-
-    def half(content, file):
-        file.write(b"PK\x03\x04 half a file")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(path, trainer)
-    monkeypatch.setattr(torch, "save", real)
-    assert load_checkpoint(path).iteration == 0
-    assert os.listdir(tmp_path) == ["run.pt"]
 
 
 @pytest.fixture
@@ -322,54 +289,6 @@ def test_train_runs_outside_the_main_thread(trainer):
 def test_training_stops_after_the_seconds_given(trainer):
     train(trainer, 10**9, seconds=0.0, progress=False)
     assert trainer.iteration == 0
-
-
-def test_missing_checkpoint(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.pt does not exist; `fastmaml train"):
-        load_checkpoint(tmp_path / "none.pt")
-
-
-@pytest.mark.parametrize("content", [b"", b"something else", None])
-def test_a_file_that_is_no_checkpoint(tmp_path, content):
-    path = tmp_path / "other.pt"
-    if content is None:
-        torch.save({"weights": torch.zeros(2)}, path)
-    else:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"other\.pt must be a fastmaml checkpoint"):
-        load_checkpoint(path)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        ({"recipe": {"dataset": "glyphs", "novelty": 1}}, "unexpected keyword argument 'novelty'"),
-        ({"state": {}}, "KeyError"),
-    ],
-)
-def test_a_checkpoint_of_another_version(tmp_path, trainer, damage, message):
-    path = tmp_path / "run.pt"
-    save_checkpoint(path, trainer)
-    torch.save(torch.load(path) | damage, path)
-    with pytest.raises(ValueError, match=rf"not written by this version of fastmaml.*{message}"):
-        load_checkpoint(path)
-
-
-def test_a_flipped_bit_is_found(tmp_path, trainer):
-    path = tmp_path / "run.pt"
-    save_checkpoint(path, trainer)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"run\.pt must be .* got another or a damaged file"):
-        load_checkpoint(path)
-
-
-def test_a_model_is_no_checkpoint(tmp_path):
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"must be a fastmaml checkpoint, got another") as caught:
-        load_checkpoint(tmp_path / "model.pt")
-    assert "weights_only" not in str(caught.value)
 
 
 def test_tasks_that_evaluation_cannot_draw_are_refused_at_once():

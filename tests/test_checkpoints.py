@@ -1,0 +1,82 @@
+"""The files of a training run: whole or refused, never half written."""
+
+import os
+
+import pytest
+import torch
+from glyph_runs import RECIPE, make_data
+
+from fastmaml.training import Trainer, load_checkpoint, save_checkpoint
+from fastmaml.training import checkpoint as checkpoint_module
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "load_data", lambda *_: make_data())
+    return Trainer(RECIPE, *make_data())
+
+
+def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, trainer, monkeypatch):
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, trainer)
+    trainer.step()
+    real = torch.save
+
+    def half(content, file):
+        file.write(b"PK\x03\x04 half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, trainer)
+    monkeypatch.setattr(torch, "save", real)
+    assert load_checkpoint(path).iteration == 0
+    assert os.listdir(tmp_path) == ["run.pt"]
+
+
+def test_missing_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.pt does not exist; `fastmaml train"):
+        load_checkpoint(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"something else", None])
+def test_a_file_that_is_no_checkpoint(tmp_path, content):
+    path = tmp_path / "other.pt"
+    if content is None:
+        torch.save({"weights": torch.zeros(2)}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"other\.pt must be a fastmaml checkpoint"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"recipe": {"dataset": "glyphs", "novelty": 1}}, "unexpected keyword argument 'novelty'"),
+        ({"state": {}}, "KeyError"),
+    ],
+)
+def test_a_checkpoint_of_another_version(tmp_path, trainer, damage, message):
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, trainer)
+    torch.save(torch.load(path, weights_only=True) | damage, path)
+    with pytest.raises(ValueError, match=rf"not written by this version of fastmaml.*{message}"):
+        load_checkpoint(path)
+
+
+def test_a_flipped_bit_is_found(tmp_path, trainer):
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, trainer)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"run\.pt must be .* got another or a damaged file"):
+        load_checkpoint(path)
+
+
+def test_a_model_is_no_checkpoint(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"must be a fastmaml checkpoint, got another") as caught:
+        load_checkpoint(tmp_path / "model.pt")
+    assert "weights_only" not in str(caught.value)
