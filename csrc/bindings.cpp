@@ -178,6 +178,15 @@ void adjoint_of_step(const std::string& dtype, std::uintptr_t cotangent, Index t
       {dtype_named(dtype), in(cotangent), tasks, size, rate, out(dgradient), out(sum), threads});
 }
 
+void fold(const std::string& dtype, std::uintptr_t rows, Index calls, Index width,
+          const std::vector<std::pair<std::uintptr_t, Index>>& buffers,
+          const std::vector<std::uintptr_t>& counts, double momentum) {
+  FoldArgs args{dtype_named(dtype), in(rows), calls, width, {}, {}, momentum};
+  for (const auto& [data, size] : buffers) args.buffers.push_back({out(data), size});
+  for (const std::uintptr_t count : counts) args.counts.push_back(pointer<std::int64_t>(count));
+  fold_statistics(args);
+}
+
 bool same_bytes(std::uintptr_t a, std::uintptr_t b, std::size_t count) {
   return count == 0 || std::memcmp(in(a), in(b), count) == 0;
 }
@@ -261,6 +270,9 @@ PYBIND11_MODULE(_core, module) {
              py::arg("cotangent"), py::arg("tasks"), py::arg("size"), py::arg("rate"),
              py::arg("dgradient"), py::arg("sum"), py::arg("threads") = 1,
              "Back through a gradient step of all tasks from a theta that they share.");
+  module.def("fold_statistics", &fold, py::kw_only(), py::arg("dtype"), py::arg("rows"),
+             py::arg("calls"), py::arg("width"), py::arg("buffers"), py::arg("counts"),
+             py::arg("momentum"), "Fold what batch norms report into their running statistics.");
   module.def("same_bytes", &same_bytes, py::arg("a"), py::arg("b"), py::arg("count"), Unlocked(),
              "Whether two pieces of memory hold the same.");
   module.def("fma_peak", &fma_peak, py::arg("threads") = 1, Unlocked(),

@@ -283,6 +283,16 @@ def step_adjoint(
     sum: int,
     threads: int = 1,
 ) -> None: ...
+def fold_statistics(
+    *,
+    dtype: str,
+    rows: int,
+    calls: int,
+    width: int,
+    buffers: Sequence[tuple[int, int]],
+    counts: Sequence[int],
+    momentum: float,
+) -> None: ...
 def same_bytes(a: int, b: int, count: int) -> bool: ...
 def info() -> dict[str, Any]: ...
 def fma_peak(threads: int = 1) -> float: ...

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastmaml import _core
+from fastmaml.backends.native import dtype_name
 from fastmaml.program.ir import Graph
 
 
@@ -52,12 +54,10 @@ class _Norm:
         return getattr(self._owner, "momentum", self._momentum) if self._counts else self._momentum
 
     def buffers(self) -> list[Tensor]:
-        # .data: eager batch norms hold these for their backward, and also write them unseen
-        return [getattr(self._owner, self._mean).data, getattr(self._owner, self._variance).data]
+        return [getattr(self._owner, self._mean), getattr(self._owner, self._variance)]
 
     def count(self) -> Tensor | None:
-        count: Tensor | None = getattr(self._owner, "num_batches_tracked", None)
-        return count.data if count is not None and self._counts else None
+        return getattr(self._owner, "num_batches_tracked", None) if self._counts else None
 
 
 class RunningStatistics:
@@ -89,7 +89,10 @@ class RunningStatistics:
 
     def snapshot(self) -> Snapshot:
         """Copies of the buffers as they are."""
-        return Snapshot([b.clone() for b in self._buffers()], [c.clone() for c in self._counts()])
+        return Snapshot(
+            [b.clone() for b in _unseen(self._buffers())],
+            [c.clone() for c in _unseen(self._counts())],
+        )
 
     def unchanged(self, since: Snapshot) -> bool:
         """Whether the buffers are as they were. One comparison: each waits for the device."""
@@ -100,9 +103,9 @@ class RunningStatistics:
         """Fold ``statistics [T, calls, S]``, tasks outermost, into ``start`` (default: as is)."""
         rows = statistics.flatten(0, 1)
         if start is not None:
-            torch._foreach_copy_(self._buffers(), start.buffers)
+            torch._foreach_copy_(_unseen(self._buffers()), start.buffers)
             if start.counts:
-                torch._foreach_copy_(self._counts(), start.counts)
+                torch._foreach_copy_(_unseen(self._counts()), start.counts)
         groups: dict[tuple[float | None, int], list[_Norm]] = {}
         for norm in self._norms.values():
             groups.setdefault((norm.momentum(), len(norm.columns)), []).append(norm)
@@ -117,16 +120,48 @@ class RunningStatistics:
             order = [n.columns[use] for use in range(uses) for n in norms]
             rows = torch.cat([rows[:, c] for c in order], 1).view(len(rows) * uses, -1)
         buffers = [b for n in norms for b in n.buffers()]
-        sizes = [len(b) for b in buffers]
+        counts = [count for n in norms if (count := n.count()) is not None]
+        if momentum is not None and _in_core(rows, buffers, counts):
+            _fold_in_core(momentum, rows, buffers, counts)
+            return
+        buffers, sizes = _unseen(buffers), [len(b) for b in buffers]
         if momentum is not None and len(rows) == 1:
             torch._foreach_lerp_(buffers, list(rows[0].to(buffers[0]).split(sizes)), momentum)
         else:
             keep, sums = _weighted(momentum, norms[0].count(), rows)
             torch._foreach_mul_(buffers, keep)
             torch._foreach_add_(buffers, list(sums.to(buffers[0]).split(sizes)))
-        counts = [count for n in norms if (count := n.count()) is not None]
         if counts:
-            torch._foreach_add_(counts, len(rows))
+            torch._foreach_add_(_unseen(counts), len(rows))
+
+
+def _unseen(tensors: list[Tensor]) -> list[Tensor]:
+    """Eager batch norms hold these for their backward, and also write them without its notice."""
+    return [tensor.data for tensor in tensors]
+
+
+def _in_core(rows: Tensor, buffers: list[Tensor], counts: list[Tensor]) -> bool:
+    dtype = rows.dtype
+    return (
+        rows.is_cpu
+        and all(b.dtype is dtype and b.is_cpu and b.is_contiguous() for b in buffers)
+        and all(c.dtype is torch.int64 and c.is_cpu for c in counts)
+    )
+
+
+def _fold_in_core(
+    momentum: float, rows: Tensor, buffers: list[Tensor], counts: list[Tensor]
+) -> None:
+    rows = rows.contiguous()
+    _core.fold_statistics(
+        dtype=dtype_name(rows.dtype),
+        rows=rows.data_ptr(),
+        calls=rows.shape[0],
+        width=rows.shape[1],
+        buffers=[(b.data_ptr(), b.numel()) for b in buffers],
+        counts=[c.data_ptr() for c in counts],
+        momentum=momentum,
+    )
 
 
 def _weighted(momentum: float | None, count: Tensor | None, series: Tensor) -> tuple[float, Tensor]:

@@ -271,6 +271,24 @@ struct StepAdjointArgs {
 };
 void step_adjoint(const StepAdjointArgs& args);
 
+// What calls of batch norms report, folded into the running statistics one call after the other:
+// r <- (1 - momentum) r + momentum * reported.
+struct RunningBuffer {
+  void* data = nullptr;
+  Index size = 0;
+};
+struct FoldArgs {
+  DType dtype = DType::kFloat32;
+  const void* rows = nullptr;  // [calls, width], in each the values of all buffers in order
+  Index calls = 0;
+  Index width = 0;
+  std::vector<RunningBuffer> buffers;
+  std::vector<std::int64_t*> counts;  // of calls
+  double momentum = 0;
+};
+// Throws std::invalid_argument where the buffers are not as wide as a row.
+void fold_statistics(const FoldArgs& args);
+
 // GFLOP/s of float32 fused multiply-adds in the registers of so many threads: the measure that
 // timings are held against. Takes some tenths of a second.
 double fma_peak(int threads);

@@ -1,0 +1,106 @@
+"""Running statistics are what a loop over tasks leaves behind, whatever the buffers are."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastmaml
+from fastmaml import TaskBatch, _core
+from fastmaml.losses import per_task
+
+TASKS, STEPS = 3, 2
+
+
+def _make(first: float | None, second: float | None, buffers: str) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(4, 6),
+        nn.BatchNorm1d(6, momentum=first),
+        nn.Tanh(),
+        nn.Linear(6, 5),
+        nn.BatchNorm1d(5, momentum=second),
+    )
+    for norm in (net[1], net[4]):
+        norm.num_batches_tracked += 7
+        norm.running_mean.normal_()
+        if buffers == "strided":
+            norm.running_mean = torch.stack([norm.running_mean] * 2, 1)[:, 0]
+        if buffers == "uncounted":
+            norm.num_batches_tracked = None
+    return net
+
+
+def _batch() -> TaskBatch:
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(2, TASKS, 8, 4, generator=g)
+    y = torch.randint(5, (2, TASKS, 8), generator=g)
+    return TaskBatch(x[0], y[0], x[1], y[1])
+
+
+def _eager(net: nn.Module, batch: TaskBatch) -> None:
+    for support_x, support_y, query_x, _ in zip(*batch, strict=True):
+        params = dict(net.named_parameters())
+        for _ in range(STEPS):
+            loss = F.cross_entropy(torch.func.functional_call(net, params, (support_x,)), support_y)
+            grads = torch.autograd.grad(loss, list(params.values()))
+            params = {n: p - 0.1 * g for (n, p), g in zip(params.items(), grads, strict=True)}
+        torch.func.functional_call(net, params, (query_x,))
+
+
+def _loop(maml: fastmaml.MAML, batch: TaskBatch) -> None:
+    for support_x, support_y, query_x, _ in zip(*batch, strict=True):
+        learner = maml.clone()
+        for _ in range(STEPS):
+            learner.adapt(F.cross_entropy(learner(support_x), support_y))
+        learner(query_x)
+
+
+def _batched(maml: fastmaml.MAML, batch: TaskBatch) -> None:
+    learner = maml.clone(tasks=TASKS)
+    for _ in range(STEPS):
+        learner.adapt(per_task(F.cross_entropy, learner(batch.support_x), batch.support_y))
+    learner(batch.query_x)
+
+
+def _fused(maml: fastmaml.MAML, batch: TaskBatch) -> None:
+    maml.meta_loss(batch, steps=STEPS)
+
+
+@pytest.mark.parametrize("door", [_loop, _batched, _fused])
+@pytest.mark.parametrize(
+    ("momenta", "buffers"),
+    [
+        (momenta, buffers)
+        for momenta in [(0.1, 0.1), (0.1, 0.7), (1.0, 0.3), (None, 0.1)]
+        for buffers in ("plain", "strided", "uncounted")
+        if momenta[0] is not None or buffers != "uncounted"  # no average without a count
+    ],
+)
+def test_the_buffers_are_those_of_a_loop(momenta, buffers: str, door) -> None:
+    net = _make(*momenta, buffers)
+    twin = copy.deepcopy(net)
+    _eager(twin, _batch())
+    held = dict(net.named_buffers())
+    door(fastmaml.MAML(net, lr=0.1), _batch())
+    for name, expected in twin.named_buffers():
+        assert net.get_buffer(name) is held[name]
+        torch.testing.assert_close(held[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_row_must_fit_the_buffers() -> None:
+    row, buffer = torch.zeros(3), torch.zeros(2)
+    with pytest.raises(ValueError, match="as many values as a row of statistics, got 2 and 3"):
+        _core.fold_statistics(
+            dtype="float32",
+            rows=row.data_ptr(),
+            calls=1,
+            width=3,
+            buffers=[(buffer.data_ptr(), 2)],
+            counts=[],
+            momentum=0.1,
+        )
