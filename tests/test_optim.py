@@ -121,6 +121,20 @@ def test_hypergradients_train_the_rate_of_the_step_before() -> None:
         torch.testing.assert_close(model.bias, bias)
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_gradients_are_reset_to_zeros_or_to_none(steps: int) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = LearnableOptimizer(model, lambda p: Scale(alpha=0.5))
+    for _ in range(steps):
+        model(torch.ones(3, 2)).sum().backward()
+        optimizer.step()
+    model(torch.ones(3, 2)).sum().backward()
+    optimizer.zero_grad()
+    assert not any(p.grad.any() for p in model.parameters())
+    optimizer.zero_grad(set_to_none=True)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_the_optimizer_wants_a_module() -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
         LearnableOptimizer([], lambda p: Scale())

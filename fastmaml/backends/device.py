@@ -20,6 +20,11 @@ def kernels_for(device: torch.device) -> _core.DeviceKernels | None:
     return _usable(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def is_capable(device: torch.device | int) -> bool:
+    """Whether the GPU is new enough for the kernels."""
+    return torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
+
+
 def kernels_or_emulated(device: torch.device) -> _core.DeviceKernels | None:
     """The same; on the CPU, the same kernels compiled for the host, for tests."""
     return _core.emulated if device.type == "cpu" else kernels_for(device)
@@ -28,7 +33,7 @@ def kernels_or_emulated(device: torch.device) -> _core.DeviceKernels | None:
 @functools.cache
 def _usable(index: int) -> _core.DeviceKernels | None:
     kernels = _core.cuda
-    if kernels is None or torch.cuda.get_device_capability(index) < OLDEST_CAPABILITY:
+    if kernels is None or not is_capable(index):
         return None
     try:
         kernels.shared_memory_limit(index)

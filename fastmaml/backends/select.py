@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastmaml.backends.base import Executor
 from fastmaml.backends.cpu import CpuExecutor
-from fastmaml.backends.device import OLDEST_CAPABILITY
+from fastmaml.backends.device import OLDEST_CAPABILITY, is_capable
 from fastmaml.backends.reference import ReferenceExecutor
 from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
@@ -84,11 +84,9 @@ def _gpu(graph: Graph, layout: ParameterLayout, x: Tensor, forced: bool) -> Exec
 
 def _too_old(x: Tensor) -> str | None:
     """Why the GPU that ``x`` is on cannot run the kernels, or None."""
-    if x.device.type != "cuda" or torch.version.cuda is None:
+    if x.device.type != "cuda" or torch.version.cuda is None or is_capable(x.device):
         return None
     capability = torch.cuda.get_device_capability(x.device)
-    if capability >= OLDEST_CAPABILITY:
-        return None
     oldest, here = (".".join(map(str, c)) for c in (OLDEST_CAPABILITY, capability))
     return f"the gpu backend needs compute capability {oldest} or later, {x.device} has {here}"
 

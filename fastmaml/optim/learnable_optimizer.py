@@ -49,10 +49,10 @@ class LearnableOptimizer(nn.Module):
                 p.requires_grad_(True)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """Reset the gradients of the model, not those of the transforms."""
+        """Reset the gradients of the model, not those of the transforms, to zeros or to None."""
         for p in self.info["model"].parameters():
             if _gradient_of(p) is not None:
-                p.grad = torch.zeros_like(p.detach())
+                p.grad = None if set_to_none else torch.zeros_like(p.detach())
 
 
 def _gradient_of(p: Tensor) -> Tensor | None:
