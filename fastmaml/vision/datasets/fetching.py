@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import tarfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import unquote
 from urllib.request import urlopen
 
-from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+from torchvision.datasets.utils import check_integrity, download_url
 
 from fastmaml.vision.datasets.archives import DAMAGED
 
@@ -81,13 +83,20 @@ def unpack(archive: Path) -> None:
     """
     with TemporaryDirectory(dir=archive.parent) as unfinished:
         try:
-            extract_archive(str(archive), unfinished)
+            _extract(archive, unfinished)
         except DAMAGED as error:
             raise ValueError(
                 f"{archive} is damaged ({error}); delete it and fetch it again"
             ) from error
         for entry in Path(unfinished).iterdir():
             entry.rename(archive.parent / entry.name)
+
+
+def _extract(archive: Path, folder: str) -> None:
+    if archive.suffix == ".zip" or not hasattr(tarfile, "data_filter"):  # Python 3.10.11 and before
+        shutil.unpack_archive(archive, folder)
+    else:
+        shutil.unpack_archive(archive, folder, filter="data")
 
 
 def published_md5(source: str) -> str | None:
