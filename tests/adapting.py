@@ -22,6 +22,17 @@ class Net(nn.Module):
         return "called"
 
 
+def seeded_net() -> Net:
+    torch.manual_seed(0)
+    return Net().double()
+
+
+def seeded_data() -> tuple[Tensor, Tensor]:
+    """Six examples of three classes."""
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(6, 4, generator=g).double(), torch.randint(3, (6,), generator=g)
+
+
 def plain_step(
     params: dict[str, Tensor], loss: Tensor, lr: float, create_graph: bool = True
 ) -> dict[str, Tensor]:

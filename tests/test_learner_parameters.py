@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from adapting import Net, plain_step
+from adapting import Net, plain_step, seeded_data, seeded_net
 from networks import Tied, gradients
 from torch import Tensor, nn
 
@@ -17,14 +17,12 @@ from fastmaml.testing import relative_error, sequential_maml
 
 @pytest.fixture
 def net() -> Net:
-    torch.manual_seed(0)
-    return Net().double()
+    return seeded_net()
 
 
 @pytest.fixture
 def data() -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(1)
-    return torch.randn(6, 4, generator=g).double(), torch.randint(3, (6,), generator=g)
+    return seeded_data()
 
 
 @pytest.mark.parametrize("asked", ["before", "after", "of the module"])
