@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from bench.cases import CASES
-from bench.machine import ROOT, environment
+from bench.machine import ROOT, commit, environment
 from bench.run import QUICK_CASES, check_names, comma_list, measure, print_environment
 from bench.worker import Job
 
@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     check_names(arguments.cases, CASES)
+    if not commit(arguments.ref):
+        raise SystemExit(f"{arguments.ref} is no commit, tag or branch of this repository")
     machine = environment(arguments.threads)
     print_environment(machine)
     slower = []

@@ -37,11 +37,14 @@ def environment(threads: int, device: str = "cpu") -> dict[str, object]:
 def _accelerator(device: str) -> dict[str, object]:
     if device == "cpu":
         return {}
+    if not torch.cuda.is_available():
+        raise SystemExit("--device cuda: PyTorch finds no GPU and driver here")
     return {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
 
 
-def commit() -> str:
-    return _git("rev-parse", "--short=12", "HEAD")
+def commit(ref: str = "HEAD") -> str:
+    """Empty where there is no such commit."""
+    return _git("rev-parse", "--verify", "--quiet", "--short=12", f"{ref}^{{commit}}")
 
 
 def _git(*arguments: str) -> str:

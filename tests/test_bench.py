@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("bench", reason="the benchmarks lie outside the package")
 
-from bench import episodes, family, report
+from bench import compare, episodes, family, report
 from bench.cases import CASES, oracle, useful_gflop
 from bench.run import percentiles
 from bench.worker import Job, _prepare
@@ -150,3 +150,10 @@ def test_every_algorithm_of_the_family_takes_meta_steps(name):
     family.meta_step(maml, case)()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in maml.parameters())
     assert maml.recognised is None or maml.recognised.program is not None
+
+
+def test_another_tree_must_be_a_commit():
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    with pytest.raises(SystemExit, match="no-such-ref is no commit, tag or branch"):
+        compare.main(parser.parse_args(["no-such-ref"]))
