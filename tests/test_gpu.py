@@ -25,6 +25,10 @@ from fastmaml.testing import relative_error, sequential_maml
 
 pytest.importorskip("triton", minversion="3.4", reason="needs Triton 3.4 or later")
 
+from triton_interpreter import NEEDS_KERNELS
+
+pytestmark = NEEDS_KERNELS
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICK = ["mlp", "mlp_norm", "mixer", "tied_unseen", "frozen", "max_pool"]
 CHOSEN = list(NETWORKS) if DEVICE == "cuda" or os.environ.get("FASTMAML_LARGE_TESTS") else QUICK
