@@ -92,6 +92,24 @@ def test_the_buffers_are_those_of_a_loop(momenta, buffers: str, door) -> None:
         torch.testing.assert_close(held[name], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_buffers_of_other_dtypes(dtype: torch.dtype, momentum: float | None) -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, momentum=momentum)).to(dtype)
+    twin = copy.deepcopy(net)
+    x = _batch().query_x.to(dtype)
+    learner = fastmaml.MAML(net, lr=0.1).clone(tasks=TASKS)
+    for _ in range(2):
+        learner(x)
+    for task in x:
+        twin(task)
+        twin(task)
+    tolerance = 1e-9 if dtype == torch.float64 else 3e-2
+    for name, expected in twin.named_buffers():
+        torch.testing.assert_close(net.get_buffer(name), expected, rtol=tolerance, atol=tolerance)
+
+
 def test_a_row_must_fit_the_buffers() -> None:
     row, buffer = torch.zeros(3), torch.zeros(2)
     with pytest.raises(ValueError, match="as many values as a row of statistics, got 2 and 3"):

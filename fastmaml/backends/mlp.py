@@ -7,11 +7,10 @@ import torch
 from fastmaml import _core
 from fastmaml.backends.base import MetaStep, MetaStepResult
 from fastmaml.backends.device import block_counter, kernels_or_emulated, stream_on
-from fastmaml.backends.native import MetaStepArguments, batch_sizes, dtype_name, pointer
+from fastmaml.backends.native import DTYPES, MetaStepArguments, batch_sizes, dtype_name, pointer
 from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
 
-_DTYPES = (torch.float32, torch.float64)
 # Multiply-adds of a forward pass of one task beyond which one block is too few for it. An estimate.
 _MOST_WORK = 1 << 19
 _MOST_LAYERS, _MOST_WIDTH = 12, (1 << 15) - 1  # that mlp.cu takes
@@ -30,7 +29,7 @@ class MlpKernel:
     def of(cls, graph: Graph, layout: ParameterLayout, dtype: torch.dtype) -> MlpKernel | None:
         """The kernel for ``graph``, if it is a chain of linear layers that are all adapted."""
         layers = _chain(graph, layout)
-        if layers is None or dtype not in _DTYPES:
+        if layers is None or dtype not in DTYPES:
             return None
         return cls(layers, layout, dtype)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastmaml import _core
 from fastmaml.backends.base import MetaStep
 
+DTYPES = (torch.float32, torch.float64)  # that the core computes in
 _LARGE_BYTES = 1 << 18  # below it a tensor's memory is seldom fresh from the system
 
 

@@ -10,9 +10,7 @@ from torch.autograd import Function
 
 from fastmaml import _core
 from fastmaml.backends.device import kernels_for, stream_on
-from fastmaml.backends.native import dtype_name, empty, pointer
-
-_DTYPES = (torch.float32, torch.float64)
+from fastmaml.backends.native import DTYPES, dtype_name, empty, pointer
 
 
 class NumberStep(Function):
@@ -103,7 +101,7 @@ def _fit(theta: Tensor, gradient: Tensor, rates: Tensor) -> bool:
         theta.shape == gradient.shape
         and rates.numel() in (1, theta.shape[1])
         and theta.numel() > 0
-        and theta.dtype in _DTYPES
+        and theta.dtype in DTYPES
         and all(t.dtype == theta.dtype and t.device == theta.device for t in tensors)
     )
 

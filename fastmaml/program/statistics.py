@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaml import _core
-from fastmaml.backends.native import dtype_name
+from fastmaml.backends.native import DTYPES, dtype_name
 from fastmaml.program.ir import Graph
 
 
@@ -144,6 +144,7 @@ def _in_core(rows: Tensor, buffers: list[Tensor], counts: list[Tensor]) -> bool:
     dtype = rows.dtype
     return (
         rows.is_cpu
+        and dtype in DTYPES
         and all(b.dtype is dtype and b.is_cpu and b.is_contiguous() for b in buffers)
         and all(c.dtype is torch.int64 and c.is_cpu for c in counts)
     )
