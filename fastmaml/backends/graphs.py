@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastmaml.backends.base import MetaStep, MetaStepResult
 from fastmaml.backends.precision import convolution_precision, linear_precision
+from fastmaml.errors import first_line
 from fastmaml.program.updates import FusedUpdate
 
 ENVIRONMENT_VARIABLE = "FASTMAML_GRAPHS"
@@ -167,7 +168,7 @@ class MetaStepGraphs:
         try:
             graph = _Graph(self._capture, call, run)
         except RuntimeError as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = first_line(error)
             _remember(self._refused, form, reason)
             warnings.warn(
                 f"a meta-step could not be captured in a CUDA graph ({reason}); it runs kernel by "

@@ -7,6 +7,8 @@ from typing import TypeAlias
 
 import torch
 
+from fastmaml.errors import first_line
+
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -39,8 +41,9 @@ def device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # the latter where torch lacks CUDA
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {name}: {reason}") from error
+        raise argparse.ArgumentTypeError(
+            f"must be cpu or cuda, got {name}: {first_line(error)}"
+        ) from error
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmaml.backends.native import DTYPES
 from fastmaml.program.attributes import Attributes
 from fastmaml.program.ir import Graph, Op
 from fastmaml.program.lowering import TABLE
@@ -36,7 +37,7 @@ def capture(module: nn.Module, x: Tensor) -> Graph:
     Raises:
         NotCovered: the module does something no rule covers; the message says what and where.
     """
-    if x.dtype not in (torch.float32, torch.float64):
+    if x.dtype not in DTYPES:
         raise NotCovered(f"an input of dtype {x.dtype}")
     for submodule in module.modules():
         if any(getattr(submodule, hooks, None) for hooks in _HOOKS):

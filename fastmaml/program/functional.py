@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fastmaml.backends.select import FallbackWarning
+from fastmaml.errors import first_line
 from fastmaml.program.statistics import RunningStatistics, Tracked
 from fastmaml.program.substitute import Modes, call_with, modes_set
 
@@ -186,7 +187,7 @@ class FunctionalProgram:
                 try:
                     return self._report(*self._run_vmap(parameters, args, kwargs))
                 except (RuntimeError, NotImplementedError, ValueError) as error:
-                    refusal = next(iter(str(error).splitlines()), type(error).__name__)
+                    refusal = first_line(error)
             result = self._report(*self._run_loop(parameters, args, kwargs))
         self._refusal = refusal  # only now: an error of the module's own is none
         self._warn_of_loop(_tasks((parameters, args, kwargs)), refusal)

@@ -89,10 +89,7 @@ class RunningStatistics:
 
     def snapshot(self) -> Snapshot:
         """Copies of the buffers as they are."""
-        return Snapshot(
-            [b.clone() for b in _unseen(self._buffers())],
-            [c.clone() for c in _unseen(self._counts())],
-        )
+        return Snapshot([b.clone() for b in self._buffers()], [c.clone() for c in self._counts()])
 
     def unchanged(self, since: Snapshot) -> bool:
         """Whether the buffers are as they were. One comparison: each waits for the device."""
