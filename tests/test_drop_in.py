@@ -14,15 +14,7 @@ from torch import Tensor, nn
 import fastmaml as l2l
 from fastmaml.testing import relative_error, sequential_maml
 
-
-@pytest.fixture
-def net() -> Net:
-    return seeded_net()
-
-
-@pytest.fixture
-def data() -> tuple[Tensor, Tensor]:
-    return seeded_data()
+net, data = pytest.fixture(seeded_net), pytest.fixture(seeded_data)
 
 
 def test_attributes_are_forwarded(net: Net) -> None:

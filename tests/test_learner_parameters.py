@@ -14,15 +14,7 @@ from torch import Tensor, nn
 import fastmaml as l2l
 from fastmaml.testing import relative_error, sequential_maml
 
-
-@pytest.fixture
-def net() -> Net:
-    return seeded_net()
-
-
-@pytest.fixture
-def data() -> tuple[Tensor, Tensor]:
-    return seeded_data()
+net, data = pytest.fixture(seeded_net), pytest.fixture(seeded_data)
 
 
 @pytest.mark.parametrize("asked", ["before", "after", "of the module"])

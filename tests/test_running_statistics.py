@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
+from doors import by_door
 from torch import nn
 
 import fastmaml
 from fastmaml import TaskBatch, _core
-from fastmaml.losses import per_task
+from fastmaml.testing import sequential_maml
 
 TASKS, STEPS = 3, 2
 
@@ -42,36 +42,7 @@ def _batch() -> TaskBatch:
     return TaskBatch(x[0], y[0], x[1], y[1])
 
 
-def _eager(net: nn.Module, batch: TaskBatch) -> None:
-    for support_x, support_y, query_x, _ in zip(*batch, strict=True):
-        params = dict(net.named_parameters())
-        for _ in range(STEPS):
-            loss = F.cross_entropy(torch.func.functional_call(net, params, (support_x,)), support_y)
-            grads = torch.autograd.grad(loss, list(params.values()))
-            params = {n: p - 0.1 * g for (n, p), g in zip(params.items(), grads, strict=True)}
-        torch.func.functional_call(net, params, (query_x,))
-
-
-def _loop(maml: fastmaml.MAML, batch: TaskBatch) -> None:
-    for support_x, support_y, query_x, _ in zip(*batch, strict=True):
-        learner = maml.clone()
-        for _ in range(STEPS):
-            learner.adapt(F.cross_entropy(learner(support_x), support_y))
-        learner(query_x)
-
-
-def _batched(maml: fastmaml.MAML, batch: TaskBatch) -> None:
-    learner = maml.clone(tasks=TASKS)
-    for _ in range(STEPS):
-        learner.adapt(per_task(F.cross_entropy, learner(batch.support_x), batch.support_y))
-    learner(batch.query_x)
-
-
-def _fused(maml: fastmaml.MAML, batch: TaskBatch) -> None:
-    maml.meta_loss(batch, steps=STEPS)
-
-
-@pytest.mark.parametrize("door", [_loop, _batched, _fused])
+@pytest.mark.parametrize("door", [1, 2, 3])
 @pytest.mark.parametrize(
     ("momenta", "buffers"),
     [
@@ -81,12 +52,12 @@ def _fused(maml: fastmaml.MAML, batch: TaskBatch) -> None:
         if momenta[0] is not None or buffers != "uncounted"  # no average without a count
     ],
 )
-def test_the_buffers_are_those_of_a_loop(momenta, buffers: str, door) -> None:
+def test_the_buffers_are_those_of_a_loop(momenta, buffers: str, door: int) -> None:
     net = _make(*momenta, buffers)
     twin = copy.deepcopy(net)
-    _eager(twin, _batch())
+    sequential_maml(twin, _batch(), 0.1, STEPS)
     held = dict(net.named_buffers())
-    door(fastmaml.MAML(net, lr=0.1), _batch())
+    by_door(fastmaml.MAML(net, lr=0.1), _batch(), STEPS, door)
     for name, expected in twin.named_buffers():
         assert net.get_buffer(name) is held[name]
         torch.testing.assert_close(held[name], expected, rtol=1e-4, atol=1e-6)
