@@ -46,5 +46,5 @@ def test_every_kernel_compiles(capability: str) -> None:
 
 
 def test_other_numbers_of_tasks_and_examples_need_no_other_kernels() -> None:
-    """Where products are cut into the same blocks, which is nearly always."""
+    """Where products and norms are cut into the same blocks."""
     assert script() == []

@@ -171,11 +171,21 @@ def test_a_large_mean_does_not_drown_the_variance() -> None:
     torch.testing.assert_close(saved.batch_var_unbiased.double(), expected, rtol=1e-4, atol=0.0)
 
 
+@pytest.mark.parametrize("examples", [1, 3, 12])
+@torch.no_grad()
+def test_norms_of_one_tile(examples: int) -> None:
+    """Of 35, 105 and 420 rows: tiles of every height that holds all of them."""
+    case = next(c for c in CASES["batch_norm"] if c.name == "2d")
+    check(case, 2, examples, RULES, 2e-5)
+
+
 @pytest.mark.parametrize("kind", ["conv2d", "batch_norm"])
 @torch.no_grad()
 def test_long_sums_are_taken_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weight gradients over 144 positions, statistics and sums of norms; unequal parts."""
+    monkeypatch.setattr(norm, "_WHOLE_ROWS", ())
     monkeypatch.setattr(norm, "_PART_ROWS", 40)
+    monkeypatch.setattr(norm, "_BLOCK_ROWS", 16)
     case = next(c for c in CASES[kind] if c.name in ("strided", "2d"))
     check(case, 2, 12, RULES, 2e-5)
 

@@ -1,7 +1,8 @@
 """``batch_norm`` by the statistics of each task's batch, with the activation behind it where the op
 names one as ``function``; formulas in ``fastmaml.rules.norm``.
 
-Values are rows of channels. Every pass is two launches: sums, and what is done with them.
+Values are rows of channels. Every pass is one launch where a tile holds all rows of a task, and
+otherwise two: sums, and what is done with them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton
 from torch import Tensor
 
 from fastmaml.backends.triton.norm_kernels import (
+    MOST_PARTS,
     backward_kernel,
     backward_tangent_kernel,
     moments_kernel,
@@ -28,9 +30,16 @@ from fastmaml.rules.base import Grads, Rule, Tensors
 from fastmaml.rules.norm import BatchNorm as ReferenceBatchNorm
 from fastmaml.rules.norm import Saved, SavedTangent
 
-_MOST_PARTS = 32
-_PART_ROWS = 512  # at least so many rows to a part
-_BLOCK_ROWS = 32
+_WHOLE_ROWS = (
+    64,
+    256,
+    1024,
+)  # heights of tiles that hold all rows of a task; few, as each is compiled
+_BLOCK_ROWS = 128  # of other tiles
+_TILE_VALUES = 8192
+_WARP_VALUES = 512  # few enough that a pass's tiles stay in registers
+_PART_ROWS = 256  # at least so many rows to a part
+_ENOUGH_PARTS = 512  # of all tasks and columns, to keep any of today's GPUs busy
 
 
 class BatchNorm(ReferenceBatchNorm):
@@ -47,7 +56,8 @@ class BatchNorm(ReferenceBatchNorm):
         x = rows(inputs[0])
         tiles, statistics = _Tiles(x), [x.new_empty(len(x), x.shape[2]) for _ in range(3)]
         parts = tiles.parts(x, 2)
-        moments_kernel[tiles.reduction](x, parts, *tiles.sizes, tiles.part_rows, **tiles.blocks)
+        if parts is not None:
+            moments_kernel[tiles.reduction](x, parts, *tiles.sizes, tiles.part_rows, **tiles.blocks)
         xhat, y = torch.empty_like(x), torch.empty_like(x)
         normalise_kernel[tiles.grid](
             x, parts, *_given(x, *params), *statistics, xhat, y,
@@ -66,10 +76,11 @@ class BatchNorm(ReferenceBatchNorm):
         gx, of_scale = torch.empty_like(g), _like_scale(saved)
         parts, function = tiles.parts(h, 2), {**_affine(params), "F": _function(op)}
         numbers = (*_constants(op), *_strides(*params))
-        sums_kernel[tiles.reduction](
-            g, h, *_given(h, *params), parts, *tiles.sizes, tiles.part_rows, *numbers,
-            **function, **tiles.blocks,
-        )  # fmt: skip
+        if parts is not None:
+            sums_kernel[tiles.reduction](
+                g, h, *_given(h, *params), parts, *tiles.sizes, tiles.part_rows, *numbers,
+                **function, **tiles.blocks,
+            )  # fmt: skip
         backward_kernel[tiles.grid](
             g, h, parts, *_given(h, *params), saved.scale, gx, *of_scale, *tiles.sizes, *numbers,
             **function, **tiles.blocks,
@@ -92,7 +103,7 @@ class BatchNorm(ReferenceBatchNorm):
             return None, SavedTangent(None, None)
         h, tiles = saved.xhat, _Tiles(saved.xhat)
         d, parts, absent = h if dx is None else rows(dx), tiles.parts(h, 2), (None, None)
-        if dx is not None:
+        if dx is not None and parts is not None:
             sums_kernel[tiles.reduction](
                 d, h, *_given(h, *absent), parts, *tiles.sizes, tiles.part_rows, 0.0, 0.0,
                 *_strides(*absent), **_affine(absent), F="identity", **tiles.blocks,
@@ -129,9 +140,10 @@ class BatchNorm(ReferenceBatchNorm):
         numbers = (*_constants(op), *_strides(*params, *dparams))
         flags: dict[str, Any] = {"G_MOVES": dgy is not None, "MOVES": dsaved.dxhat is not None}
         flags |= {**_affine(params), **_affine(dparams, "D"), "F": _function(op)}
-        moving_sums_kernel[tiles.reduction](
-            *values, parts, *tiles.sizes, tiles.part_rows, *numbers, **flags, **tiles.blocks
-        )
+        if parts is not None:
+            moving_sums_kernel[tiles.reduction](
+                *values, parts, *tiles.sizes, tiles.part_rows, *numbers, **flags, **tiles.blocks
+            )
         backward_tangent_kernel[tiles.grid](
             *values, parts, saved.scale, *_given(g, dsaved.dscale), dgx, *of_scale,
             *tiles.sizes, *numbers, **flags, **tiles.blocks,
@@ -140,20 +152,30 @@ class BatchNorm(ReferenceBatchNorm):
 
 
 class _Tiles:
-    """How rows ``[T, R, C]`` are cut: in blocks where they are written, in parts for sums."""
+    """How rows ``[T, R, C]`` are cut: in tiles, and for sums in parts where no tile holds all R."""
 
     def __init__(self, values: Tensor) -> None:
         tasks, count, channels = values.shape
-        count_parts = max(1, min(_MOST_PARTS, count // _PART_ROWS))
+        whole = next((height for height in _WHOLE_ROWS if count <= height), None)
+        height = whole or _BLOCK_ROWS
+        width = min(32, _TILE_VALUES // height, triton.next_power_of_2(channels))
+        across = triton.cdiv(channels, width)
+        parts = min(
+            triton.cdiv(_ENOUGH_PARTS, tasks * across), count // _PART_ROWS, MOST_PARTS.value
+        )
+        parts = 1 if whole else max(1, parts)
+        self.whole = whole is not None
         self.sizes = (count, channels)
-        self.part_rows = triton.cdiv(count, count_parts)
-        columns = min(32, triton.next_power_of_2(channels))
-        self.blocks = {"PARTS": count_parts, "BR": _BLOCK_ROWS, "BC": columns}
-        across = triton.cdiv(channels, columns)
-        self.grid = (triton.cdiv(count, _BLOCK_ROWS) * tasks, across)
-        self.reduction = (count_parts * tasks, across)
+        self.part_rows = triton.cdiv(count, parts)
+        warps = min(16, max(1, height * width // _WARP_VALUES))
+        self.blocks = {"PARTS": parts, "BR": height, "BC": width, "num_warps": warps}
+        self.grid = (triton.cdiv(count, height) * tasks, across)
+        self.reduction = (parts * tasks, across)
 
-    def parts(self, values: Tensor, sums: int) -> Tensor:
+    def parts(self, values: Tensor, sums: int) -> Tensor | None:
+        """Memory for the parts' sums, where any are taken."""
+        if self.whole:
+            return None
         return values.new_empty(len(values), self.blocks["PARTS"], sums, values.shape[2])
 
 

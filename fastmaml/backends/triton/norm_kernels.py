@@ -1,8 +1,9 @@
 """The kernels of ``norm``, on rows of channels ``[T, R, C]``.
 
 An activation behind the norm, y = f(z) with z = gamma h + beta, comes with it; z is not kept.
-Sums are taken over parts of the rows; a second kernel adds the parts up (few, and in order) and
-applies the result. Variances come from centred values, part by part, merged as Chan, Golub and
+Sums over a task's rows are taken where they are needed, if a tile holds all of the rows. If not, a
+kernel before takes them over parts of the rows, and every program adds up the parts (few, and
+always in the same way). Variances come from centred values, tile by tile, merged as Chan, Golub and
 LeVeque (1983) do.
 """
 
@@ -11,6 +12,8 @@ import triton.language as tl
 
 from fastmaml.backends.triton.activation import curvature_of, slope_of, value_of
 from fastmaml.backends.triton.products import block_and_task
+
+MOST_PARTS = tl.constexpr(64)
 
 
 @triton.jit
@@ -33,38 +36,59 @@ def _part(R, part_rows, PARTS, BC: tl.constexpr):
     return part, task, column, part * part_rows, tl.minimum((part + 1) * part_rows, R)
 
 
+@triton.jit
+def _moments(values, row, last, count):
+    """Of the ``count`` rows before ``last``: mean, and sum of squared differences from it."""
+    mean = tl.sum(values, 0) / count
+    difference = tl.where((row < last)[:, None], values - mean[None, :], 0.0)
+    return mean, tl.sum(difference * difference, 0)
+
+
 @triton.jit(do_not_specialize=["R", "part_rows", "PARTS"])
 def moments_kernel(x, parts, R, C, part_rows, PARTS, BR: tl.constexpr, BC: tl.constexpr):
-    """Into ``[T, PARTS, 2, C]``: each part's mean, and sum of squared differences from it."""
+    """Into ``[T, PARTS, 2, C]``: each part's :func:`_moments`."""
     part, task, column, first, last = _part(R, part_rows, PARTS, BC)
     x += task * R * C
-    total = tl.zeros((BC,), dtype=tl.float32)
-    for start in range(first, last, BR):
-        total += tl.sum(_rows_at(x, start + tl.arange(0, BR), column, last, C), 0)
-    mean = total / tl.maximum(last - first, 1)
+    mean = tl.zeros((BC,), dtype=tl.float32)
     squares = tl.zeros((BC,), dtype=tl.float32)
     for start in range(first, last, BR):
         row = start + tl.arange(0, BR)
-        difference = _rows_at(x, row, column, last, C) - mean[None, :]
-        squares += tl.sum(tl.where((row < last)[:, None], difference * difference, 0.0), 0)
+        count, before = tl.minimum(last - start, BR), start - first
+        own, own_squares = _moments(_rows_at(x, row, column, last, C), row, last, count)
+        share = count / (before + count).to(tl.float32)
+        shift = own - mean
+        mean += shift * share
+        squares += own_squares + shift * shift * share * before
     out = parts + (task * PARTS + part) * 2 * C + column
     tl.store(out, mean, mask=column < C)
     tl.store(out + C, squares, mask=column < C)
 
 
 @triton.jit
-def _merged_moments(parts, column, R, C, part_rows, PARTS, BC: tl.constexpr):
-    mean = tl.zeros((BC,), dtype=tl.float32)
-    squares = tl.zeros((BC,), dtype=tl.float32)
-    for part in range(PARTS):
-        before = tl.minimum(part * part_rows, R)
-        after = tl.minimum((part + 1) * part_rows, R)
-        share = (after - before) / tl.maximum(after, 1).to(tl.float32)
-        shift = tl.load(parts + part * 2 * C + column, mask=column < C, other=0.0) - mean
-        mean += shift * share
-        squares += tl.load(parts + (part * 2 + 1) * C + column, mask=column < C, other=0.0)
-        squares += shift * shift * share * before
-    return mean, squares / R
+def _of_parts(parts, which, column, C, SUMS: tl.constexpr, PARTS):
+    """One of the sums of every part, ``[MOST_PARTS, BC]``; of parts that are not there, zero."""
+    part = tl.arange(0, MOST_PARTS)
+    inside = (part < PARTS)[:, None] & (column < C)[None, :]
+    at = ((part * SUMS + which) * C)[:, None] + column[None, :]
+    return tl.load(parts + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _sum_of_parts(parts, which, column, C, SUMS: tl.constexpr, PARTS):
+    return tl.sum(_of_parts(parts, which, column, C, SUMS, PARTS), 0)
+
+
+@triton.jit
+def _merged_moments(parts, column, R, C, part_rows, PARTS):
+    """Mean and sum of squared differences of all rows."""
+    part = tl.arange(0, MOST_PARTS)
+    rows = tl.minimum((part + 1) * part_rows, R) - tl.minimum(part * part_rows, R)
+    rows = tl.where(part < PARTS, rows, 0).to(tl.float32)[:, None]
+    means = _of_parts(parts, 0, column, C, 2, PARTS)
+    mean = tl.sum(means * rows, 0) / R
+    shift = means - mean[None, :]
+    squares = _of_parts(parts, 1, column, C, 2, PARTS)
+    return mean, tl.sum(squares + shift * shift * rows, 0)
 
 
 @triton.jit
@@ -88,9 +112,13 @@ def normalise_kernel(
     block, task = block_and_task(tl.cdiv(R, BR))
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     row = block * BR + tl.arange(0, BR)
-    mean, variance = _merged_moments(
-        parts + task * PARTS * 2 * C, column, R, C, part_rows, PARTS, BC
-    )
+    values = _rows_at(x + task * R * C, row, column, R, C)
+    if parts is None:
+        mean, squares = _moments(values, row, R, R)
+    else:
+        own = parts + task * PARTS * 2 * C
+        mean, squares = _merged_moments(own, column, R, C, part_rows, PARTS)
+    variance = squares / R
     scale = 1 / tl.sqrt(variance + eps)
     if block == 0:
         place = task * C + column
@@ -99,7 +127,7 @@ def normalise_kernel(
         tl.store(scale_out + place, scale, mask=column < C)
     g = _affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
     b = _affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
-    h = (_rows_at(x + task * R * C, row, column, R, C) - mean[None, :]) * scale[None, :]
+    h = (values - mean[None, :]) * scale[None, :]
     _put_rows(xhat + task * R * C, row, column, R, C, h)
     z = h * g[None, :] + b[None, :]
     _put_rows(y + task * R * C, row, column, R, C, value_of(z, fa, fb, F))
@@ -116,26 +144,18 @@ def sums_kernel(
     base = task * R * C
     weight = _affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
     shift = _affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
-    sum_a = tl.zeros((BC,), dtype=tl.float32)
-    sum_ah = tl.zeros((BC,), dtype=tl.float32)
+    sum_a = tl.zeros((BR, BC), dtype=tl.float32)
+    sum_ah = tl.zeros((BR, BC), dtype=tl.float32)
     for start in range(first, last, BR):
         row = start + tl.arange(0, BR)
         hat = _rows_at(h + base, row, column, last, C)
         slope = slope_of(hat * weight[None, :] + shift[None, :], fa, fb, F)
         values = _rows_at(a + base, row, column, last, C) * slope
-        sum_a += tl.sum(values, 0)
-        sum_ah += tl.sum(values * hat, 0)
+        sum_a += values
+        sum_ah += values * hat
     out = parts + (task * PARTS + part) * 2 * C + column
-    tl.store(out, sum_a, mask=column < C)
-    tl.store(out + C, sum_ah, mask=column < C)
-
-
-@triton.jit
-def _sum_of_parts(parts, which, column, C, SUMS: tl.constexpr, PARTS, BC: tl.constexpr):
-    total = tl.zeros((BC,), dtype=tl.float32)
-    for part in range(PARTS):
-        total += tl.load(parts + (part * SUMS + which) * C + column, mask=column < C, other=0.0)
-    return total
+    tl.store(out, tl.sum(sum_a, 0), mask=column < C)
+    tl.store(out + C, tl.sum(sum_ah, 0), mask=column < C)
 
 
 @triton.jit(do_not_specialize=["R", "PARTS"])
@@ -149,20 +169,23 @@ def backward_kernel(
     block, task = block_and_task(tl.cdiv(R, BR))
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     row = block * BR + tl.arange(0, BR)
-    parts += task * PARTS * 2 * C
-    sum_g = _sum_of_parts(parts, 0, column, C, 2, PARTS, BC)
-    sum_gh = _sum_of_parts(parts, 1, column, C, 2, PARTS, BC)
-    if block == 0:
-        tl.store(gbeta + task * C + column, sum_g, mask=column < C)
-        tl.store(ggamma + task * C + column, sum_gh, mask=column < C)
     weight = _affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
     shift = _affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
-    factor = tl.load(scale + task * C + column, mask=column < C, other=0.0) * weight
     base = task * R * C
     hat = _rows_at(h + base, row, column, R, C)
     slope = slope_of(hat * weight[None, :] + shift[None, :], fa, fb, F)
-    centred = _rows_at(g + base, row, column, R, C) * slope - (sum_g / R)[None, :]
-    centred -= hat * (sum_gh / R)[None, :]
+    values = _rows_at(g + base, row, column, R, C) * slope
+    if parts is None:
+        sum_g, sum_gh = tl.sum(values, 0), tl.sum(values * hat, 0)
+    else:
+        own = parts + task * PARTS * 2 * C
+        sum_g = _sum_of_parts(own, 0, column, C, 2, PARTS)
+        sum_gh = _sum_of_parts(own, 1, column, C, 2, PARTS)
+    if block == 0:
+        tl.store(gbeta + task * C + column, sum_g, mask=column < C)
+        tl.store(ggamma + task * C + column, sum_gh, mask=column < C)
+    factor = tl.load(scale + task * C + column, mask=column < C, other=0.0) * weight
+    centred = values - (sum_g / R)[None, :] - hat * (sum_gh / R)[None, :]
     _put_rows(gx + base, row, column, R, C, centred * factor[None, :])
 
 
@@ -186,14 +209,17 @@ def tangent_kernel(
     moved = hat * _affine(dgamma, column, s_dgamma_t, s_dgamma_c, C, task, DGAMMA, 0.0)[None, :]
     moved += _affine(dbeta, column, s_dbeta_t, s_dbeta_c, C, task, DBETA, 0.0)[None, :]
     if MOVES:
-        parts += task * PARTS * 2 * C
-        mean = _sum_of_parts(parts, 0, column, C, 2, PARTS, BC) / R
-        along = _sum_of_parts(parts, 1, column, C, 2, PARTS, BC) / R
+        change = _rows_at(dx + base, row, column, R, C)
+        if parts is None:
+            mean, along = tl.sum(change, 0) / R, tl.sum(change * hat, 0) / R
+        else:
+            own = parts + task * PARTS * 2 * C
+            mean = _sum_of_parts(own, 0, column, C, 2, PARTS) / R
+            along = _sum_of_parts(own, 1, column, C, 2, PARTS) / R
         s = tl.load(scale + task * C + column, mask=column < C, other=0.0)
         if block == 0:
             tl.store(dscale + task * C + column, -s * s * along, mask=column < C)
-        change = _rows_at(dx + base, row, column, R, C) - mean[None, :] - hat * along[None, :]
-        change *= s[None, :]
+        change = (change - mean[None, :] - hat * along[None, :]) * s[None, :]
         _put_rows(dh + base, row, column, R, C, change)
         moved += change * weight[None, :]
     moved *= slope_of(hat * weight[None, :] + shift[None, :], fa, fb, F)
@@ -220,6 +246,12 @@ def _incoming(
     return given * slope, moved
 
 
+@triton.jit
+def _moving_sums(g, dg, h, dh):
+    """Over rows, of dg, dg h, g, g h and g dh."""
+    return tl.sum(dg, 0), tl.sum(dg * h, 0), tl.sum(g, 0), tl.sum(g * h, 0), tl.sum(g * dh, 0)
+
+
 @triton.jit(do_not_specialize=["R", "part_rows", "PARTS"])
 def moving_sums_kernel(
     g, dg, h, dh, gamma, beta, dgamma, dbeta, parts, R, C, part_rows, fa, fb,
@@ -228,7 +260,7 @@ def moving_sums_kernel(
     DGAMMA: tl.constexpr, DBETA: tl.constexpr, F: tl.constexpr, PARTS, BR: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
-    """Into ``[T, PARTS, 5, C]``: with g f'(z) for g, sums of dg, dg h, g, g h and g dh."""
+    """Into ``[T, PARTS, 5, C]``: :func:`_moving_sums`, with g f'(z) for g."""
     part, task, column, first, last = _part(R, part_rows, PARTS, BC)
     base = task * R * C
     sum_dg = tl.zeros((BC,), dtype=tl.float32)
@@ -247,11 +279,12 @@ def moving_sums_kernel(
             fa, fb, s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t,
             s_dbeta_c, G_MOVES, GAMMA, BETA, DGAMMA, DBETA, F,
         )  # fmt: skip
-        sum_dg += tl.sum(moved, 0)
-        sum_dgh += tl.sum(moved * hat, 0)
-        sum_g += tl.sum(values, 0)
-        sum_gh += tl.sum(values * hat, 0)
-        sum_gdh += tl.sum(values * dhat, 0)
+        own_dg, own_dgh, own_g, own_gh, own_gdh = _moving_sums(values, moved, hat, dhat)
+        sum_dg += own_dg
+        sum_dgh += own_dgh
+        sum_g += own_g
+        sum_gh += own_gh
+        sum_gdh += own_gdh
     out = parts + (task * PARTS + part) * 5 * C + column
     tl.store(out, sum_dg, mask=column < C)
     tl.store(out + C, sum_dgh, mask=column < C)
@@ -274,29 +307,34 @@ def backward_tangent_kernel(
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     row = block * BR + tl.arange(0, BR)
     base, place = task * R * C, task * C + column
-    parts += task * PARTS * 5 * C
-    sum_dg = _sum_of_parts(parts, 0, column, C, 5, PARTS, BC)
-    sum_dgh = _sum_of_parts(parts, 1, column, C, 5, PARTS, BC)
-    mean = _sum_of_parts(parts, 2, column, C, 5, PARTS, BC) / R
-    along = _sum_of_parts(parts, 3, column, C, 5, PARTS, BC) / R
-    sum_gdh = _sum_of_parts(parts, 4, column, C, 5, PARTS, BC)
+    hat = _rows_at(h + base, row, column, R, C)
+    dhat = tl.zeros((BR, BC), dtype=tl.float32)
+    if MOVES:
+        dhat = _rows_at(dh + base, row, column, R, C)
+    values, moved = _incoming(
+        g + base, dg + base, hat, dhat, gamma, beta, dgamma, dbeta, row, column, R, task, C,
+        fa, fb, s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t,
+        s_dbeta_c, G_MOVES, GAMMA, BETA, DGAMMA, DBETA, F,
+    )  # fmt: skip
+    if parts is None:
+        sum_dg, sum_dgh, sum_g, sum_gh, sum_gdh = _moving_sums(values, moved, hat, dhat)
+    else:
+        own = parts + task * PARTS * 5 * C
+        sum_dg = _sum_of_parts(own, 0, column, C, 5, PARTS)
+        sum_dgh = _sum_of_parts(own, 1, column, C, 5, PARTS)
+        sum_g = _sum_of_parts(own, 2, column, C, 5, PARTS)
+        sum_gh = _sum_of_parts(own, 3, column, C, 5, PARTS)
+        sum_gdh = _sum_of_parts(own, 4, column, C, 5, PARTS)
     if block == 0:
         tl.store(dgbeta + place, sum_dg, mask=column < C)
         tl.store(dggamma + place, sum_dgh + sum_gdh, mask=column < C)
     s = tl.load(scale + place, mask=column < C, other=0.0)
     weight = _affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
     dfactor = s * _affine(dgamma, column, s_dgamma_t, s_dgamma_c, C, task, DGAMMA, 0.0)
-    hat = _rows_at(h + base, row, column, R, C)
-    dhat = tl.zeros((BR, BC), dtype=tl.float32)
     if MOVES:
-        dhat = _rows_at(dh + base, row, column, R, C)
         dfactor += weight * tl.load(dscale + place, mask=column < C, other=0.0)
-    values, moved = _incoming(
-        g + base, dg + base, hat, dhat, gamma, beta, dgamma, dbeta, row, column, R, task, C,
-        fa, fb, s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t,
-        s_dbeta_c, G_MOVES, GAMMA, BETA, DGAMMA, DBETA, F,
-    )  # fmt: skip
-    centred = values - mean[None, :] - hat * along[None, :]
+    along = sum_gh / R
+    centred = values - (sum_g / R)[None, :] - hat * along[None, :]
     moved -= (sum_dg / R)[None, :] + hat * ((sum_dgh + sum_gdh) / R)[None, :]
     moved -= dhat * along[None, :]
     _put_rows(

@@ -14,76 +14,104 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmaml.backends.triton.products import block_and_task
 from fastmaml.backends.triton.tiles import from_rows, rows
 from fastmaml.program.ir import Op, Shape
 from fastmaml.rules.base import Grads, Rule, Tensors
 from fastmaml.rules.transposable import LinearMapRule
 
-_BLOCK = 256
+_TILE_VALUES = 1024
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit
+def _tile(rows, BR: tl.constexpr, BC: tl.constexpr):
+    """The program's task, its rows of a task's ``rows``, and its channels."""
+    block, task = block_and_task(tl.cdiv(rows, BR))
+    return task, block * BR + tl.arange(0, BR), tl.program_id(1) * BC + tl.arange(0, BC)
+
+
+@triton.jit
+def _place(row, height, width):
+    """Image, height and width of the rows of images one after the other."""
+    return row // (height * width), row // width % height, row % width
+
+
+@triton.jit
+def _at(row, channel, inside, channels):
+    """Where channels of rows lie, and which of them do."""
+    at = (row * channels)[:, None] + channel[None, :]
+    return at, inside[:, None] & (channel < channels)[None, :]
+
+
+@triton.jit(do_not_specialize=["rows"])
 def maximum_kernel(
-    x, y, winner, count, channels, height, width, out_height, out_width,
+    x, y, winner, rows, channels, height, width, out_height, out_width,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-    PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, BLOCK: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Of every window of ``x [images, h, w, C]`` the largest value and its place in the image."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    c, position = i % channels, i // channels
-    ow, oh = position % out_width, (position // out_width) % out_height
-    image = position // (out_width * out_height)
-    best = tl.full((BLOCK,), -float("inf"), dtype=tl.float32)
-    where = tl.full((BLOCK,), -1, dtype=tl.int32)
+    """Of every window of ``x [T, N, h, w, C]`` the largest value and its place in the image."""
+    task, row, c = _tile(rows, BR, BC)
+    image, oh, ow = _place(row, out_height, out_width)
+    x += task * (rows // (out_height * out_width)) * (height * width * channels)
+    best = tl.full((BR, BC), -float("inf"), dtype=tl.float32)
+    where = tl.full((BR, BC), -1, dtype=tl.int32)
     for tap in tl.static_range(KH * KW):
         h = oh * SH - PH + (tap // KW) * DH
         w = ow * SW - PW + (tap % KW) * DW
-        inside = (i < count) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
-        place = (h * width + w).to(tl.int32)
-        value = tl.load(
-            x + ((image * height + h) * width + w) * channels + c, mask=inside, other=0.0
-        )
+        exists = (row < rows) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+        place = h * width + w
+        at, inside = _at(image * (height * width) + place, c, exists, channels)
+        value = tl.load(x + at, mask=inside, other=0.0)
         better = inside & ((value > best) | (value != value) | (where < 0))
         best = tl.where(better, value, best)
-        where = tl.where(better, place, where)
-    tl.store(y + i, best, mask=i < count)
-    tl.store(winner + i, where, mask=i < count)
+        where = tl.where(better, place[:, None], where)
+    at, inside = _at(row, c, row < rows, channels)
+    own = task * rows * channels
+    tl.store(y + own + at, best, mask=inside)
+    tl.store(winner + own + at, where, mask=inside)
 
 
-@triton.jit(do_not_specialize=["count"])
-def winners_kernel(x, y, winner, count, channels, plane, out_plane, BLOCK: tl.constexpr):
-    """y: what ``x [images, plane, C]`` holds at the winners' places."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < count
-    image = i // (channels * out_plane)
-    place = tl.load(winner + i, mask=inside, other=0)
-    value = tl.load(x + (image * plane + place) * channels + i % channels, mask=inside, other=0.0)
-    tl.store(y + i, value, mask=inside)
+@triton.jit(do_not_specialize=["rows"])
+def winners_kernel(
+    x, y, winner, rows, channels, plane, out_plane, BR: tl.constexpr, BC: tl.constexpr
+):
+    """y: what ``x [T, N, plane, C]`` holds at the winners' places."""
+    task, row, c = _tile(rows, BR, BC)
+    at, inside = _at(row, c, row < rows, channels)
+    own = task * rows * channels
+    place = tl.load(winner + own + at, mask=inside, other=0)
+    x += task * (rows // out_plane) * (plane * channels)
+    source = ((row // out_plane * plane)[:, None] + place) * channels + c[None, :]
+    tl.store(y + own + at, tl.load(x + source, mask=inside, other=0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["rows"])
 def to_winners_kernel(
-    gx, gy, winner, count, channels, height, width, out_height, out_width,
+    gx, gy, winner, rows, channels, height, width, out_height, out_width,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-    PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, BLOCK: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """gx: for every input the sum of gy over the windows that it won."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    c, position = i % channels, i // channels
-    w, h = position % width, (position // width) % height
-    image = position // (width * height)
-    own = (h * width + w).to(tl.int32)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    task, row, c = _tile(rows, BR, BC)
+    image, h, w = _place(row, height, width)
+    own = (h * width + w)[:, None]
+    start = task * (rows // (height * width)) * (out_height * out_width * channels)
+    gy += start
+    winner += start
+    total = tl.zeros((BR, BC), dtype=tl.float32)
     for tap in tl.static_range(KH * KW):
         reach_h = h + PH - (tap // KW) * DH
         reach_w = w + PW - (tap % KW) * DW
         oh, ow = reach_h // SH, reach_w // SW
-        inside = (i < count) & (reach_h >= 0) & (reach_w >= 0) & (oh < out_height)
-        inside &= (reach_h % SH == 0) & (reach_w % SW == 0) & (ow < out_width)
-        place = ((image * out_height + oh) * out_width + ow) * channels + c
-        won = inside & (tl.load(winner + place, mask=inside, other=-1) == own)
-        total += tl.load(gy + place, mask=won, other=0.0)
-    tl.store(gx + i, total, mask=i < count)
+        exists = (row < rows) & (reach_h >= 0) & (reach_w >= 0) & (oh < out_height)
+        exists &= (reach_h % SH == 0) & (reach_w % SW == 0) & (ow < out_width)
+        at, inside = _at((image * out_height + oh) * out_width + ow, c, exists, channels)
+        won = tl.load(winner + at, mask=inside, other=-1) == own
+        total += tl.where(won, tl.load(gy + at, mask=inside, other=0.0), 0.0)
+    at, inside = _at(row, c, row < rows, channels)
+    tl.store(gx + task * rows * channels + at, total, mask=inside)
 
 
 @triton.jit
@@ -104,31 +132,32 @@ def _extent(first, last, size, WITH_PADDING: tl.constexpr):
         return tl.minimum(last, size) - tl.maximum(first, 0)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["rows"])
 def average_kernel(
-    x, y, count, channels, height, width, out_height, out_width, divisor,
+    x, y, rows, channels, height, width, out_height, out_width, divisor,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, ADAPTIVE: tl.constexpr, WITH_PADDING: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Of every window of ``x [images, h, w, C]`` the sum over ``divisor``, or where that is zero
-    over the number of its places.
+    """Of every window of ``x [T, N, h, w, C]`` the sum over ``divisor``, or where that is zero over
+    the number of its places.
     """
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    c, position = i % channels, i // channels
-    ow, oh = position % out_width, (position // out_width) % out_height
-    image = position // (out_width * out_height)
+    task, row, c = _tile(rows, BR, BC)
+    image, oh, ow = _place(row, out_height, out_width)
+    x += task * (rows // (out_height * out_width)) * (height * width * channels)
     top, bottom = _window_of(oh, height, out_height, KH, SH, PH, ADAPTIVE)
     left, right = _window_of(ow, width, out_width, KW, SW, PW, ADAPTIVE)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    total = tl.zeros((BR, BC), dtype=tl.float32)
     for tap in range(KH * KW):
         h, w = top + tap // KW, left + tap % KW
-        inside = (i < count) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
-        inside = inside & (h < bottom) & (w < right)
-        place = ((image * height + h) * width + w) * channels + c
-        total += tl.load(x + place, mask=inside, other=0.0)
+        exists = (row < rows) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+        exists = exists & (h < bottom) & (w < right)
+        at, inside = _at((image * height + h) * width + w, c, exists, channels)
+        total += tl.load(x + at, mask=inside, other=0.0)
     places = _extent(top, bottom, height, WITH_PADDING) * _extent(left, right, width, WITH_PADDING)
-    tl.store(y + i, total / tl.where(divisor == 0, places.to(tl.float32), divisor), mask=i < count)
+    total /= tl.where(divisor == 0, places.to(tl.float32), divisor)[:, None]
+    at, inside = _at(row, c, row < rows, channels)
+    tl.store(y + task * rows * channels + at, total, mask=inside)
 
 
 @triton.jit
@@ -142,32 +171,32 @@ def _output_at(h, r, size, out, S, P, ADAPTIVE: tl.constexpr):
         return reach // S, (reach >= 0) & (reach % S == 0) & (reach // S < out)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["rows"])
 def to_windows_kernel(
-    gx, gy, count, channels, height, width, out_height, out_width, divisor,
+    gx, gy, rows, channels, height, width, out_height, out_width, divisor,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, ADAPTIVE: tl.constexpr, WITH_PADDING: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """gx: for every input its share of gy in the windows that hold it."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    c, position = i % channels, i // channels
-    w, h = position % width, (position // width) % height
-    image = position // (width * height)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    task, row, c = _tile(rows, BR, BC)
+    image, h, w = _place(row, height, width)
+    gy += task * (rows // (height * width)) * (out_height * out_width * channels)
+    total = tl.zeros((BR, BC), dtype=tl.float32)
     for tap in range(KH * KW):
         oh, holds_h = _output_at(h, tap // KW, height, out_height, SH, PH, ADAPTIVE)
         ow, holds_w = _output_at(w, tap % KW, width, out_width, SW, PW, ADAPTIVE)
-        holds = (i < count) & holds_h & holds_w
+        holds = (row < rows) & holds_h & holds_w
         top, bottom = _window_of(oh, height, out_height, KH, SH, PH, ADAPTIVE)
         left, right = _window_of(ow, width, out_width, KW, SW, PW, ADAPTIVE)
         places = _extent(top, bottom, height, WITH_PADDING)
         places *= _extent(left, right, width, WITH_PADDING)
-        place = ((image * out_height + oh) * out_width + ow) * channels + c
-        g = tl.load(gy + place, mask=holds, other=0.0)
         places = tl.where(holds, places, 1).to(tl.float32)
-        total += g / tl.where(divisor == 0, places, divisor)
-    tl.store(gx + i, total, mask=i < count)
+        at, inside = _at((image * out_height + oh) * out_width + ow, c, holds, channels)
+        g = tl.load(gy + at, mask=inside, other=0.0)
+        total += g / tl.where(divisor == 0, places, divisor)[:, None]
+    at, inside = _at(row, c, row < rows, channels)
+    tl.store(gx + task * rows * channels + at, total, mask=inside)
 
 
 @dataclass
@@ -188,7 +217,7 @@ class MaxPool2d:
         out = _new_rows(x, shape)
         places = out.new_empty(out.shape, dtype=torch.int32)
         maximum_kernel[_grid(out)](
-            rows(x), out, places, *_sizes(out, x.shape, shape), **_window(op), BLOCK=_BLOCK
+            rows(x), out, places, *_sizes(out, x.shape, shape), **_window(op), **_blocks(out)
         )
         return from_rows(out, shape), Winners(places, shape)
 
@@ -199,7 +228,7 @@ class MaxPool2d:
         out = _new_rows(x, x.shape)
         sizes = _sizes(out, x.shape, saved.shape)
         to_winners_kernel[_grid(out)](
-            out, rows(gy), saved.places, *sizes, **_window(op), BLOCK=_BLOCK
+            out, rows(gy), saved.places, *sizes, **_window(op), **_blocks(out)
         )
         return [], [from_rows(out, x.shape)]
 
@@ -218,7 +247,7 @@ class MaxPool2d:
         out = dx.new_empty(saved.places.shape)
         plane, out_plane = (prod(shape[3:]) for shape in (dx.shape, saved.shape))
         winners_kernel[_grid(out)](
-            rows(dx), out, saved.places, out.numel(), dx.shape[2], plane, out_plane, BLOCK=_BLOCK
+            rows(dx), out, saved.places, *out.shape[1:], plane, out_plane, **_blocks(out)
         )
         return from_rows(out, saved.shape), None
 
@@ -245,7 +274,7 @@ class AvgPool2d(LinearMapRule):
         out = _new_rows(x, shape)
         sizes = _sizes(out, x.shape, shape)
         windows = self.windows(op, x.shape[3:], out_shape[1:])
-        average_kernel[_grid(out)](rows(x), out, *sizes, **windows, BLOCK=_BLOCK)
+        average_kernel[_grid(out)](rows(x), out, *sizes, **windows, **_blocks(out))
         return from_rows(out, shape)
 
     def transpose(self, op: Op, inputs: Sequence[Tensor], gy: Tensor) -> list[Tensor | None]:
@@ -253,7 +282,7 @@ class AvgPool2d(LinearMapRule):
         out = _new_rows(gy, shape)
         windows = self.windows(op, gy.shape[3:], shape[3:])
         to_windows_kernel[_grid(out)](
-            out, rows(gy), *_sizes(out, shape, gy.shape), **windows, BLOCK=_BLOCK
+            out, rows(gy), *_sizes(out, shape, gy.shape), **windows, **_blocks(out)
         )
         return [from_rows(out, shape)]
 
@@ -277,12 +306,20 @@ def _new_rows(like: Tensor, shape: Sequence[int]) -> Tensor:
     return like.new_empty(shape[0], shape[1] * prod(shape[3:]), shape[2])
 
 
-def _grid(out: Tensor) -> tuple[int]:
-    return (triton.cdiv(out.numel(), _BLOCK),)
+def _blocks(out: Tensor) -> dict[str, int]:
+    """The tile of ``out [T, rows, C]`` that a program takes."""
+    columns = min(64, triton.next_power_of_2(out.shape[2]))
+    return {"BR": _TILE_VALUES // columns, "BC": columns}
+
+
+def _grid(out: Tensor) -> tuple[int, int]:
+    tasks, count, channels = out.shape
+    tile = _blocks(out)
+    return triton.cdiv(count, tile["BR"]) * tasks, triton.cdiv(channels, tile["BC"])
 
 
 def _sizes(out: Tensor, in_shape: Sequence[int], out_shape: Sequence[int]) -> tuple[int, ...]:
-    return out.numel(), in_shape[2], *in_shape[3:], *out_shape[3:]
+    return *out.shape[1:], *in_shape[3:], *out_shape[3:]
 
 
 def _window(op: Op, wanted: str = "KSPD") -> dict[str, int]:
