@@ -17,11 +17,12 @@ from torch import Tensor
 
 from fastmaml.backends.base import MetaStep, MetaStepResult
 from fastmaml.backends.graphs import MetaStepGraphs
+from fastmaml.backends.kernel_order import KernelOrder
 from fastmaml.backends.mlp import MlpKernel
 from fastmaml.backends.precision import convolution_precision, linear_precision
 from fastmaml.backends.reference import ReferenceExecutor
 from fastmaml.backends.triton import LOSSES, rules
-from fastmaml.program.ir import Graph, Op, freeze
+from fastmaml.program.ir import Graph, Op, Slot, freeze
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.rules import LOSSES as REFERENCE_LOSSES
 from fastmaml.rules import Rule
@@ -30,20 +31,18 @@ from fastmaml.rules import Rule
 _MOST_ELEMENTS = 2**31 - 2**16
 
 
-class GpuExecutor(ReferenceExecutor):
-    """See :class:`fastmaml.backends.base.Executor`."""
+class KernelExecutor(ReferenceExecutor):
+    """A program by the Triton kernels where its dtype is float32."""
 
     name = "gpu"
 
     def __init__(self, graph: Graph, layout: ParameterLayout, dtype: torch.dtype) -> None:
         self._kernels = dtype == torch.float32
-        self._small = MlpKernel.of(graph, layout, dtype)
         graph = _with_activations_in_norms(graph) if self._kernels else graph
         super().__init__(graph, layout)
         self.losses = LOSSES if self._kernels else REFERENCE_LOSSES
         self._without_input_gradient = _mark_first_ops(graph)
         self._most_examples = _MOST_ELEMENTS // max(prod(shape) for shape in graph.values)
-        self.graphs = MetaStepGraphs()
 
     def rules(self) -> Mapping[str, Rule]:
         if self._kernels:
@@ -62,21 +61,56 @@ class GpuExecutor(ReferenceExecutor):
         with torch.cuda.device_of(x):  # where Triton launches; autograd sees to the other passes
             return super().forward(theta, phi, buffers, x, keep=keep)
 
+    def _ops(self, want_x: bool) -> Sequence[Op]:
+        return self.graph.ops if want_x else self._without_input_gradient
+
+
+class MetaStepExecutor(KernelExecutor):
+    """Meta-steps on parameters in the kernels' order."""
+
+    def __init__(self, graph: Graph, layout: ParameterLayout, order: KernelOrder) -> None:
+        super().__init__(graph, layout, torch.float32)
+        self._order = order
+
     def meta_step(self, call: MetaStep) -> MetaStepResult:
+        return self._order.of_result(super().meta_step(self._order.of_call(call)))
+
+    def _view(self, slot: Slot, theta: Tensor) -> Tensor:
+        return self._order.view(slot, theta)
+
+    def _flat(self, slot: Slot, grad: Tensor) -> Tensor:
+        return self._order.flat(slot, grad)
+
+    def _rows(self, gparams: list[tuple[Slot, Tensor]], theta: Tensor, *, adapted: bool) -> Tensor:
+        if not adapted:
+            return super()._rows(gparams, theta, adapted=False)
+        return self._order.rows(self._found(gparams), theta)
+
+
+class GpuExecutor(KernelExecutor):
+    """See :class:`fastmaml.backends.base.Executor`."""
+
+    def __init__(self, graph: Graph, layout: ParameterLayout, dtype: torch.dtype) -> None:
+        super().__init__(graph, layout, dtype)
+        self._small = MlpKernel.of(graph, layout, dtype)
+        order = KernelOrder(graph, layout)
+        ordered = self._kernels and order.differs
+        self._ordered = MetaStepExecutor(graph, layout, order) if ordered else None
+        self.graphs = MetaStepGraphs()
+
+    def meta_step(self, call: MetaStep) -> MetaStepResult:
+        run = super().meta_step if self._ordered is None else self._ordered.meta_step
         if not call.theta.is_cuda:
-            return super().meta_step(call)
+            return run(call)
         with torch.cuda.device_of(call.theta):
             if self._small is not None and self._small.runs(call):
                 return self._small.meta_step(call)
-            return self.graphs(call, super().meta_step)
+            return self.graphs(call, run)
 
     def describe(self) -> str:
         """How meta-steps run on a CUDA device."""
         small = "" if self._small is None else "one kernel where a task fits into one block; "
         return f"{small}CUDA graphs: {self.graphs.describe()}"
-
-    def _ops(self, want_x: bool) -> Sequence[Op]:
-        return self.graph.ops if want_x else self._without_input_gradient
 
 
 def _with_activations_in_norms(graph: Graph) -> Graph:

@@ -156,10 +156,18 @@ class ReferenceExecutor:
             return None
         slot = self._slots[index]
         if slot.adapted:
-            return ParameterLayout.view(slot, theta, theta)
+            return self._view(slot, theta)
         if phi is None:
             return None
         return ParameterLayout.view(slot, phi, phi).expand(len(theta), *slot.shape)
+
+    def _view(self, slot: Slot, theta: Tensor) -> Tensor:
+        """The parameter ``[T, *shape]`` of an adapted slot."""
+        return ParameterLayout.view(slot, theta, theta)
+
+    def _flat(self, slot: Slot, grad: Tensor) -> Tensor:
+        """A parameter's gradient as rows ``[T, size]``, in the order of :meth:`_view`."""
+        return grad.reshape(len(grad), slot.size)
 
     def _collect(
         self, op: Op, found: Any, gvalues: Values, gparams: list[tuple[Slot, Tensor]]
@@ -187,10 +195,15 @@ class ReferenceExecutor:
 
     def _rows(self, gparams: list[tuple[Slot, Tensor]], theta: Tensor, *, adapted: bool) -> Tensor:
         """A group's gradients side by side, ``[T, P]`` or ``[T, Q]``; zero where there is none."""
-        found: dict[Slot, Tensor] = {}
-        for slot, grad in gparams:
-            flat = grad.reshape(len(theta), slot.size)
-            found[slot] = found[slot] + flat if slot in found else flat
+        found = self._found(gparams)
         slots = list(self._layout.group(adapted=adapted))
         rows = [found[s] if s in found else theta.new_zeros(len(theta), s.size) for s in slots]
         return torch.cat(rows, 1) if rows else theta.new_zeros(len(theta), 0)
+
+    def _found(self, gparams: list[tuple[Slot, Tensor]]) -> dict[Slot, Tensor]:
+        """The gradient of each slot, ``[T, size]``."""
+        found: dict[Slot, Tensor] = {}
+        for slot, grad in gparams:
+            flat = self._flat(slot, grad)
+            found[slot] = found[slot] + flat if slot in found else flat
+        return found

@@ -68,13 +68,15 @@ def meta_step(
         if call.gradient:
             steps.append(_Step(y, targets, state, gtheta, gradient, theta, moments))
         theta, moments = update.forward(k, theta, gtheta, moments)
-    result = MetaStepResult(theta.new_zeros(tasks), theta.contiguous())
+    result = MetaStepResult(theta.new_zeros(tasks))
+    if not call.gradient:
+        result.adapted = theta.contiguous()
     if call.query_x is not None:
         y, stats, state = executor.forward(
             theta, call.phi, call.buffers, call.query_x, keep=call.gradient
         )
         statistics += [] if stats is None else [stats]
-        result.predictions = y
+        result.predictions = None if call.gradient else y
         if call.query_y is not None:
             result.losses = loss.value(y, call.query_y)
             if call.gradient:
@@ -96,9 +98,7 @@ class _GradientSteps(FusedUpdate):
     """The plain rule with steps ``rate * rates``: on a GPU one kernel each way."""
 
     def __init__(self, call: MetaStep) -> None:
-        rates = call.theta.new_ones(1) if call.rates is None else call.rates
-        steps = call.rate * (rates if rates.ndim == 2 else rates[None])
-        super().__init__(UpdateRule(), [steps])
+        super().__init__(UpdateRule(), [_step_sizes(call)])
 
     def forward(
         self, step: int, theta: Tensor, gradient: Tensor, moments: Moments
@@ -124,6 +124,15 @@ class _GradientSteps(FusedUpdate):
     def _rates(self, step: int) -> Tensor:
         (steps,) = self.coefficients
         return steps[min(step, len(steps) - 1)]
+
+
+def _step_sizes(call: MetaStep) -> Tensor:
+    """``rate * rates``, ``[1 or K, 1 or P]``."""
+    if call.rates is not None:
+        return call.rate * torch.atleast_2d(call.rates)
+    if isinstance(call.rate, Tensor):
+        return call.rate.view(1, 1)
+    return call.theta.new_full((1, 1), call.rate)
 
 
 def _adjoint(

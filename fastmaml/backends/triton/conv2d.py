@@ -175,21 +175,20 @@ def input_grad_kernel(
     tl.store(gx + task * gx_strides[0] + at, acc, exists[:, None] & (channel < CHANNELS)[None, :])
 
 
-@triton.jit(do_not_specialize=["tasks", "images"])
+@triton.jit(do_not_specialize=["images"])
 def weight_grad_kernel(
     g,
     x,
     g2,
     x2,
-    sums,
     gw,
-    tasks,
     images,
     sizes,
     g_strides,
     x_strides,
     second_strides,
     gw_strides,
+    SUMS: tl.constexpr,
     CHANNELS: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -199,7 +198,7 @@ def weight_grad_kernel(
     INNER: tl.constexpr,
 ):
     """Gw ``[splits, T, ...]``: output channels by (tap, channel), each split over its part of the
-    pixels; sums ``[splits, T, O]``: the bias's gradient of g alone.
+    pixels. With SUMS the bias's gradient, of g alone, lies behind the weight's.
     """
     KH: tl.constexpr = WINDOW[0]
     KW: tl.constexpr = WINDOW[1]
@@ -220,7 +219,7 @@ def weight_grad_kernel(
         a = tl.trans(tl.load(g + task * g_strides[0] + there, known, other=0.0))
         b = tl.load(x + task * x_strides[0] + at, inside, other=0.0)
         acc = dot(a, b, acc, PRECISION)
-        if sums is not None:
+        if SUMS:
             out_sums += tl.sum(a, 1)
         if g2 is not None:
             a = tl.trans(tl.load(g2 + task * second_strides[0] + there, known, other=0.0))
@@ -230,10 +229,11 @@ def weight_grad_kernel(
     column = channel * gw_strides[3] + (tap // KW) * gw_strides[4] + (tap % KW) * gw_strides[5]
     at = (out * gw_strides[2])[:, None] + column[None, :]
     exists = (out < OUT_CHANNELS)[:, None] & (tap < KH * KW)[None, :]
-    tl.store(gw + split * gw_strides[0] + task * gw_strides[1] + at, acc, exists)
-    if sums is not None:
-        row = (split * tasks + task) * OUT_CHANNELS + out
-        tl.store(sums + row, out_sums, (out < OUT_CHANNELS) & (tile % across == 0))
+    gw += split * gw_strides[0] + task * gw_strides[1]
+    tl.store(gw + at, acc, exists)
+    if SUMS:
+        behind: tl.constexpr = OUT_CHANNELS * CHANNELS * KH * KW
+        tl.store(gw + behind + out, out_sums, (out < OUT_CHANNELS) & (tile % across == 0))
 
 
 def _window(op: Op, weight: Tensor) -> tuple[int, ...]:
@@ -278,6 +278,14 @@ def _channels_inside(w: Tensor) -> Tensor:
     one = w[:1] if w.stride(0) == 0 else w  # one copy of shared weights is enough
     inside = one.movedim(2, -1).contiguous().movedim(-1, 2)
     return inside.expand(w.shape)
+
+
+def _weights(flat: Tensor, like: Tensor) -> Tensor:
+    """``[..., O C kh kw]`` as weights ``[..., O, C, kh, kw]``, in the order of ``like``."""
+    _, out, channels, *window = like.shape
+    if like.stride(2) == 1:
+        return flat.unflatten(-1, (out, *window, channels)).movedim(-1, -3)
+    return flat.unflatten(-1, (out, channels, *window))
 
 
 class Conv2d(Bilinear):
@@ -358,22 +366,22 @@ class Conv2d(Bilinear):
         sizes, out, taps = _sizes(x, g), like.shape[1], like[0, 0].numel()
         pixels = x.shape[1] * sizes[2] * sizes[3]
         blocks = choose_blocks(len(g), out, taps, pixels, self.precision, split=True)
-        gw = g.new_empty(blocks.splits, *like.shape)
-        sums = g.new_empty(blocks.splits, len(g), out) if bias else None
+        size = out * taps
+        found = g.new_empty(blocks.splits, len(g), size + (out if bias else 0))
+        gw = _weights(found[..., :size], like)
         weight_grad_kernel[(blocks.tiles(out, taps) * len(g), blocks.splits)](
             g,
             x,
             g2,
             x2,
-            sums,
             gw,
-            len(g),
             x.shape[1],
             sizes,
             g.stride(),
             x.stride(),
             second,
             gw.stride(),
+            SUMS=bias,
             CHANNELS=like.shape[2],
             OUT_CHANNELS=out,
             WINDOW=_window(op, like),
@@ -383,7 +391,8 @@ class Conv2d(Bilinear):
             INNER=blocks.inner,
             **blocks.options,
         )
-        return added(gw), None if sums is None else added(sums)
+        found = added(found)
+        return _weights(found[:, :size], like), found[:, size:] if bias else None
 
     def broadcast(self, bias: Tensor, tasks_examples: Shape, out_shape: Shape) -> Tensor:
         return bias[:, None, :, None, None].expand(*tasks_examples, *out_shape)

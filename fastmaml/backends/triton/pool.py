@@ -1,5 +1,5 @@
-"""``max_pool2d``, whose winners' places are kept, and averages over windows. Gradients are
-gathered, so nothing is added up in an order of chance. Channels are innermost.
+"""``max_pool2d``, whose winners' places are kept, averages over windows, and ``mean``. Gradients
+are gathered, so nothing is added up in an order of chance. Channels are innermost.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from fastmaml.backends.triton.products import block_and_task
 from fastmaml.backends.triton.tiles import from_rows, rows
 from fastmaml.program.ir import Op, Shape
 from fastmaml.rules.base import Grads, Rule, Tensors
+from fastmaml.rules.shape import Mean as ReferenceMean
 from fastmaml.rules.transposable import LinearMapRule
 
 _TILE_VALUES = 1024
+_FEW_PLACES = 64  # that a program may walk one after the other
 
 
 @triton.jit
@@ -297,9 +299,31 @@ class AdaptiveAvgPool2d(AvgPool2d):
     """Means over a fixed number of windows, of sizes that differ by at most one."""
 
     def windows(self, op: Op, read: Shape, written: Shape) -> dict[str, Any]:
-        most = [-(-a // b) + 1 for a, b in zip(read, written, strict=True)]
+        most = [-(-a // b) + (a % b > 0 and b % a > 0) for a, b in zip(read, written, strict=True)]
         own = {"KH": most[0], "KW": most[1], "SH": 1, "SW": 1, "PH": 0, "PW": 0}
         return {**own, "divisor": 0.0, "ADAPTIVE": True, "WITH_PADDING": False}
+
+
+class Mean(ReferenceMean):
+    """Over all positions of a small image, by its pool; other means as the reference takes them."""
+
+    pool = AdaptiveAvgPool2d()
+
+    def apply(self, op: Op, out_shape: Shape, inputs: Sequence[Tensor]) -> Tensor:
+        x = inputs[0]
+        if not _of_small_images(op, x):
+            return super().apply(op, out_shape, inputs)
+        return self.pool.apply(op, (x.shape[2], 1, 1), inputs).reshape(*x.shape[:2], *out_shape)
+
+    def transpose(self, op: Op, inputs: Sequence[Tensor], gy: Tensor) -> list[Tensor | None]:
+        x = inputs[0]
+        if not _of_small_images(op, x):
+            return super().transpose(op, inputs, gy)
+        return self.pool.transpose(op, inputs, gy.reshape(*x.shape[:3], 1, 1))
+
+
+def _of_small_images(op: Op, x: Tensor) -> bool:
+    return x.ndim == 5 and set(op.attrs["dims"]) == {1, 2} and prod(x.shape[3:]) <= _FEW_PLACES
 
 
 def _new_rows(like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -332,4 +356,5 @@ RULES: dict[str, Rule] = {
     "max_pool2d": MaxPool2d(),
     "avg_pool2d": AvgPool2d(),
     "adaptive_avg_pool2d": AdaptiveAvgPool2d(),
+    "mean": Mean(),
 }

@@ -72,8 +72,8 @@ def choose_blocks(
 ) -> Blocks:
     """A function of the shape alone: the same blocks, and so the same sums, on every device.
 
-    Blocks get smaller until there are enough of them; with ``split`` the sum over ``inner`` is
-    cut too, into parts that a second pass adds up.
+    Blocks get smaller until there are enough of them, or, with ``split``, until the sum over
+    ``inner`` is cut into enough parts, which a second pass adds up.
     """
     block_columns = _fitting(columns, 64)
     block_rows = _fitting(rows, 64 if precision == "ieee" else 128)
@@ -84,6 +84,8 @@ def choose_blocks(
 
     while tiles() < _ENOUGH_BLOCKS and block_rows > 32:
         block_rows //= 2
+    while tiles() < _ENOUGH_BLOCKS and block_columns > 32 and not split:
+        block_columns //= 2
     splits = 1
     if split:
         useful = triton.cdiv(inner, _FEWEST_STEPS * block_inner)
