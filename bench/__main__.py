@@ -1,10 +1,10 @@
-"""`python -m bench run|scale|shapes|family|episodes|compare|report`."""
+"""`python -m bench run|scale|shapes|family|episodes|launches|compare|report`."""
 
 from __future__ import annotations
 
 import argparse
 
-from bench import compare, episodes, family, report, run, scale, shapes
+from bench import compare, episodes, family, launches, report, run, scale, shapes
 
 VERBS = {
     "run": run,
@@ -12,6 +12,7 @@ VERBS = {
     "shapes": shapes,
     "family": family,
     "episodes": episodes,
+    "launches": launches,
     "compare": compare,
     "report": report,
 }

@@ -29,6 +29,13 @@ CONTENDERS = {
     contender.name: contender
     for contender in (
         Contender("door3", "fastmaml, door 3 (fused)", "bench.doors:fused", ours=True),
+        Contender(
+            "door3-in-graph",
+            "fastmaml, door 3 in a graph of the user's",
+            "bench.doors:fused_in_graph",
+            ours=True,
+            only_on="cuda",
+        ),
         Contender("door2", "fastmaml, door 2 (batched)", "bench.doors:batched", ours=True),
         Contender("door1", "fastmaml, door 1 (drop-in)", "bench.doors:drop_in", ours=True),
         Contender("eager", "clone/adapt loop in plain PyTorch", "bench.baselines:eager"),

@@ -61,3 +61,27 @@ def fused(case: Case, dtype: torch.dtype) -> Step:
         return gradients.read()
 
     return step
+
+
+def fused_in_graph(case: Case, dtype: torch.dtype) -> Step:
+    """Door 3 and its backward pass in a CUDA graph that the caller has captured."""
+    maml = fastmaml.MAML(case.model(dtype), lr=case.lr)
+    batch, gradients = case.batch(dtype), Gradients(maml)
+
+    def compute() -> None:
+        gradients.clear()
+        maml.meta_loss(batch, steps=case.steps, loss=case.loss).backward()
+
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        compute()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        compute()
+
+    def step() -> list[Tensor]:
+        graph.replay()
+        return gradients.read()
+
+    return step

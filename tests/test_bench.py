@@ -2,13 +2,16 @@
 
 import argparse
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("bench", reason="the benchmarks lie outside the package")
 
-from bench import compare, episodes, family, report
+from bench import compare, episodes, family, launches, report
 from bench.cases import CASES, oracle, useful_gflop
 from bench.run import percentiles
 from bench.worker import Job, _prepare
@@ -157,3 +160,19 @@ def test_another_tree_must_be_a_commit():
     compare.add_arguments(parser)
     with pytest.raises(SystemExit, match="no-such-ref is no commit, tag or branch"):
         compare.main(parser.parse_args(["no-such-ref"]))
+
+
+def test_launches_are_counted_without_a_gpu(tmp_path):
+    """And a meta-step takes few: each waits for the one before."""
+    pytest.importorskip("triton", minversion="3.4", reason="needs Triton 3.4 or later")
+    output = tmp_path / "launches.jsonl"
+    command = [sys.executable, "-m", "bench", "launches", "--cases", "omni51", "--output", output]
+    root = Path(launches.__file__).parent.parent
+    subprocess.run(command, check=True, cwd=root, stdout=subprocess.DEVNULL)
+    (record,) = map(json.loads, output.read_text().splitlines())
+    counts = {name: count for name, (count, _) in record["launches"].items()}
+    # four layers: support and query forward; the tangent is one more
+    assert counts["product_kernel"] == 4 * 3
+    assert counts["normalise_kernel"] == 4 * 2
+    assert not any("clone" in name or "copy" in name for name in counts)
+    assert sum(counts.values()) <= 100

@@ -86,3 +86,42 @@ def test_doors(net, door, dtype, precision, tolerance):
         with torch.no_grad():
             for p in module.parameters():
                 p += 0.1 * torch.randn_like(p)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("net", [small_net, conv_net])
+def test_a_training_step_in_a_graph_of_the_users(net):
+    """Data and parameters change from replay to replay; nothing in a step waits for the device."""
+    module = net().to("cuda")
+    maml = fastmaml.MAML(module, lr=0.05)
+    optimizer = torch.optim.Adam(maml.parameters(), lr=1e-2, capturable=True)
+    labels = torch.arange(WAYS, device="cuda").repeat(T, 2)
+    x, qx = torch.randn(2, T, 2 * WAYS, 1, 8, 8, device="cuda")
+    batch = fastmaml.TaskBatch(x, labels, qx, labels)
+
+    def train() -> Tensor:
+        optimizer.zero_grad()
+        loss = maml.meta_loss(batch, steps=2)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        train()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        loss = train()
+    for _ in range(3):
+        with torch.no_grad():
+            x.normal_()
+            qx.normal_()
+        exact = net().to("cuda", torch.float64)
+        exact.load_state_dict(module.state_dict())
+        in_double = fastmaml.TaskBatch(x.double(), labels, qx.double(), labels)
+        expected_loss, expected = sequential_maml(exact, in_double, 0.05, 2)
+        graph.replay()
+        found = {name: p.grad for name, p in module.named_parameters()}
+        assert relative_error(found, expected) < 2e-2  # convolutions may be in TF32
+        assert loss.item() == pytest.approx(float(expected_loss), abs=1e-2)
