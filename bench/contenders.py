@@ -36,6 +36,13 @@ CONTENDERS = {
             ours=True,
             only_on="cuda",
         ),
+        Contender(
+            "door3-tf32x3",
+            "fastmaml, door 3 (three TF32 products)",
+            "bench.doors:fused_in_tf32x3",
+            ours=True,
+            only_on="cuda",
+        ),
         Contender("door2", "fastmaml, door 2 (batched)", "bench.doors:batched", ours=True),
         Contender("door1", "fastmaml, door 1 (drop-in)", "bench.doors:drop_in", ours=True),
         Contender("eager", "clone/adapt loop in plain PyTorch", "bench.baselines:eager"),

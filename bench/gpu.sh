@@ -66,7 +66,8 @@ else
   say "NOT CHECKED: training on Omniglot, whose folder OMNIGLOT=DIR would name"
 fi
 part 120 bench-omniglot "$bench --cases omni51 --rounds 3 --budget 0.5 \
-  --against door3,door3-in-graph,door2,door1,eager,vmap-norm --output '$out/cuda-omniglot.jsonl'"
+  --against door3,door3-tf32x3,door3-in-graph,door2,door1,eager,vmap-norm \
+  --output '$out/cuda-omniglot.jsonl'"
 part 120 bench-small "$bench --cases sine,sine5 --rounds 4 --budget 0.3 \
   --against door3,door3-in-graph,door2,door1,eager,vmap-norm --output '$out/cuda-small.jsonl'"
 part 40 launches "python3 -m bench launches --device cuda --cases omni51,mini51 \
@@ -75,7 +76,7 @@ part 120 tests-doors "$pytest $workers test_graphs.py test_sampler_in_graph.py t
 part 60 bench-tf32 "$bench --cases omni51 --tf32 --rounds 3 --budget 0.5 \
   --against door3,vmap-norm --output '$out/cuda-omniglot-tf32.jsonl'"
 part 60 bench-mini "$bench --cases mini51 --rounds 2 --budget 0.5 \
-  --against door3,eager --output '$out/cuda-mini.jsonl'"
+  --against door3,door3-tf32x3,eager --output '$out/cuda-mini.jsonl'"
 part 120 tests-rules "$pytest $workers test_triton_rules.py"
 if command -v compute-sanitizer >/dev/null; then
   # Tensors in allocations of their own, beyond whose ends something is noticed; no graphs, which

@@ -63,6 +63,7 @@ def fused(maml: fastmaml.MAML, batch: fastmaml.TaskBatch, steps: int) -> Tensor:
     [
         (torch.float64, "ieee", 1e-9),
         (torch.float32, "ieee", 1e-4),
+        (torch.float32, "tf32x3", 2e-4),
         (torch.float32, "tf32", 2e-2),
         (torch.float32, "bf16", 2e-1),
     ],

@@ -77,7 +77,7 @@ def test_against_the_rule(case: Case, tasks: int, examples: int) -> None:
     check(case, tasks, examples, RULES, 2e-5)
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("tf32", 5e-3), ("bf16", 4e-2)])
+@pytest.mark.parametrize(("name", "tolerance"), [("tf32x3", 2e-5), ("tf32", 5e-3), ("bf16", 4e-2)])
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 @torch.no_grad()
 def test_lower_precision(kind: str, name: str, tolerance: float) -> None:
@@ -200,5 +200,7 @@ def test_precisions() -> None:
             assert convolution_precision() == "ieee"
         with precision(name):
             assert (convolution_precision(), linear_precision()) == (name, name)
-    with pytest.raises(ValueError, match=r"precision must be one of ieee, tf32, bf16, got 'fp8'"):
+    with pytest.raises(
+        ValueError, match=r"precision must be one of ieee, tf32x3, tf32, bf16, got 'fp8'"
+    ):
         precision("fp8").__enter__()

@@ -1,4 +1,4 @@
-"""The arithmetic of products on a GPU: IEEE float32, TF32, or bfloat16 with float32 sums."""
+"""The arithmetic of products on a GPU: IEEE float32, TF32 three times or once, or bfloat16."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-PRECISIONS = ("ieee", "tf32", "bf16")
+PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 
 _chosen: str | None = None  # of the process: autograd runs backward passes in its own threads
 
@@ -23,8 +23,10 @@ def precision(name: str) -> Iterator[None]:
     forward pass that they belong to. The setting is the process's, as PyTorch's are.
 
     Args:
-        name: ``"ieee"``: float32 as it is; ``"tf32"``: factors rounded to 10 bits of mantissa;
-            ``"bf16"``: to 7 bits. Sums are float32 in every case.
+        name: ``"ieee"``: float32 as it is; ``"tf32x3"``: on the tensor cores, each factor as a sum
+            of two TF32 numbers, and of their four products the three that count: 21 bits of
+            mantissa of float32's 23; ``"tf32"``: factors rounded to 10 bits; ``"bf16"``: to 7 bits.
+            Sums are float32 in every case.
 
     Raises:
         ValueError: ``name`` is none of these.

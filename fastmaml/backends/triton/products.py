@@ -76,7 +76,7 @@ def choose_blocks(
     ``inner`` is cut into enough parts, which a second pass adds up.
     """
     block_columns = _fitting(columns, 64)
-    block_rows = _fitting(rows, 64 if precision == "ieee" else 128)
+    block_rows = _fitting(rows, 64 if precision in ("ieee", "tf32x3") else 128)
     block_inner = _fitting(inner, 32)
 
     def tiles() -> int:
