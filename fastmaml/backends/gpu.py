@@ -19,7 +19,7 @@ from fastmaml.backends.base import MetaStep, MetaStepResult
 from fastmaml.backends.graphs import MetaStepGraphs
 from fastmaml.backends.kernel_order import KernelOrder
 from fastmaml.backends.mlp import MlpKernel
-from fastmaml.backends.precision import convolution_precision, linear_precision
+from fastmaml.backends.precision import Precisions
 from fastmaml.backends.reference import ReferenceExecutor
 from fastmaml.backends.triton import LOSSES, rules
 from fastmaml.program.ir import Graph, Op, Slot, freeze
@@ -44,13 +44,18 @@ class KernelExecutor(ReferenceExecutor):
         self._without_input_gradient = _mark_first_ops(graph)
         self._most_examples = _MOST_ELEMENTS // max(prod(shape) for shape in graph.values)
 
-    def rules(self) -> Mapping[str, Rule]:
-        if self._kernels:
-            return rules(convolution_precision(), linear_precision())
-        return super().rules()
+    def rules(self, at: Precisions) -> Mapping[str, Rule]:
+        return rules(*at) if self._kernels else super().rules(at)
 
     def forward(
-        self, theta: Tensor, phi: Tensor, buffers: Sequence[Tensor], x: Tensor, *, keep: bool = True
+        self,
+        theta: Tensor,
+        phi: Tensor,
+        buffers: Sequence[Tensor],
+        x: Tensor,
+        *,
+        keep: bool = True,
+        at: Precisions | None = None,
     ) -> tuple[Tensor, Tensor | None, Any]:
         if self._kernels and x.shape[1] > self._most_examples:
             raise ValueError(
@@ -59,7 +64,7 @@ class KernelExecutor(ReferenceExecutor):
                 "split them into mini-batches"
             )
         with torch.cuda.device_of(x):  # where Triton launches; autograd sees to the other passes
-            return super().forward(theta, phi, buffers, x, keep=keep)
+            return super().forward(theta, phi, buffers, x, keep=keep, at=at)
 
     def _ops(self, want_x: bool) -> Sequence[Op]:
         return self.graph.ops if want_x else self._without_input_gradient

@@ -10,6 +10,8 @@ import torch
 
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 
+Precisions = tuple[str, str]  # of convolutions, of linear layers
+
 _chosen: str | None = None  # of the process: autograd runs backward passes in its own threads
 
 
@@ -39,6 +41,11 @@ def precision(name: str) -> Iterator[None]:
         yield
     finally:
         _chosen = before
+
+
+def precisions() -> Precisions:
+    """What convolutions and linear layers use now."""
+    return convolution_precision(), linear_precision()
 
 
 def convolution_precision() -> str:

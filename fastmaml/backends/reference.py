@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastmaml import checks
 from fastmaml.backends.base import MetaStep, MetaStepResult
+from fastmaml.backends.precision import Precisions, precisions
 from fastmaml.program.ir import Graph, Op, Slot
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.meta import meta_step
@@ -52,14 +53,22 @@ class ReferenceExecutor:
         self._layout = layout
         self._slots = [layout.slots[layout.aliases[name]] for name in graph.parameters]
 
-    def rules(self) -> Mapping[str, Rule]:
+    def rules(self, at: Precisions) -> Mapping[str, Rule]:
         """Those of a forward pass, and of all that follows from it."""
         return RULES
 
     def forward(
-        self, theta: Tensor, phi: Tensor, buffers: Sequence[Tensor], x: Tensor, *, keep: bool = True
+        self,
+        theta: Tensor,
+        phi: Tensor,
+        buffers: Sequence[Tensor],
+        x: Tensor,
+        *,
+        keep: bool = True,
+        at: Precisions | None = None,
     ) -> tuple[Tensor, Tensor | None, Any]:
-        state = State(phi, theta, {0: x}, [], [], self.rules())
+        """``at``: not as precise as is set now, but so."""
+        state = State(phi, theta, {0: x}, [], [], self.rules(at or precisions()))
         statistics: list[Tensor] = []
         for op in self.graph.ops:
             params = [self._param(p, theta, phi) for p in op.params]
