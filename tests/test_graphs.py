@@ -6,7 +6,8 @@ On a GPU the same meta-steps are captured in earnest.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 import fastmaml
 from fastmaml.backends.base import MetaStep, MetaStepResult
-from fastmaml.backends.graphs import Captured, MetaStepGraphs
+from fastmaml.backends.graphs import Captured, Graphs
 from fastmaml.backends.precision import precision
 from fastmaml.backends.reference import ReferenceExecutor
 from fastmaml.program.capture import capture
@@ -33,33 +34,36 @@ class Pretended:
     on: int = 0
     captures: int = 0
     replays: int = 0
-    fail: list[str] = field(default_factory=list)
+    fail: list[str | None] = field(default_factory=list)  # reasons, the next one last
 
-    def why_not(self) -> str | None:
+    def why_not(self, device: torch.device) -> str | None:
         return self.busy
 
     def stream(self) -> int:
         return self.on
 
-    def __call__(self, run: Callable[[], MetaStepResult]) -> Captured:
-        if self.fail:
-            raise RuntimeError(self.fail.pop())
+    def __call__(self, run: Callable[[], Any]) -> Captured:
+        reason = self.fail.pop() if self.fail else None
+        if reason is not None:
+            raise RuntimeError(reason)
         self.captures += 1
         static = run()
 
         def replay() -> None:
             self.replays += 1
-            again = run()
-            for f in fields(again):
-                if isinstance(getattr(again, f.name), Tensor):
-                    getattr(static, f.name).copy_(getattr(again, f.name))
-            for target, source in zip(
-                static.coefficient_grads, again.coefficient_grads, strict=True
-            ):
-                if target is not None:
-                    target.copy_(source)
+            for target, source in zip(tensors(static), tensors(run()), strict=True):
+                target.copy_(source)
 
         return Captured(replay, static, self.nbytes)
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """All that a result holds, in order."""
+    if isinstance(result, Tensor):
+        return [result]
+    parts = result if isinstance(result, list | tuple) else []
+    parts = [getattr(result, f.name) for f in fields(result)] if is_dataclass(result) else parts
+    return [t for part in parts for t in tensors(part)]
 
 
 MODULE = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2)).double()
@@ -95,7 +99,7 @@ def alike(found: MetaStepResult, expected: MetaStepResult, gradient: bool = True
 
 def test_the_second_call_of_a_form_is_captured_and_later_ones_replayed():
     pretended = Pretended()
-    graphs = MetaStepGraphs(pretended)
+    graphs = Graphs(pretended)
     expected_counts = [(0, 0), (1, 1), (1, 2), (1, 3)]
     results = []
     for counts in expected_counts:
@@ -123,7 +127,7 @@ def test_the_second_call_of_a_form_is_captured_and_later_ones_replayed():
 )
 def test_another_form_gets_another_graph(changes):
     pretended = Pretended()
-    graphs = MetaStepGraphs(pretended)
+    graphs = Graphs(pretended)
     for _ in range(3):
         graphs(call(), EXECUTOR.meta_step)
     for i in range(3):
@@ -138,10 +142,26 @@ def test_another_form_gets_another_graph(changes):
     assert len(graphs) == 2
 
 
+def test_calls_of_another_kind_get_another_graph():
+    @dataclass
+    class Doubled:
+        x: Tensor
+
+    @dataclass
+    class Halved:
+        x: Tensor
+
+    graphs, x = Graphs(Pretended()), torch.ones(3)
+    for _ in range(3):
+        assert graphs(Doubled(x), lambda call: [2 * call.x])[0][0] == 2
+        assert graphs(Halved(x), lambda call: [call.x / 2])[0][0] == 0.5
+    assert len(graphs) == 2
+
+
 @pytest.mark.parametrize("rates", [True, False])
 def test_a_changed_rate_is_picked_up(rates):
     pretended = Pretended()
-    graphs = MetaStepGraphs(pretended)
+    graphs = Graphs(pretended)
     without = {} if rates else {"rates": None, "rates_gradient": False}
     for rate in (0.1, 0.1, 0.03, 0.7):
         one = call(rate=rate, **without)
@@ -153,7 +173,7 @@ def test_a_changed_rate_is_picked_up(rates):
 
 def test_precision_and_stream_are_part_of_the_form():
     pretended = Pretended()
-    graphs = MetaStepGraphs(pretended)
+    graphs = Graphs(pretended)
     for on, name in ((0, "ieee"), (0, "tf32"), (1, "ieee")):
         pretended.on = on
         with precision(name):
@@ -164,7 +184,7 @@ def test_precision_and_stream_are_part_of_the_form():
 
 def test_graphs_of_inference_mode_serve_there_alone():
     pretended = Pretended()
-    graphs, one = MetaStepGraphs(pretended), call(gradient=False)
+    graphs, one = Graphs(pretended), call(gradient=False)
     for inference in (True, False, True):
         with torch.inference_mode(inference):
             for _ in range(3):
@@ -174,7 +194,7 @@ def test_graphs_of_inference_mode_serve_there_alone():
 
 
 def test_inner_optimizers():
-    graphs = MetaStepGraphs(Pretended())
+    graphs = Graphs(Pretended())
     for _ in range(3):
         tables = [torch.rand(1, 1).double() for _ in range(9)]
         update = FusedUpdate(UpdateRule(momentum=True), tables)
@@ -188,7 +208,7 @@ def test_inner_optimizers():
 
 
 def test_graphs_called_longest_ago_go_first():
-    graphs = MetaStepGraphs(Pretended(nbytes=10_000), memory_budget=30_000)
+    graphs = Graphs(Pretended(nbytes=10_000), memory_budget=30_000)
     for examples in (2, 3):
         for _ in range(2):
             graphs(call(examples), EXECUTOR.meta_step)
@@ -207,7 +227,7 @@ def test_graphs_called_longest_ago_go_first():
 
 
 def test_the_latest_graph_stays_whatever_its_size():
-    graphs = MetaStepGraphs(Pretended(nbytes=10**9), memory_budget=1)
+    graphs = Graphs(Pretended(nbytes=10**9), memory_budget=1)
     for _ in range(3):
         graphs(call(), EXECUTOR.meta_step)
     assert len(graphs) == 1
@@ -215,7 +235,7 @@ def test_the_latest_graph_stays_whatever_its_size():
 
 def test_what_cannot_be_captured_runs_as_it_is():
     pretended = Pretended(fail=["operation not permitted when stream is capturing\nmore"])
-    graphs = MetaStepGraphs(pretended)
+    graphs = Graphs(pretended)
     graphs(call(), EXECUTOR.meta_step)
     one = call()
     with pytest.warns(UserWarning, match="operation not permitted when stream is capturing"):
@@ -228,7 +248,7 @@ def test_what_cannot_be_captured_runs_as_it_is():
 
 def test_inside_another_graph_nothing_is_captured():
     pretended = Pretended(busy="it is part of another graph")
-    graphs = MetaStepGraphs(pretended)
+    graphs = Graphs(pretended)
     for _ in range(3):
         graphs(call(), EXECUTOR.meta_step)
     assert len(graphs) == 0
@@ -236,7 +256,7 @@ def test_inside_another_graph_nothing_is_captured():
 
 def test_switched_off(monkeypatch):
     monkeypatch.setenv("FASTMAML_GRAPHS", "0")
-    graphs = MetaStepGraphs(Pretended())
+    graphs = Graphs(Pretended())
     for _ in range(3):
         graphs(call(), EXECUTOR.meta_step)
     assert len(graphs) == 0
@@ -247,7 +267,7 @@ def test_an_error_in_the_step_itself_is_raised():
     def broken(call: MetaStep) -> MetaStepResult:
         raise ValueError("no such step")
 
-    graphs = MetaStepGraphs(Pretended())
+    graphs = Graphs(Pretended())
     for _ in range(3):
         with pytest.raises(ValueError, match="no such step"):
             graphs(call(), broken)

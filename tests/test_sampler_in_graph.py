@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fastmaml
 from fastmaml.backends.base import MetaStep, MetaStepResult
-from fastmaml.backends.graphs import Captured, MetaStepGraphs
+from fastmaml.backends.graphs import Captured, Graphs
 from fastmaml.backends.reference import ReferenceExecutor
 from fastmaml.data import EpisodeSampler
 from fastmaml.data.device_drawing import DeviceDrawing
@@ -64,7 +64,7 @@ def test_each_replay_takes_the_next_batch(dtype: torch.dtype) -> None:
     images = IMAGES.to(dtype)
     expected, drawing = sampler(images), by_kernel(sampler(images))
     pretended = Pretended()
-    graphs = MetaStepGraphs(pretended)
+    graphs = Graphs(pretended)
     for i in range(5):
         one = call(*drawing.in_place())
         found, want = graphs(one, EXECUTOR.meta_step), EXECUTOR.meta_step(call(next(expected)))
@@ -85,7 +85,7 @@ def test_images_in_two_bytes_are_drawn_in_place(scale: float) -> None:
 
 
 def test_it_goes_where_the_sampler_is_told_to_go() -> None:
-    drawing, graphs = by_kernel(sampler()), MetaStepGraphs(Pretended())
+    drawing, graphs = by_kernel(sampler()), Graphs(Pretended())
     losses = [graphs(call(*drawing.in_place()), EXECUTOR.meta_step).losses for _ in range(4)]
     drawing.load_state_dict({"seed": 7, "batch": 1})
     again = [graphs(call(*drawing.in_place()), EXECUTOR.meta_step).losses for _ in range(3)]
@@ -99,7 +99,7 @@ def test_it_goes_where_the_sampler_is_told_to_go() -> None:
 
 def test_changed_images_and_parameters_are_picked_up() -> None:
     images = IMAGES.clone()
-    drawing, graphs = by_kernel(sampler(images)), MetaStepGraphs(Pretended())
+    drawing, graphs = by_kernel(sampler(images)), Graphs(Pretended())
     for i in range(4):
         images += 1
         theta = torch.randn(LAYOUT.theta_size)
@@ -110,7 +110,7 @@ def test_changed_images_and_parameters_are_picked_up() -> None:
 
 def test_each_sampler_has_a_graph_for_as_long_as_it_lives() -> None:
     pretended = Pretended()
-    graphs = MetaStepGraphs(pretended)
+    graphs = Graphs(pretended)
     samplers = [by_kernel(sampler(seed=s, queries=q)) for s, q in ((1, 2), (2, 2), (3, 3))]
     for drawing in samplers:
         for i in range(3):
@@ -132,7 +132,7 @@ class CapturedOnce(Pretended):
 
 
 def test_graphs_of_samplers_that_are_gone_go() -> None:
-    graphs, drawing = MetaStepGraphs(CapturedOnce()), by_kernel(sampler())
+    graphs, drawing = Graphs(CapturedOnce()), by_kernel(sampler())
     plain = call(next(sampler(queries=4)))
     for one in (call(*drawing.in_place()), plain):
         for _ in range(2):
@@ -148,7 +148,7 @@ def test_graphs_of_samplers_that_are_gone_go() -> None:
 
 def test_a_failed_capture_draws_nothing() -> None:
     pretended = Pretended(fail=["operation not permitted when stream is capturing"])
-    expected, drawing, graphs = sampler(), by_kernel(sampler()), MetaStepGraphs(pretended)
+    expected, drawing, graphs = sampler(), by_kernel(sampler()), Graphs(pretended)
     graphs(call(*drawing.in_place()), EXECUTOR.meta_step)
     with pytest.warns(UserWarning, match="could not be captured"):
         found = graphs(call(*drawing.in_place()), EXECUTOR.meta_step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -33,6 +33,8 @@ class MetaStep:
     ``update``: takes the inner steps instead of ``rate`` and ``rates``; ``coefficients_gradient``:
     of which of its coefficients. ``episodes``: draws the batch's tensors before they are read.
     """
+
+    what: ClassVar[str] = "a meta-step"
 
     theta: Tensor
     phi: Tensor

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastmaml.backends.base import MetaStep, MetaStepResult
-from fastmaml.backends.graphs import MetaStepGraphs
+from fastmaml.backends.graphs import Graphs
 from fastmaml.backends.kernel_order import KernelOrder
 from fastmaml.backends.mlp import MlpKernel
 from fastmaml.backends.precision import Precisions
@@ -101,7 +101,7 @@ class GpuExecutor(KernelExecutor):
         order = KernelOrder(graph, layout)
         ordered = self._kernels and order.differs
         self._ordered = MetaStepExecutor(graph, layout, order) if ordered else None
-        self.graphs = MetaStepGraphs()
+        self.graphs = Graphs()
 
     def meta_step(self, call: MetaStep) -> MetaStepResult:
         run = super().meta_step if self._ordered is None else self._ordered.meta_step

@@ -1,10 +1,11 @@
-"""Whole meta-steps as CUDA graphs: captured once for each form of call, then replayed.
+"""Calls as CUDA graphs: captured once for each form of call, then replayed.
 
-A form is everything but the numbers in a call's tensors. The graph of a form reads inputs from, and
-writes results to, memory of its own: a call copies its tensors in, replays, and copies the results
-out, so that parameters, rates and data may change from call to call and results outlive the next.
-Where a sampler on the device draws the data, that is a part of the graph: nothing is copied, and
-each replay takes the sampler's next batch.
+A call is a dataclass of tensors, lists of them, numbers and choices, and so is its result. A form
+is everything but the numbers, those in tensors and floats. The graph of a form reads inputs from,
+and writes results to, memory of its own: a call copies its tensors in, replays, and copies the
+results out, so that parameters, rates and data may change from call to call and results outlive the
+next. Where a sampler on the device draws the data, that is a part of the graph: nothing is copied,
+and each replay takes the sampler's next batch.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastmaml.backends.base import MetaStep, MetaStepResult
-from fastmaml.backends.precision import convolution_precision, linear_precision
+from fastmaml.backends.base import MetaStep
+from fastmaml.backends.precision import precisions
 from fastmaml.errors import first_line
 from fastmaml.program.updates import FusedUpdate
 
@@ -32,8 +34,10 @@ DEFAULT_MEMORY_BUDGET = 4 << 30  # bytes that all graphs of a program may hold
 _REMEMBERED_FORMS = 64  # called once, not captured yet
 _BATCH = ("support_x", "support_y", "query_x", "query_y")
 
-Run = Callable[[MetaStep], MetaStepResult]
+_Call = TypeVar("_Call")
+_Result = TypeVar("_Result")
 _Note = TypeVar("_Note")
+_Leaf = Tensor | float
 
 
 @dataclass
@@ -41,20 +45,20 @@ class Captured:
     """A graph: ``replay()`` computes ``result`` anew. ``nbytes`` of memory are its own."""
 
     replay: Callable[[], None]
-    result: MetaStepResult
+    result: Any
     nbytes: int
 
 
 class Capture(Protocol):
     """How calls become graphs."""
 
-    def why_not(self) -> str | None:
-        """A reason why nothing can be captured now, or None."""
+    def why_not(self, device: torch.device) -> str | None:
+        """A reason why nothing on ``device`` can be captured now, or None."""
 
     def stream(self) -> Hashable:
         """What the caller's work is queued on; graphs of two streams share no memory."""
 
-    def __call__(self, run: Callable[[], MetaStepResult]) -> Captured:
+    def __call__(self, run: Callable[[], Any]) -> Captured:
         """Capture ``run``.
 
         Raises:
@@ -70,14 +74,16 @@ class CudaCapture:
     def __init__(self) -> None:
         self._sides: dict[Hashable, tuple[torch.cuda.Stream, Any]] = {}
 
-    def why_not(self) -> str | None:
+    def why_not(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return "it is not on a CUDA device"
         return "it is part of another graph" if torch.cuda.is_current_stream_capturing() else None
 
     def stream(self) -> Hashable:
         stream = torch.cuda.current_stream()
         return stream.device_index, stream.cuda_stream
 
-    def __call__(self, run: Callable[[], MetaStepResult]) -> Captured:
+    def __call__(self, run: Callable[[], Any]) -> Captured:
         caller, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
         side, pool = self._side()
         side.wait_stream(caller)
@@ -103,33 +109,44 @@ class CudaCapture:
 class _Graph:
     """A captured form with the memory it reads."""
 
-    def __init__(self, capture: Capture, call: MetaStep, run: Run) -> None:
-        self.episodes = None if call.episodes is None else weakref.ref(call.episodes)
-        given = _tensors(call)
-        self._inputs = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in given]
-        _copy(self._inputs, given)
-        self._rate = call.theta.new_empty(()).fill_(call.rate)
-        static = replace(_with_tensors(call, self._inputs), rate=self._rate)
+    def __init__(
+        self, capture: Capture, call: Any, leaves: Sequence[_Leaf], run: Callable[[Any], Any]
+    ) -> None:
+        self.is_operation = not isinstance(call, MetaStep)
+        episodes = _episodes(call)
+        self.episodes = None if episodes is None else weakref.ref(episodes)
+        first = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        self._inputs = [_memory(leaf, first) for leaf in leaves]
+        self._take(leaves)
+        static = _put_together(call, map(_shaped, self._inputs, leaves))
         with _nothing_drawn(call):
-            self._captured = capture(lambda: _wanted(call, run(static)))
+            self._captured = capture(lambda: run(static))
+        self._results: list[Any] = []
+        _take_apart(self._captured.result, self._results)
         self.nbytes = self._captured.nbytes + sum(t.nbytes for t in self._inputs)
+
+    def _take(self, leaves: Sequence[_Leaf]) -> None:
+        pairs = list(zip(self._inputs, leaves, strict=True))
+        given = [(memory, leaf) for memory, leaf in pairs if isinstance(leaf, Tensor)]
+        copy_all([memory for memory, _ in given], [_compact(leaf) for _, leaf in given])
+        for memory, leaf in pairs:
+            if not isinstance(leaf, Tensor):
+                memory.fill_(leaf)
 
     @property
     def useless(self) -> bool:
         """Whether the sampler that it draws from is gone."""
         return self.episodes is not None and self.episodes() is None
 
-    def __call__(self, call: MetaStep) -> MetaStepResult:
-        _copy(self._inputs, _tensors(call))
-        self._rate.fill_(call.rate)
+    def __call__(self, leaves: Sequence[_Leaf]) -> Any:
+        self._take(leaves)
         self._captured.replay()
-        own = _result_tensors(self._captured.result)
-        out = [torch.empty_like(t) for t in own]
-        _copy(out, own)
-        return _with_result_tensors(self._captured.result, out)
+        out = [torch.empty_like(t) for t in self._results]
+        copy_all(out, self._results)
+        return _put_together(self._captured.result, iter(out))
 
 
-class MetaStepGraphs:
+class Graphs:
     """The graphs of one program.
 
     A form is captured when it is called for the second time. Where together they hold more than
@@ -147,31 +164,48 @@ class MetaStepGraphs:
         self._refused: OrderedDict[Hashable, str] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __call__(self, call: MetaStep, run: Run) -> MetaStepResult:
-        """``run(call)``, by a graph where there is one."""
-        if _switched_off() or self._capture.why_not():
-            return run(call)
-        form = (self._capture.stream(), *_form(call))
+    def __call__(self, call: _Call, run: Callable[[_Call], _Result]) -> _Result:
+        """``run(call)``, by a graph where there is one.
+
+        ``call``: a dataclass, the first of whose tensors lies where it runs; ``call.what``: what
+        it is called in warnings.
+        """
+        found = self.replayed(call, run)
+        return run(call) if found is None else found
+
+    def replayed(self, call: _Call, run: Callable[[_Call], _Result]) -> _Result | None:
+        """``run(call)`` by a graph; None where there is none of this form, yet or at all."""
+        if _switched_off():
+            return None
+        leaves: list[_Leaf] = []
+        form = _form(call, leaves)
+        device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
+        if self._capture.why_not(device):
+            return None
+        form = (self._capture.stream(), form)
         with self._lock:  # between one call's inputs and its results no other call may come
             graph = self._graphs.get(form)
             if graph is None and form in self._seen:
-                graph = self._add(form, call, run)
+                graph = self._add(form, call, leaves, run)
             if graph is not None:
                 self._graphs.move_to_end(form)
-                return graph(call)
-        if form not in self._refused:
-            _remember(self._seen, form, None)
-        return run(call)
+                result: _Result = graph(leaves)
+                return result
+            if form not in self._refused:
+                _remember(self._seen, form, None)
+        return None
 
-    def _add(self, form: Hashable, call: MetaStep, run: Run) -> _Graph | None:
+    def _add(
+        self, form: Hashable, call: Any, leaves: Sequence[_Leaf], run: Callable[[Any], Any]
+    ) -> _Graph | None:
         del self._seen[form]
         try:
-            graph = _Graph(self._capture, call, run)
+            graph = _Graph(self._capture, call, leaves, run)
         except RuntimeError as error:
             reason = first_line(error)
             _remember(self._refused, form, reason)
             warnings.warn(
-                f"a meta-step could not be captured in a CUDA graph ({reason}); it runs kernel by "
+                f"{call.what} could not be captured in a CUDA graph ({reason}); it runs kernel by "
                 f"kernel, slower. {ENVIRONMENT_VARIABLE}=0 switches graphs off",
                 stacklevel=2,
             )
@@ -195,8 +229,10 @@ class MetaStepGraphs:
         """What is captured, and why the rest is not."""
         if _switched_off():
             return f"off, {ENVIRONMENT_VARIABLE}=0"
+        single = sum(graph.is_operation for graph in self._graphs.values())
         drawing = sum(graph.episodes is not None for graph in self._graphs.values())
         parts = [f"{len(self._graphs)} captured, {self.nbytes / 2**20:.1f} MiB"]
+        parts += [f"{single} of them single operations"] if single else []
         parts += [f"{drawing} of them with the sampler"] if drawing else []
         parts += [f"a form is not: {reason}" for reason in self._refused.values()]
         return "; ".join(parts)
@@ -212,87 +248,112 @@ def _remember(forms: OrderedDict[Hashable, _Note], form: Hashable, note: _Note) 
         forms.popitem(last=False)
 
 
-@contextmanager
-def _nothing_drawn(call: MetaStep) -> Iterator[None]:
-    """What is drawn meanwhile, to try the call out, will be drawn again."""
-    if call.episodes is None:
-        yield
-        return
-    before = call.episodes.place.clone()
-    try:
-        yield
-    finally:
-        call.episodes.place.copy_(before)
-
-
-def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    for dtype in dict.fromkeys(t.dtype for t in targets):  # one kernel for each
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors, by one kernel for each dtype."""
+    for dtype in dict.fromkeys(t.dtype for t in targets):
         pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if t.dtype == dtype]
         torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
 
 
-def _wanted(call: MetaStep, result: MetaStepResult) -> MetaStepResult:
-    """Without what no caller of such a call looks at."""
-    return replace(result, adapted=None, predictions=None) if call.gradient else result
+# --- what meta-steps have of their own ------------------------------------------------------------
 
 
-# --- calls and results as lists of tensors --------------------------------------------------------
+def _episodes(call: Any) -> Any:
+    return call.episodes if isinstance(call, MetaStep) else None
 
 
-def _given(call: MetaStep) -> list[str]:
-    """The fields that hold tensors that come with the call."""
-    drawn = () if call.episodes is None else _BATCH
-    names = [f.name for f in fields(call) if f.name not in drawn]
-    return [name for name in names if isinstance(getattr(call, name), Tensor)]
+@contextmanager
+def _nothing_drawn(call: Any) -> Iterator[None]:
+    """What is drawn meanwhile, to try the call out, will be drawn again."""
+    episodes = _episodes(call)
+    if episodes is None:
+        yield
+        return
+    before = episodes.place.clone()
+    try:
+        yield
+    finally:
+        episodes.place.copy_(before)
 
 
-def _tensors(call: MetaStep) -> list[Tensor]:
-    own = [getattr(call, name) for name in _given(call)]
-    coefficients = () if call.update is None else call.update.coefficients
-    return [t.detach() for t in (*own, *call.buffers, *coefficients)]
+# --- calls and results as lists of tensors and numbers --------------------------------------------
 
 
-def _with_tensors(call: MetaStep, tensors: Sequence[Tensor]) -> MetaStep:
-    left = iter(tensors)
-    own: dict[str, Any] = {name: next(left) for name in _given(call)}
-    buffers = [next(left) for _ in call.buffers]
-    update = call.update
-    if update is not None:
-        update = FusedUpdate(update.rule, [next(left) for _ in update.coefficients])
-    return replace(call, buffers=buffers, update=update, **own)
+def _form(call: Any, leaves: list[Any]) -> Hashable:
+    """The form of ``call``, whose tensors and numbers are added to ``leaves``."""
+    form = _take_apart(call, leaves)
+    # what is made in inference mode can be written to there alone; operations know how precise
+    # their forward pass was
+    now = precisions() if isinstance(call, MetaStep) else None
+    return form, now, torch.is_inference_mode_enabled()
 
 
-def _form(call: MetaStep) -> tuple[Hashable, ...]:
-    numbers = [
-        None if isinstance(value, Tensor) else value
-        for f in fields(call)
-        if f.name not in ("buffers", "update", "coefficients_gradient", "episodes", "rate")
-        for value in [getattr(call, f.name)]
-    ]
-    present = [isinstance(getattr(call, f.name), Tensor) for f in fields(call)]
-    return (
-        *numbers,
-        *present,
-        tuple(call.coefficients_gradient),
-        None if call.update is None else call.update.rule,
-        # once it is gone, no other is taken for it, wherever that one lies
-        None if call.episodes is None else weakref.ref(call.episodes),
-        *((t.shape, t.dtype, t.device) for t in _tensors(call)),
-        convolution_precision(),
-        linear_precision(),
-        torch.is_inference_mode_enabled(),  # what is made in it can be written to there alone
-    )
+def _take_apart(value: Any, leaves: list[Any]) -> Hashable:
+    """What is left of ``value`` without its tensors and numbers, which are added to ``leaves``."""
+    if isinstance(value, Tensor):
+        leaves.append(value.detach() if value.requires_grad else value)
+        return value.shape, value.dtype, value.device, _is_one_row(value)
+    if value is None or isinstance(value, (int, str)):
+        return value
+    if isinstance(value, float):
+        leaves.append(value)
+        return float
+    if isinstance(value, (list, tuple)):
+        return tuple([_take_apart(item, leaves) for item in value])
+    if isinstance(value, FusedUpdate):
+        return value.rule, _take_apart(value.coefficients, leaves)
+    if is_dataclass(value) and not isinstance(value, type):
+        given, drawn = _names(value)
+        absent = tuple(getattr(value, name) is None for name in drawn)
+        return type(value), absent, *[_take_apart(getattr(value, n), leaves) for n in given]
+    # once a sampler is gone, no other is taken for it, wherever that one lies
+    return weakref.ref(value) if hasattr(value, "refill") else value
 
 
-def _result_tensors(result: MetaStepResult) -> list[Tensor]:
-    own = [getattr(result, f.name) for f in fields(result)]
-    return [t for t in (*own, *result.coefficient_grads) if isinstance(t, Tensor)]
+def _put_together(value: Any, leaves: Iterator[Any]) -> Any:
+    """``value`` with other tensors and numbers."""
+    if isinstance(value, Tensor | float):
+        return next(leaves)
+    if isinstance(value, list | tuple):
+        return [_put_together(item, leaves) for item in value]
+    if isinstance(value, FusedUpdate):
+        return FusedUpdate(value.rule, _put_together(value.coefficients, leaves))
+    if is_dataclass(value) and not isinstance(value, type):
+        own = {n: _put_together(getattr(value, n), leaves) for n in _names(value)[0]}
+        return replace(value, **own)
+    return value
 
 
-def _with_result_tensors(result: MetaStepResult, tensors: Sequence[Tensor]) -> MetaStepResult:
-    left = iter(tensors)
-    own = {
-        f.name: next(left) for f in fields(result) if isinstance(getattr(result, f.name), Tensor)
-    }
-    grads = [None if g is None else next(left) for g in result.coefficient_grads]
-    return replace(result, coefficient_grads=grads, **own)
+def _names(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The fields of a dataclass that come with it, and those that a sampler draws."""
+    kind: Any = type(value)
+    names = _fields(kind)
+    if _episodes(value) is None:
+        return names, ()
+    return tuple(name for name in names if name not in _BATCH), _BATCH
+
+
+@cache
+def _fields(kind: Any) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(kind))
+
+
+def _is_one_row(t: Tensor) -> bool:
+    """Whether ``t`` is one row for all tasks, expanded."""
+    return t.ndim > 0 and t.stride(0) == 0 and len(t) > 1
+
+
+def _memory(leaf: _Leaf, like: Tensor) -> Tensor:
+    """Of a graph's own, for a tensor (of an expanded one, its row) or for a number."""
+    if not isinstance(leaf, Tensor):
+        return like.new_empty(())
+    return torch.empty_like(_compact(leaf), memory_format=torch.contiguous_format)
+
+
+def _compact(t: Tensor) -> Tensor:
+    return t[0] if _is_one_row(t) else t
+
+
+def _shaped(memory: Tensor, leaf: _Leaf) -> Tensor:
+    """What lies in ``memory``, in the shape of what it was made for."""
+    return memory.expand(leaf.shape) if isinstance(leaf, Tensor) else memory
