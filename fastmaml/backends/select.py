@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastmaml.backends.base import Executor
 from fastmaml.backends.cpu import CpuExecutor
 from fastmaml.backends.device import OLDEST_CAPABILITY, is_capable
+from fastmaml.backends.operations import GraphedExecutor
 from fastmaml.backends.reference import ReferenceExecutor
 from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
@@ -79,7 +80,7 @@ def _gpu(graph: Graph, layout: ParameterLayout, x: Tensor, forced: bool) -> Exec
             f"{ENVIRONMENT_VARIABLE}=gpu was asked for, but the input is on {x.device}; move it to "
             "a CUDA device, or set TRITON_INTERPRET=1 to have the kernels interpreted on the CPU"
         )
-    return GpuExecutor(graph, layout, x.dtype)
+    return GraphedExecutor(GpuExecutor(graph, layout, x.dtype), layout)
 
 
 def _too_old(x: Tensor) -> str | None:
