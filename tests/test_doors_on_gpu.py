@@ -126,3 +126,37 @@ def test_a_training_step_in_a_graph_of_the_users(net):
         found = {name: p.grad for name, p in module.named_parameters()}
         assert relative_error(found, expected) < 2e-2  # convolutions may be in TF32
         assert loss.item() == pytest.approx(float(expected_loss), abs=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("door", [drop_in, batched])
+@pytest.mark.parametrize("net", [small_net, conv_net])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_operations_by_graphs(net, door, first_order, monkeypatch):
+    """The same gradients as kernel by kernel, on the default stream and on another."""
+    module = net().cuda()
+    maml = fastmaml.MAML(module, lr=0.05, first_order=first_order)
+    labels = torch.arange(WAYS, device="cuda").repeat(T, 2)
+    pairs = []
+    for stream in [torch.cuda.current_stream()] * 4 + [torch.cuda.Stream()] * 4:
+        x, qx = torch.randn(2, T, 2 * WAYS, 1, 8, 8, device="cuda")
+        batch = fastmaml.TaskBatch(x, labels, qx, labels)
+        torch.cuda.synchronize()
+        found = []
+        for switch in ("1", "0"):
+            monkeypatch.setenv("FASTMAML_GRAPHS", switch)
+            with torch.cuda.stream(stream), fastmaml.precision("ieee"):
+                loss = door(maml, batch, 2)
+                found.append(torch.autograd.grad(loss, list(maml.parameters())))
+        pairs.append(found)
+        torch.cuda.synchronize()
+        with torch.no_grad():
+            for p in module.parameters():
+                p += 0.1 * torch.randn_like(p)
+    for found, expected in pairs:  # each outlives the calls that follow
+        torch.testing.assert_close(found, expected)
+    monkeypatch.delenv("FASTMAML_GRAPHS")
+    graphs = maml.programs.latest.executor.graphs
+    starts = {drop_in: 1, batched: 2}[door]  # one row for all tasks, and one for each
+    assert len(graphs) == 2 * starts * (2 if first_order else 4)
+    assert "a form is not" not in graphs.describe()

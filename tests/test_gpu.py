@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from doors import by_door
 from mlp_problems import Pointwise
 from networks import NETWORKS, classification, gradients, make
+from test_graphs import Pretended
 from torch import Tensor, nn
 
 import fastmaml
@@ -81,6 +83,21 @@ def test_the_other_doors(tasks: int | None) -> None:
             learner.adapt(per_task(F.cross_entropy, learner(batch.support_x), batch.support_y))
         per_task(F.cross_entropy, learner(batch.query_x), batch.query_y).mean().backward()
     assert error(module, expected) < 1e-5
+
+
+def test_operations_by_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU in earnest, but for the capture."""
+    pretended = Pretended()
+    monkeypatch.setattr("fastmaml.backends.graphs.CudaCapture", lambda: pretended)
+    module, batch, expected = problem("mlp_norm")
+    maml = fastmaml.MAML(module, lr=0.3)
+    for _ in range(3):
+        maml.zero_grad()
+        by_door(maml, batch, 2, 2).backward()
+        assert error(module, expected) < 1e-5
+    # the second time passes forward, the third time every operation: two inner steps of four, and
+    # two passes over the query set
+    assert (pretended.captures, pretended.replays) == (10, 3 + 10)
 
 
 def norm_and(function: str) -> nn.Module:
