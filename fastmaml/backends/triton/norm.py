@@ -8,6 +8,7 @@ otherwise two: sums, and what is done with them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from fastmaml.backends.triton.tiles import from_rows, rows
 from fastmaml.program.ir import Op, Shape
 from fastmaml.rules.base import Grads, Rule, Tensors
 from fastmaml.rules.norm import BatchNorm as ReferenceBatchNorm
-from fastmaml.rules.norm import Saved, SavedTangent
+from fastmaml.rules.norm import SavedTangent
 
 _WHOLE_ROWS = (
     64,
@@ -42,11 +43,23 @@ _PART_ROWS = 256  # at least so many rows to a part
 _ENOUGH_PARTS = 512  # of all tasks and columns, to keep any of today's GPUs busy
 
 
-class BatchNorm(ReferenceBatchNorm):
-    """By batch statistics; by given ones, pointwise and seldom trained, as the reference does.
+@dataclass
+class Saved:
+    """The input as rows of channels ``[T, R, C]``, s and the statistics ``[T, C]``."""
 
-    What is saved holds rows of channels.
-    """
+    x: Tensor
+    scale: Tensor
+    batch_mean: Tensor
+    batch_var_unbiased: Tensor
+
+    @property
+    def normalised(self) -> tuple[Tensor, Tensor, Tensor]:
+        """From which the kernels work out h."""
+        return self.x, self.batch_mean, self.scale
+
+
+class BatchNorm(ReferenceBatchNorm):
+    """By batch statistics; by given ones, pointwise and seldom trained, as the reference does."""
 
     def forward(
         self, op: Op, out_shape: Shape, params: Tensors, buffers: Tensors, inputs: Sequence[Tensor]
@@ -58,31 +71,31 @@ class BatchNorm(ReferenceBatchNorm):
         parts = tiles.parts(x, 2)
         if parts is not None:
             moments_kernel[tiles.reduction](x, parts, *tiles.sizes, tiles.part_rows, **tiles.blocks)
-        xhat, y = torch.empty_like(x), torch.empty_like(x)
+        y = torch.empty_like(x)
         normalise_kernel[tiles.grid](
-            x, parts, *_given(x, *params), *statistics, xhat, y,
+            x, parts, *_given(x, *params), *statistics, y,
             *tiles.sizes, tiles.part_rows, op.attrs["eps"], *_constants(op), *_strides(*params),
             **_affine(params), F=_function(op), **tiles.blocks,
         )  # fmt: skip
         mean, unbiased, scale = statistics
-        return from_rows(y, inputs[0].shape), Saved(xhat, scale, mean, unbiased)
+        return from_rows(y, inputs[0].shape), Saved(x, scale, mean, unbiased)
 
     def backward(
         self, op: Op, params: Tensors, inputs: Sequence[Tensor], saved: Any, gy: Tensor
     ) -> Grads:
         if not op.attrs["training"]:
             return super().backward(op, params, inputs, saved, gy)
-        g, h, tiles = rows(gy), saved.xhat, _Tiles(saved.xhat)
+        g, h, tiles = rows(gy), saved.normalised, _Tiles(saved.x)
         gx, of_scale = torch.empty_like(g), _like_scale(saved)
-        parts, function = tiles.parts(h, 2), {**_affine(params), "F": _function(op)}
-        numbers = (*_constants(op), *_strides(*params))
+        parts, function = tiles.parts(g, 2), {**_affine(params), "F": _function(op)}
+        vectors, numbers = _given(g, *params), (*_constants(op), *_strides(*params))
         if parts is not None:
             sums_kernel[tiles.reduction](
-                g, h, *_given(h, *params), parts, *tiles.sizes, tiles.part_rows, *numbers,
+                g, *h, *vectors, parts, *tiles.sizes, tiles.part_rows, *numbers,
                 **function, **tiles.blocks,
             )  # fmt: skip
         backward_kernel[tiles.grid](
-            g, h, parts, *_given(h, *params), saved.scale, gx, *of_scale, *tiles.sizes, *numbers,
+            g, *h, parts, *vectors, gx, *of_scale, *tiles.sizes, *numbers,
             **function, **tiles.blocks,
         )  # fmt: skip
         return _of(params, of_scale), [from_rows(gx, gy.shape)]
@@ -101,16 +114,16 @@ class BatchNorm(ReferenceBatchNorm):
         dx = dinputs[0]
         if dx is None and all(d is None for d in dparams):
             return None, SavedTangent(None, None)
-        h, tiles = saved.xhat, _Tiles(saved.xhat)
-        d, parts, absent = h if dx is None else rows(dx), tiles.parts(h, 2), (None, None)
+        x, h, tiles = saved.x, saved.normalised, _Tiles(saved.x)
+        d, parts, absent = x if dx is None else rows(dx), tiles.parts(x, 2), (None, None)
         if dx is not None and parts is not None:
             sums_kernel[tiles.reduction](
-                d, h, *_given(h, *absent), parts, *tiles.sizes, tiles.part_rows, 0.0, 0.0,
+                d, *h, *_given(x, *absent), parts, *tiles.sizes, tiles.part_rows, 0.0, 0.0,
                 *_strides(*absent), **_affine(absent), F="identity", **tiles.blocks,
             )  # fmt: skip
-        dy, dh, dscale = torch.empty_like(h), torch.empty_like(h), torch.empty_like(saved.scale)
+        dy, dh, dscale = torch.empty_like(x), torch.empty_like(x), torch.empty_like(saved.scale)
         tangent_kernel[tiles.grid](
-            d, h, parts, *_given(h, *params, *dparams), saved.scale, dh, dy, dscale,
+            d, *h, parts, *_given(x, *params, *dparams), dh, dy, dscale,
             *tiles.sizes, *_constants(op), *_strides(*params, *dparams), MOVES=dx is not None,
             **_affine(params), **_affine(dparams, "D"), F=_function(op), **tiles.blocks,
         )  # fmt: skip
@@ -133,9 +146,9 @@ class BatchNorm(ReferenceBatchNorm):
             return super().backward_tangent(
                 op, params, inputs, saved, gy, dparams, dinputs, dsaved, dgy
             )
-        h, g, tiles = saved.xhat, rows(gy), _Tiles(saved.xhat)
-        dgx, of_scale, parts = torch.empty_like(h), _like_scale(saved), tiles.parts(h, 5)
-        values = _given(g, g, None if dgy is None else rows(dgy), h, dsaved.dxhat)
+        g, tiles = rows(gy), _Tiles(saved.x)
+        dgx, of_scale, parts = torch.empty_like(g), _like_scale(saved), tiles.parts(g, 5)
+        values = _given(g, g, None if dgy is None else rows(dgy), *saved.normalised, dsaved.dxhat)
         values += _given(g, *params, *dparams)
         numbers = (*_constants(op), *_strides(*params, *dparams))
         flags: dict[str, Any] = {"G_MOVES": dgy is not None, "MOVES": dsaved.dxhat is not None}
@@ -145,7 +158,7 @@ class BatchNorm(ReferenceBatchNorm):
                 *values, parts, *tiles.sizes, tiles.part_rows, *numbers, **flags, **tiles.blocks
             )
         backward_tangent_kernel[tiles.grid](
-            *values, parts, saved.scale, *_given(g, dsaved.dscale), dgx, *of_scale,
+            *values, parts, *_given(g, dsaved.dscale), dgx, *of_scale,
             *tiles.sizes, *numbers, **flags, **tiles.blocks,
         )  # fmt: skip
         return _of(params, of_scale), [from_rows(dgx, gy.shape)]

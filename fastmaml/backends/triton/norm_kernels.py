@@ -4,7 +4,8 @@ An activation behind the norm, y = f(z) with z = gamma h + beta, comes with it; 
 Sums over a task's rows are taken where they are needed, if a tile holds all of the rows. If not, a
 kernel before takes them over parts of the rows, and every program adds up the parts (few, and
 always in the same way). Variances come from centred values, tile by tile, merged as Chan, Golub and
-LeVeque (1983) do.
+LeVeque (1983) do. Of the values h = s (x - E[x]) nothing is kept but E[x] and s, ``mean`` and
+``scale``.
 """
 
 import triton
@@ -26,6 +27,14 @@ def _rows_at(x, row, column, R, C):
 def _put_rows(x, row, column, R, C, values):
     inside = (row[:, None] < R) & (column[None, :] < C)
     tl.store(x + row[:, None] * C + column[None, :], values, mask=inside)
+
+
+@triton.jit
+def _hat_at(x, mean, scale, row, column, R, C):
+    """H, of a task's rows and its statistics."""
+    centre = tl.load(mean + column, mask=column < C, other=0.0)
+    factor = tl.load(scale + column, mask=column < C, other=0.0)
+    return (_rows_at(x, row, column, R, C) - centre[None, :]) * factor[None, :]
 
 
 @triton.jit
@@ -103,12 +112,12 @@ def _affine(
 
 @triton.jit(do_not_specialize=["R", "part_rows", "PARTS"])
 def normalise_kernel(
-    x, parts, gamma, beta, mean_out, unbiased_out, scale_out, xhat, y,
+    x, parts, gamma, beta, mean_out, unbiased_out, scale_out, y,
     R, C, part_rows, eps, fa, fb, s_gamma_t, s_gamma_c, s_beta_t, s_beta_c,
     GAMMA: tl.constexpr, BETA: tl.constexpr, F: tl.constexpr, PARTS, BR: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
-    """Writes f(gamma xhat + beta); the first row of programs writes the statistics too."""
+    """Writes f(gamma h + beta); the first row of programs writes the statistics too."""
     block, task = block_and_task(tl.cdiv(R, BR))
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     row = block * BR + tl.arange(0, BR)
@@ -127,28 +136,27 @@ def normalise_kernel(
         tl.store(scale_out + place, scale, mask=column < C)
     g = _affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
     b = _affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
-    h = (values - mean[None, :]) * scale[None, :]
-    _put_rows(xhat + task * R * C, row, column, R, C, h)
-    z = h * g[None, :] + b[None, :]
+    z = (values - mean[None, :]) * scale[None, :] * g[None, :] + b[None, :]
     _put_rows(y + task * R * C, row, column, R, C, value_of(z, fa, fb, F))
 
 
 @triton.jit(do_not_specialize=["R", "part_rows", "PARTS"])
 def sums_kernel(
-    a, h, gamma, beta, parts, R, C, part_rows, fa, fb, s_gamma_t, s_gamma_c, s_beta_t, s_beta_c,
+    a, x, mean, scale, gamma, beta, parts, R, C, part_rows, fa, fb,
+    s_gamma_t, s_gamma_c, s_beta_t, s_beta_c,
     GAMMA: tl.constexpr, BETA: tl.constexpr, F: tl.constexpr, PARTS, BR: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
     """Into ``[T, PARTS, 2, C]``: sums of a f'(z) and of a f'(z) h."""
     part, task, column, first, last = _part(R, part_rows, PARTS, BC)
-    base = task * R * C
+    base, own = task * R * C, task * C
     weight = _affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
     shift = _affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
     sum_a = tl.zeros((BR, BC), dtype=tl.float32)
     sum_ah = tl.zeros((BR, BC), dtype=tl.float32)
     for start in range(first, last, BR):
         row = start + tl.arange(0, BR)
-        hat = _rows_at(h + base, row, column, last, C)
+        hat = _hat_at(x + base, mean + own, scale + own, row, column, last, C)
         slope = slope_of(hat * weight[None, :] + shift[None, :], fa, fb, F)
         values = _rows_at(a + base, row, column, last, C) * slope
         sum_a += values
@@ -160,7 +168,7 @@ def sums_kernel(
 
 @triton.jit(do_not_specialize=["R", "PARTS"])
 def backward_kernel(
-    g, h, parts, gamma, beta, scale, gx, ggamma, gbeta, R, C, fa, fb,
+    g, x, mean, scale, parts, gamma, beta, gx, ggamma, gbeta, R, C, fa, fb,
     s_gamma_t, s_gamma_c, s_beta_t, s_beta_c,
     GAMMA: tl.constexpr, BETA: tl.constexpr, F: tl.constexpr, PARTS, BR: tl.constexpr,
     BC: tl.constexpr,
@@ -171,8 +179,8 @@ def backward_kernel(
     row = block * BR + tl.arange(0, BR)
     weight = _affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
     shift = _affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
-    base = task * R * C
-    hat = _rows_at(h + base, row, column, R, C)
+    base, place = task * R * C, task * C
+    hat = _hat_at(x + base, mean + place, scale + place, row, column, R, C)
     slope = slope_of(hat * weight[None, :] + shift[None, :], fa, fb, F)
     values = _rows_at(g + base, row, column, R, C) * slope
     if parts is None:
@@ -182,16 +190,16 @@ def backward_kernel(
         sum_g = _sum_of_parts(own, 0, column, C, 2, PARTS)
         sum_gh = _sum_of_parts(own, 1, column, C, 2, PARTS)
     if block == 0:
-        tl.store(gbeta + task * C + column, sum_g, mask=column < C)
-        tl.store(ggamma + task * C + column, sum_gh, mask=column < C)
-    factor = tl.load(scale + task * C + column, mask=column < C, other=0.0) * weight
+        tl.store(gbeta + place + column, sum_g, mask=column < C)
+        tl.store(ggamma + place + column, sum_gh, mask=column < C)
+    factor = tl.load(scale + place + column, mask=column < C, other=0.0) * weight
     centred = values - (sum_g / R)[None, :] - hat * (sum_gh / R)[None, :]
     _put_rows(gx + base, row, column, R, C, centred * factor[None, :])
 
 
 @triton.jit(do_not_specialize=["R", "PARTS"])
 def tangent_kernel(
-    dx, h, parts, gamma, beta, dgamma, dbeta, scale, dh, dy, dscale, R, C, fa, fb,
+    dx, x, mean, scale, parts, gamma, beta, dgamma, dbeta, dh, dy, dscale, R, C, fa, fb,
     s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t, s_dbeta_c,
     MOVES: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, DGAMMA: tl.constexpr,
     DBETA: tl.constexpr, F: tl.constexpr, PARTS, BR: tl.constexpr, BC: tl.constexpr,
@@ -202,8 +210,8 @@ def tangent_kernel(
     block, task = block_and_task(tl.cdiv(R, BR))
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     row = block * BR + tl.arange(0, BR)
-    base = task * R * C
-    hat = _rows_at(h + base, row, column, R, C)
+    base, place = task * R * C, task * C
+    hat = _hat_at(x + base, mean + place, scale + place, row, column, R, C)
     weight = _affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
     shift = _affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
     moved = hat * _affine(dgamma, column, s_dgamma_t, s_dgamma_c, C, task, DGAMMA, 0.0)[None, :]
@@ -211,15 +219,15 @@ def tangent_kernel(
     if MOVES:
         change = _rows_at(dx + base, row, column, R, C)
         if parts is None:
-            mean, along = tl.sum(change, 0) / R, tl.sum(change * hat, 0) / R
+            level, along = tl.sum(change, 0) / R, tl.sum(change * hat, 0) / R
         else:
             own = parts + task * PARTS * 2 * C
-            mean = _sum_of_parts(own, 0, column, C, 2, PARTS) / R
+            level = _sum_of_parts(own, 0, column, C, 2, PARTS) / R
             along = _sum_of_parts(own, 1, column, C, 2, PARTS) / R
-        s = tl.load(scale + task * C + column, mask=column < C, other=0.0)
+        s = tl.load(scale + place + column, mask=column < C, other=0.0)
         if block == 0:
-            tl.store(dscale + task * C + column, -s * s * along, mask=column < C)
-        change = (change - mean[None, :] - hat * along[None, :]) * s[None, :]
+            tl.store(dscale + place + column, -s * s * along, mask=column < C)
+        change = (change - level[None, :] - hat * along[None, :]) * s[None, :]
         _put_rows(dh + base, row, column, R, C, change)
         moved += change * weight[None, :]
     moved *= slope_of(hat * weight[None, :] + shift[None, :], fa, fb, F)
@@ -254,7 +262,7 @@ def _moving_sums(g, dg, h, dh):
 
 @triton.jit(do_not_specialize=["R", "part_rows", "PARTS"])
 def moving_sums_kernel(
-    g, dg, h, dh, gamma, beta, dgamma, dbeta, parts, R, C, part_rows, fa, fb,
+    g, dg, x, mean, scale, dh, gamma, beta, dgamma, dbeta, parts, R, C, part_rows, fa, fb,
     s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t, s_dbeta_c,
     G_MOVES: tl.constexpr, MOVES: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr,
     DGAMMA: tl.constexpr, DBETA: tl.constexpr, F: tl.constexpr, PARTS, BR: tl.constexpr,
@@ -262,7 +270,7 @@ def moving_sums_kernel(
 ):  # fmt: skip
     """Into ``[T, PARTS, 5, C]``: :func:`_moving_sums`, with g f'(z) for g."""
     part, task, column, first, last = _part(R, part_rows, PARTS, BC)
-    base = task * R * C
+    base, own = task * R * C, task * C
     sum_dg = tl.zeros((BC,), dtype=tl.float32)
     sum_dgh = tl.zeros((BC,), dtype=tl.float32)
     sum_g = tl.zeros((BC,), dtype=tl.float32)
@@ -270,7 +278,7 @@ def moving_sums_kernel(
     sum_gdh = tl.zeros((BC,), dtype=tl.float32)
     for start in range(first, last, BR):
         row = start + tl.arange(0, BR)
-        hat = _rows_at(h + base, row, column, last, C)
+        hat = _hat_at(x + base, mean + own, scale + own, row, column, last, C)
         dhat = tl.zeros((BR, BC), dtype=tl.float32)
         if MOVES:
             dhat = _rows_at(dh + base, row, column, last, C)
@@ -295,7 +303,7 @@ def moving_sums_kernel(
 
 @triton.jit(do_not_specialize=["R", "PARTS"])
 def backward_tangent_kernel(
-    g, dg, h, dh, gamma, beta, dgamma, dbeta, parts, scale, dscale, dgx, dggamma, dgbeta,
+    g, dg, x, mean, scale, dh, gamma, beta, dgamma, dbeta, parts, dscale, dgx, dggamma, dgbeta,
     R, C, fa, fb,
     s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t, s_dbeta_c,
     G_MOVES: tl.constexpr, MOVES: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr,
@@ -307,7 +315,7 @@ def backward_tangent_kernel(
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     row = block * BR + tl.arange(0, BR)
     base, place = task * R * C, task * C + column
-    hat = _rows_at(h + base, row, column, R, C)
+    hat = _hat_at(x + base, mean + task * C, scale + task * C, row, column, R, C)
     dhat = tl.zeros((BR, BC), dtype=tl.float32)
     if MOVES:
         dhat = _rows_at(dh + base, row, column, R, C)
