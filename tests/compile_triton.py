@@ -9,7 +9,10 @@ stays as it is in memory, and the next one is looked at.
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,7 +37,12 @@ from fastmaml.program.ir import Op, freeze
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.rules.activation import FUNCTIONS
 
-TYPES = {torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 OPTIONS = ("num_warps", "num_stages")
 SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes that a block may use
 
@@ -56,12 +64,19 @@ def cnn() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
 
 
 def cnn_without() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
-    """No biases, no parameters of norms, averages for maxima, and a norm over many rows."""
+    """No biases, no parameters of norms; a norm over many rows, every kind of pool."""
     net = nn.Sequential(
-        nn.Conv2d(3, 17, 2, bias=False), nn.BatchNorm2d(17, affine=False), nn.AvgPool2d(2, 2, 1),
-        nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(68, 3, bias=False),
+        nn.Conv2d(3, 17, 2, bias=False), nn.BatchNorm2d(17, affine=False), nn.MaxPool2d(2),
+        nn.AvgPool2d(2, 2, 1), nn.Tanh(), nn.MaxPool2d(3, 2), nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(), nn.Linear(68, 3, bias=False),
     )  # fmt: skip
     return net, torch.randn(3, 4, 3, 19, 19), F.cross_entropy
+
+
+def many() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
+    """More examples than a norm's tile holds."""
+    net = nn.Sequential(nn.Linear(3, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 5))
+    return net, torch.randn(2, 1100, 3), F.cross_entropy
 
 
 def ones() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
@@ -125,13 +140,22 @@ class Launch:
         return repr((self.name, self.signature, self.constants, self.attributes))
 
     def compile(self, target: GPUTarget) -> int:
-        """The size of the binary."""
+        """The bytes of stack of a thread: of registers that did not suffice, or of a function."""
         source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
         compiled = triton.compile(source, target=target, options=self.options)
         shared = compiled.metadata.shared
         if shared > SHARED_MEMORY[target.arch]:
             raise RuntimeError(f"{self.name} needs {shared} bytes of shared memory: {self.key()}")
-        return len(compiled.asm["cubin"])
+        return stack_bytes(compiled.asm["cubin"])
+
+
+def stack_bytes(binary: bytes) -> int:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return max(map(int, re.findall(r"STACK:(\d+)", usage)))
 
 
 def intercept_launches(
@@ -172,7 +196,7 @@ def largest_blocks() -> Iterator[None]:
 
 
 def compile_all(capability: int) -> None:
-    """A line for each variant: the kernel, and its binary's size."""
+    """A line for each variant: the kernel, and its stack."""
     target = GPUTarget("cuda", capability, 32)
     done = intercept_launches(lambda launch: (launch.name, launch.compile(target)))
     for arithmetic in PRECISIONS:
@@ -183,10 +207,11 @@ def compile_all(capability: int) -> None:
     with precision("ieee"):
         meta_step(*mlp())
         meta_step(*cnn_without())
+        meta_step(*many())
         meta_step(*ones())
     functions()
-    for name, size in done.values():
-        sys.stdout.write(f"{name} {size}\n")
+    for name, stack in done.values():
+        sys.stdout.write(f"{name} {stack}\n")
 
 
 def list_new_variants() -> None:

@@ -29,6 +29,8 @@ pytest.importorskip("triton", minversion="3.4", reason="needs Triton 3.4 or late
 
 from triton_interpreter import NEEDS_KERNELS
 
+from fastmaml.backends.triton import norm
+
 pytestmark = NEEDS_KERNELS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,6 +125,54 @@ def test_a_norm_takes_its_activation_along(function: str) -> None:
     norms = [op.attrs.get("function") for op in graph.ops if op.kind == "batch_norm"]
     assert norms == [function, None]
     assert [op.kind for op in graph.ops].count("activation") == 1
+
+
+def norm_and_pool(activation: nn.Module, pool: nn.Module) -> nn.Module:
+    layers = [nn.Conv2d(2, 5, 3, padding=1), nn.BatchNorm2d(5), activation, pool, nn.Flatten()]
+    return nn.Sequential(*layers, nn.LazyLinear(4))
+
+
+@pytest.mark.parametrize("rows", ["in one tile", "in parts"])
+@pytest.mark.parametrize(
+    ("activation", "window", "rounded_up"),
+    [(nn.ReLU(), (2, 2), False), (nn.SiLU(), (2, 3), False), (nn.Identity(), (3, 2), True)],
+)
+def test_a_norm_takes_its_pool_along(
+    activation: nn.Module,
+    window: tuple[int, int],
+    rounded_up: bool,
+    rows: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Places that are in no window, and windows that are not full; all passes, in second order."""
+    if rows == "in parts":
+        monkeypatch.setattr(norm, "_WHOLE_ROWS", ())
+        monkeypatch.setattr(norm, "_PART_ROWS", 50)
+        monkeypatch.setattr(norm, "_BLOCK_ROWS", 32)
+    torch.manual_seed(7)
+    module = norm_and_pool(activation, nn.MaxPool2d(window, ceil_mode=rounded_up))
+    x, labels = torch.randn(2, 2, 4, 2, 7, 8), torch.arange(4).repeat(2, 1)
+    module(x[0, 0])
+    batch = fastmaml.TaskBatch(x[0].double(), labels, x[1].double(), labels)
+    _, expected = sequential_maml(copy.deepcopy(module).double(), batch, 0.1, 2, F.cross_entropy)
+    maml = fastmaml.MAML(module.to(DEVICE), lr=0.1)
+    on_device = (t.to(DEVICE) for t in (x[0], labels, x[1], labels))
+    maml.meta_loss(fastmaml.TaskBatch(*on_device), steps=2).backward()
+    assert error(module, expected) < 1e-4
+    graph = maml.programs.find(maml.layout(), x[0].to(DEVICE)).executor.graph
+    assert [op.kind for op in graph.ops] == ["conv2d", "batch_norm", "view", "linear"]
+
+
+@pytest.mark.parametrize(
+    "pool", [nn.MaxPool2d(3, 2), nn.MaxPool2d(2, padding=1), nn.MaxPool2d(2, dilation=2)]
+)
+def test_a_norm_leaves_other_pools_alone(pool: nn.MaxPool2d) -> None:
+    module = norm_and_pool(nn.ReLU(), pool)
+    x = torch.randn(1, 4, 2, 7, 8)
+    module(x[0])
+    maml = fastmaml.MAML(module.to(DEVICE), lr=0.1)
+    graph = maml.programs.find(maml.layout(), x.to(DEVICE)).executor.graph
+    assert [op.kind for op in graph.ops][1:3] == ["batch_norm", "max_pool2d"]
 
 
 @pytest.mark.parametrize("between", ["evaluation", "read twice", "output"])

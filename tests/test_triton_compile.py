@@ -15,6 +15,7 @@ KERNELS = {
     "weight_grad_kernel",
     "moments_kernel",
     "normalise_kernel",
+    "normalise_and_pool_kernel",
     "sums_kernel",
     "moving_sums_kernel",
     "backward_kernel",
@@ -29,6 +30,8 @@ KERNELS = {
     "cross_entropy_kernel",
 }
 
+A_FEW_REGISTERS = 128  # bytes; some compilers need them where others do not
+
 
 def script(*arguments: str) -> list[str]:
     command = [sys.executable, str(Path(__file__).parent / "compile_triton.py"), *arguments]
@@ -40,9 +43,9 @@ def script(*arguments: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_every_kernel_compiles(capability: str) -> None:
-    sizes = [line.split() for line in script(capability)]
-    assert {name for name, _ in sizes} == KERNELS
-    assert all(int(size) > 0 for _, size in sizes)
+    stacks = [line.split() for line in script(capability)]
+    assert {name for name, _ in stacks} == KERNELS
+    assert [line for line in stacks if int(line[1]) > A_FEW_REGISTERS] == []
 
 
 def test_other_numbers_of_tasks_and_examples_need_no_other_kernels() -> None:

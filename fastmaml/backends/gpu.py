@@ -30,6 +30,8 @@ from fastmaml.rules import Rule
 # Of a task in one value: kernels count them in 32 bits, and a block may begin before the last.
 _MOST_ELEMENTS = 2**31 - 2**16
 
+_MOST_PLACES = 127  # of a window, which 8 bits can number
+
 
 class KernelExecutor(ReferenceExecutor):
     """A program by the Triton kernels where its dtype is float32."""
@@ -38,7 +40,7 @@ class KernelExecutor(ReferenceExecutor):
 
     def __init__(self, graph: Graph, layout: ParameterLayout, dtype: torch.dtype) -> None:
         self._kernels = dtype == torch.float32
-        graph = _with_activations_in_norms(graph) if self._kernels else graph
+        graph = _with_more_in_norms(graph) if self._kernels else graph
         super().__init__(graph, layout)
         self.losses = LOSSES if self._kernels else REFERENCE_LOSSES
         self._without_input_gradient = _mark_first_ops(graph)
@@ -118,30 +120,43 @@ class GpuExecutor(KernelExecutor):
         return f"{small}CUDA graphs: {self.graphs.describe()}"
 
 
-def _with_activations_in_norms(graph: Graph) -> Graph:
-    """Batch norms in training take the activation behind them along, where nobody else reads what
-    is between the two.
+def _with_more_in_norms(graph: Graph) -> Graph:
+    """Batch norms in training take along the activation behind them, and the max pool behind that,
+    where nobody else reads what is between.
     """
     reads = Counter(v for op in graph.ops for v in op.inputs)
     reads[graph.output] += 1
-    alone = {
-        op.output: op
-        for op in graph.ops
-        if op.kind == "batch_norm" and op.attrs["training"] and reads[op.output] == 1
-    }
-    taken = {
-        alone[op.inputs[0]]: op
-        for op in graph.ops
-        if op.kind == "activation" and op.inputs[0] in alone
-    }
-    ops = [
-        op
-        if op not in taken
-        else replace(op, output=taken[op].output, attrs=freeze({**op.attrs, **taken[op].attrs}))
-        for op in graph.ops
-        if op not in taken.values()
-    ]
+    readers = {v: op for op in graph.ops for v in op.inputs if reads[v] == 1}
+    ops: list[Op] = []
+    taken: set[int] = set()
+    for op in graph.ops:
+        if op.kind == "batch_norm" and op.attrs["training"]:
+            ops.append(_grown(op, readers, taken))
+        elif op.output not in taken:
+            ops.append(op)
     return replace(graph, ops=tuple(ops))
+
+
+def _grown(norm: Op, readers: Mapping[int, Op], taken: set[int]) -> Op:
+    behind = readers.get(norm.output)
+    if behind is not None and behind.kind == "activation":
+        norm = _merged(norm, behind, dict(behind.attrs), taken)
+        behind = readers.get(norm.output)
+    if behind is not None and behind.kind == "max_pool2d" and _tiles(behind):
+        norm = _merged(norm, behind, {"window": behind.attrs["kernel"]}, taken)
+    return norm
+
+
+def _merged(norm: Op, behind: Op, attrs: Mapping[str, Any], taken: set[int]) -> Op:
+    taken.add(behind.output)
+    return replace(norm, output=behind.output, attrs=freeze({**norm.attrs, **attrs}))
+
+
+def _tiles(pool: Op) -> bool:
+    """Whether every place of an image is in one window, or in none."""
+    a = pool.attrs
+    plain = a["padding"] == (0, 0) and a["dilation"] == (1, 1)
+    return plain and a["kernel"] == a["stride"] and prod(a["kernel"]) <= _MOST_PLACES
 
 
 def _mark_first_ops(graph: Graph) -> tuple[Op, ...]:

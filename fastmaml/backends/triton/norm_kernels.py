@@ -1,6 +1,9 @@
 """The kernels of ``norm``, on rows of channels ``[T, R, C]``.
 
-An activation behind the norm, y = f(z) with z = gamma h + beta, comes with it; z is not kept.
+An activation behind the norm, y = f(z) with z = gamma h + beta, comes with it; z is not kept. So
+does a max pool behind that whose windows do not overlap: then rows of y are windows, ``winner
+[T, windows, C]`` tells which of its places won each of them, and to any other what comes back is
+zero. ``sizes``: height and width of the images and of their windows; ``WINDOW``: of one of these.
 Sums over a task's rows are taken where they are needed, if a tile holds all of the rows. If not, a
 kernel before takes them over parts of the rows, and every program adds up the parts (few, and
 always in the same way). Variances come from centred values, tile by tile, merged as Chan, Golub and
@@ -12,58 +15,33 @@ import triton
 import triton.language as tl
 
 from fastmaml.backends.triton.activation import curvature_of, slope_of, value_of
+from fastmaml.backends.triton.norm_rows import (
+    affine,
+    back_at,
+    hat_at,
+    merged_moments,
+    moments,
+    own_part,
+    put_forth,
+    put_rows,
+    rows_at,
+    sum_of_parts,
+)
+from fastmaml.backends.triton.pool import place_of
 from fastmaml.backends.triton.products import block_and_task
-
-MOST_PARTS = tl.constexpr(64)
-
-
-@triton.jit
-def _rows_at(x, row, column, R, C):
-    inside = (row[:, None] < R) & (column[None, :] < C)
-    return tl.load(x + row[:, None] * C + column[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _put_rows(x, row, column, R, C, values):
-    inside = (row[:, None] < R) & (column[None, :] < C)
-    tl.store(x + row[:, None] * C + column[None, :], values, mask=inside)
-
-
-@triton.jit
-def _hat_at(x, mean, scale, row, column, R, C):
-    """H, of a task's rows and its statistics."""
-    centre = tl.load(mean + column, mask=column < C, other=0.0)
-    factor = tl.load(scale + column, mask=column < C, other=0.0)
-    return (_rows_at(x, row, column, R, C) - centre[None, :]) * factor[None, :]
-
-
-@triton.jit
-def _part(R, part_rows, PARTS, BC: tl.constexpr):
-    """The program's part of a sum, its task and columns, its first row and that after its last."""
-    part, task = block_and_task(PARTS)
-    column = tl.program_id(1) * BC + tl.arange(0, BC)
-    return part, task, column, part * part_rows, tl.minimum((part + 1) * part_rows, R)
-
-
-@triton.jit
-def _moments(values, row, last, count):
-    """Of the ``count`` rows before ``last``: mean, and sum of squared differences from it."""
-    mean = tl.sum(values, 0) / count
-    difference = tl.where((row < last)[:, None], values - mean[None, :], 0.0)
-    return mean, tl.sum(difference * difference, 0)
 
 
 @triton.jit(do_not_specialize=["R", "part_rows", "PARTS"])
 def moments_kernel(x, parts, R, C, part_rows, PARTS, BR: tl.constexpr, BC: tl.constexpr):
-    """Into ``[T, PARTS, 2, C]``: each part's :func:`_moments`."""
-    part, task, column, first, last = _part(R, part_rows, PARTS, BC)
+    """Into ``[T, PARTS, 2, C]``: each part's :func:`moments`."""
+    part, task, column, first, last = own_part(R, part_rows, PARTS, BC)
     x += task * R * C
     mean = tl.zeros((BC,), dtype=tl.float32)
     squares = tl.zeros((BC,), dtype=tl.float32)
     for start in range(first, last, BR):
         row = start + tl.arange(0, BR)
         count, before = tl.minimum(last - start, BR), start - first
-        own, own_squares = _moments(_rows_at(x, row, column, last, C), row, last, count)
+        own, own_squares = moments(rows_at(x, row, column, last, C), row, last, count)
         share = count / (before + count).to(tl.float32)
         shift = own - mean
         mean += shift * share
@@ -74,40 +52,18 @@ def moments_kernel(x, parts, R, C, part_rows, PARTS, BR: tl.constexpr, BC: tl.co
 
 
 @triton.jit
-def _of_parts(parts, which, column, C, SUMS: tl.constexpr, PARTS):
-    """One of the sums of every part, ``[MOST_PARTS, BC]``; of parts that are not there, zero."""
-    part = tl.arange(0, MOST_PARTS)
-    inside = (part < PARTS)[:, None] & (column < C)[None, :]
-    at = ((part * SUMS + which) * C)[:, None] + column[None, :]
-    return tl.load(parts + at, mask=inside, other=0.0)
-
-
-@triton.jit
-def _sum_of_parts(parts, which, column, C, SUMS: tl.constexpr, PARTS):
-    return tl.sum(_of_parts(parts, which, column, C, SUMS, PARTS), 0)
-
-
-@triton.jit
-def _merged_moments(parts, column, R, C, part_rows, PARTS):
-    """Mean and sum of squared differences of all rows."""
-    part = tl.arange(0, MOST_PARTS)
-    rows = tl.minimum((part + 1) * part_rows, R) - tl.minimum(part * part_rows, R)
-    rows = tl.where(part < PARTS, rows, 0).to(tl.float32)[:, None]
-    means = _of_parts(parts, 0, column, C, 2, PARTS)
-    mean = tl.sum(means * rows, 0) / R
-    shift = means - mean[None, :]
-    squares = _of_parts(parts, 1, column, C, 2, PARTS)
-    return mean, tl.sum(squares + shift * shift * rows, 0)
-
-
-@triton.jit
-def _affine(
-    weight, column, stride_t, stride_c, C, task, GIVEN: tl.constexpr, DEFAULT: tl.constexpr
+def _put_statistics(
+    mean, squares, mean_out, unbiased_out, scale_out, block, task, column, R, C, eps
 ):
-    """A task's parameter vector, or its default."""
-    if GIVEN:
-        return tl.load(weight + task * stride_t + column * stride_c, mask=column < C, other=0.0)
-    return column * 0.0 + DEFAULT
+    """Of the first row of programs; s."""
+    variance = squares / R
+    scale = 1 / tl.sqrt(variance + eps)
+    if block == 0:
+        place = task * C + column
+        tl.store(mean_out + place, mean, mask=column < C)
+        tl.store(unbiased_out + place, variance * (R / tl.maximum(R - 1, 1)), mask=column < C)
+        tl.store(scale_out + place, scale, mask=column < C)
+    return scale
 
 
 @triton.jit(do_not_specialize=["R", "part_rows", "PARTS"])
@@ -117,48 +73,90 @@ def normalise_kernel(
     GAMMA: tl.constexpr, BETA: tl.constexpr, F: tl.constexpr, PARTS, BR: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
-    """Writes f(gamma h + beta); the first row of programs writes the statistics too."""
+    """Writes f(gamma h + beta), and the statistics."""
     block, task = block_and_task(tl.cdiv(R, BR))
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     row = block * BR + tl.arange(0, BR)
-    values = _rows_at(x + task * R * C, row, column, R, C)
+    values = rows_at(x + task * R * C, row, column, R, C)
     if parts is None:
-        mean, squares = _moments(values, row, R, R)
+        mean, squares = moments(values, row, R, R)
     else:
         own = parts + task * PARTS * 2 * C
-        mean, squares = _merged_moments(own, column, R, C, part_rows, PARTS)
-    variance = squares / R
-    scale = 1 / tl.sqrt(variance + eps)
-    if block == 0:
-        place = task * C + column
-        tl.store(mean_out + place, mean, mask=column < C)
-        tl.store(unbiased_out + place, variance * (R / tl.maximum(R - 1, 1)), mask=column < C)
-        tl.store(scale_out + place, scale, mask=column < C)
-    g = _affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
-    b = _affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
+        mean, squares = merged_moments(own, column, R, C, part_rows, PARTS)
+    scale = _put_statistics(
+        mean, squares, mean_out, unbiased_out, scale_out, block, task, column, R, C, eps
+    )
+    g = affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
+    b = affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
     z = (values - mean[None, :]) * scale[None, :] * g[None, :] + b[None, :]
-    _put_rows(y + task * R * C, row, column, R, C, value_of(z, fa, fb, F))
+    put_rows(y + task * R * C, row, column, R, C, value_of(z, fa, fb, F))
+
+
+@triton.jit(do_not_specialize=["R", "part_rows", "PARTS"])
+def normalise_and_pool_kernel(
+    x, parts, gamma, beta, mean_out, unbiased_out, scale_out, winner, y,
+    R, C, part_rows, eps, fa, fb, s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, sizes,
+    GAMMA: tl.constexpr, BETA: tl.constexpr, F: tl.constexpr, WINDOW: tl.constexpr, PARTS,
+    BR: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Writes of every window the largest f(gamma h + beta) and its place, and the statistics."""
+    KH: tl.constexpr = WINDOW[0]
+    KW: tl.constexpr = WINDOW[1]
+    H, W, OH, OW = sizes
+    windows = R // (H * W) * (OH * OW)
+    block, task = block_and_task(tl.cdiv(windows, BP))
+    column = tl.program_id(1) * BC + tl.arange(0, BC)
+    x += task * R * C
+    if parts is None:
+        row = tl.arange(0, BR)
+        mean, squares = moments(rows_at(x, row, column, R, C), row, R, R)
+    else:
+        own = parts + task * PARTS * 2 * C
+        mean, squares = merged_moments(own, column, R, C, part_rows, PARTS)
+    scale = _put_statistics(
+        mean, squares, mean_out, unbiased_out, scale_out, block, task, column, R, C, eps
+    )
+    g = affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
+    b = affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
+    window = block * BP + tl.arange(0, BP)
+    image, oh, ow = place_of(window, OH, OW)
+    best = tl.full((BP, BC), -float("inf"), dtype=tl.float32)
+    which = tl.full((BP, BC), -1, dtype=tl.int8)
+    for place in tl.static_range(KH * KW):
+        h, w = oh * KH + place // KW, ow * KW + place % KW
+        exists = (window < windows) & (h < H) & (w < W)
+        inside = exists[:, None] & (column < C)[None, :]
+        at = (((image * H + h) * W + w) * C)[:, None] + column[None, :]
+        values = tl.load(x + at, mask=inside, other=0.0)
+        z = (values - mean[None, :]) * scale[None, :] * g[None, :] + b[None, :]
+        value = value_of(z, fa, fb, F)
+        better = inside & ((value > best) | (value != value) | (which < 0))
+        best = tl.where(better, value, best)
+        which = tl.where(better, place, which).to(tl.int8)
+    out = task * windows * C
+    put_rows(y + out, window, column, windows, C, best)
+    put_rows(winner + out, window, column, windows, C, which)
 
 
 @triton.jit(do_not_specialize=["R", "part_rows", "PARTS"])
 def sums_kernel(
-    a, x, mean, scale, gamma, beta, parts, R, C, part_rows, fa, fb,
-    s_gamma_t, s_gamma_c, s_beta_t, s_beta_c,
-    GAMMA: tl.constexpr, BETA: tl.constexpr, F: tl.constexpr, PARTS, BR: tl.constexpr,
-    BC: tl.constexpr,
+    a, winner, x, mean, scale, gamma, beta, parts, R, C, part_rows, fa, fb,
+    s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, sizes,
+    GAMMA: tl.constexpr, BETA: tl.constexpr, F: tl.constexpr, WINDOW: tl.constexpr, PARTS,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Into ``[T, PARTS, 2, C]``: sums of a f'(z) and of a f'(z) h."""
-    part, task, column, first, last = _part(R, part_rows, PARTS, BC)
+    part, task, column, first, last = own_part(R, part_rows, PARTS, BC)
     base, own = task * R * C, task * C
-    weight = _affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
-    shift = _affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
+    weight = affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
+    shift = affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
     sum_a = tl.zeros((BR, BC), dtype=tl.float32)
     sum_ah = tl.zeros((BR, BC), dtype=tl.float32)
     for start in range(first, last, BR):
         row = start + tl.arange(0, BR)
-        hat = _hat_at(x + base, mean + own, scale + own, row, column, last, C)
+        hat = hat_at(x + base, mean + own, scale + own, row, column, last, C)
         slope = slope_of(hat * weight[None, :] + shift[None, :], fa, fb, F)
-        values = _rows_at(a + base, row, column, last, C) * slope
+        values = back_at(a, winner, task, row, column, last, R, C, sizes, WINDOW) * slope
         sum_a += values
         sum_ah += values * hat
     out = parts + (task * PARTS + part) * 2 * C + column
@@ -168,41 +166,42 @@ def sums_kernel(
 
 @triton.jit(do_not_specialize=["R", "PARTS"])
 def backward_kernel(
-    g, x, mean, scale, parts, gamma, beta, gx, ggamma, gbeta, R, C, fa, fb,
-    s_gamma_t, s_gamma_c, s_beta_t, s_beta_c,
-    GAMMA: tl.constexpr, BETA: tl.constexpr, F: tl.constexpr, PARTS, BR: tl.constexpr,
-    BC: tl.constexpr,
+    g, winner, x, mean, scale, parts, gamma, beta, gx, ggamma, gbeta, R, C, fa, fb,
+    s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, sizes,
+    GAMMA: tl.constexpr, BETA: tl.constexpr, F: tl.constexpr, WINDOW: tl.constexpr, PARTS,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Of g f'(z) for g, writes gamma s (g - E[g] - h E[g h]), and the sums as ggamma and gbeta."""
     block, task = block_and_task(tl.cdiv(R, BR))
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     row = block * BR + tl.arange(0, BR)
-    weight = _affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
-    shift = _affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
+    weight = affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
+    shift = affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
     base, place = task * R * C, task * C
-    hat = _hat_at(x + base, mean + place, scale + place, row, column, R, C)
+    hat = hat_at(x + base, mean + place, scale + place, row, column, R, C)
     slope = slope_of(hat * weight[None, :] + shift[None, :], fa, fb, F)
-    values = _rows_at(g + base, row, column, R, C) * slope
+    values = back_at(g, winner, task, row, column, R, R, C, sizes, WINDOW) * slope
     if parts is None:
         sum_g, sum_gh = tl.sum(values, 0), tl.sum(values * hat, 0)
     else:
         own = parts + task * PARTS * 2 * C
-        sum_g = _sum_of_parts(own, 0, column, C, 2, PARTS)
-        sum_gh = _sum_of_parts(own, 1, column, C, 2, PARTS)
+        sum_g = sum_of_parts(own, 0, column, C, 2, PARTS)
+        sum_gh = sum_of_parts(own, 1, column, C, 2, PARTS)
     if block == 0:
         tl.store(gbeta + place + column, sum_g, mask=column < C)
         tl.store(ggamma + place + column, sum_gh, mask=column < C)
     factor = tl.load(scale + place + column, mask=column < C, other=0.0) * weight
     centred = values - (sum_g / R)[None, :] - hat * (sum_gh / R)[None, :]
-    _put_rows(gx + base, row, column, R, C, centred * factor[None, :])
+    put_rows(gx + base, row, column, R, C, centred * factor[None, :])
 
 
 @triton.jit(do_not_specialize=["R", "PARTS"])
 def tangent_kernel(
-    dx, x, mean, scale, parts, gamma, beta, dgamma, dbeta, dh, dy, dscale, R, C, fa, fb,
-    s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t, s_dbeta_c,
+    dx, winner, x, mean, scale, parts, gamma, beta, dgamma, dbeta, dh, dy, dscale, R, C, fa, fb,
+    s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t, s_dbeta_c, sizes,
     MOVES: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, DGAMMA: tl.constexpr,
-    DBETA: tl.constexpr, F: tl.constexpr, PARTS, BR: tl.constexpr, BC: tl.constexpr,
+    DBETA: tl.constexpr, F: tl.constexpr, WINDOW: tl.constexpr, PARTS, BR: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
     """Writes dh = s (dx - E[dx] - h E[dx h]), ds = -s^2 E[dx h] and dy = f'(z) dz, with
     dz = gamma dh + dgamma h + dbeta.
@@ -211,46 +210,47 @@ def tangent_kernel(
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     row = block * BR + tl.arange(0, BR)
     base, place = task * R * C, task * C
-    hat = _hat_at(x + base, mean + place, scale + place, row, column, R, C)
-    weight = _affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
-    shift = _affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
-    moved = hat * _affine(dgamma, column, s_dgamma_t, s_dgamma_c, C, task, DGAMMA, 0.0)[None, :]
-    moved += _affine(dbeta, column, s_dbeta_t, s_dbeta_c, C, task, DBETA, 0.0)[None, :]
+    hat = hat_at(x + base, mean + place, scale + place, row, column, R, C)
+    weight = affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
+    shift = affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
+    moved = hat * affine(dgamma, column, s_dgamma_t, s_dgamma_c, C, task, DGAMMA, 0.0)[None, :]
+    moved += affine(dbeta, column, s_dbeta_t, s_dbeta_c, C, task, DBETA, 0.0)[None, :]
     if MOVES:
-        change = _rows_at(dx + base, row, column, R, C)
+        change = rows_at(dx + base, row, column, R, C)
         if parts is None:
             level, along = tl.sum(change, 0) / R, tl.sum(change * hat, 0) / R
         else:
             own = parts + task * PARTS * 2 * C
-            level = _sum_of_parts(own, 0, column, C, 2, PARTS) / R
-            along = _sum_of_parts(own, 1, column, C, 2, PARTS) / R
+            level = sum_of_parts(own, 0, column, C, 2, PARTS) / R
+            along = sum_of_parts(own, 1, column, C, 2, PARTS) / R
         s = tl.load(scale + place + column, mask=column < C, other=0.0)
         if block == 0:
             tl.store(dscale + place + column, -s * s * along, mask=column < C)
         change = (change - level[None, :] - hat * along[None, :]) * s[None, :]
-        _put_rows(dh + base, row, column, R, C, change)
+        put_rows(dh + base, row, column, R, C, change)
         moved += change * weight[None, :]
     moved *= slope_of(hat * weight[None, :] + shift[None, :], fa, fb, F)
-    _put_rows(dy + base, row, column, R, C, moved)
+    put_forth(dy, winner, moved, task, row, column, R, C, sizes, WINDOW)
 
 
 @triton.jit
 def _incoming(
-    g, dg, hat, dhat, gamma, beta, dgamma, dbeta, row, column, last, task, C, fa, fb,
-    s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t, s_dbeta_c,
+    g, dg, winner, hat, dhat, gamma, beta, dgamma, dbeta, row, column, last, task, R, C, fa, fb,
+    s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t, s_dbeta_c, sizes,
     G_MOVES: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, DGAMMA: tl.constexpr,
-    DBETA: tl.constexpr, F: tl.constexpr,
+    DBETA: tl.constexpr, F: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """G f'(z), and its derivative f'(z) dg + f''(z) dz g."""
-    weight = _affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)[None, :]
-    shift = _affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)[None, :]
-    dweight = _affine(dgamma, column, s_dgamma_t, s_dgamma_c, C, task, DGAMMA, 0.0)[None, :]
-    dshift = _affine(dbeta, column, s_dbeta_t, s_dbeta_c, C, task, DBETA, 0.0)[None, :]
+    weight = affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)[None, :]
+    shift = affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)[None, :]
+    dweight = affine(dgamma, column, s_dgamma_t, s_dgamma_c, C, task, DGAMMA, 0.0)[None, :]
+    dshift = affine(dbeta, column, s_dbeta_t, s_dbeta_c, C, task, DBETA, 0.0)[None, :]
     z = hat * weight + shift
-    given, slope = _rows_at(g, row, column, last, C), slope_of(z, fa, fb, F)
+    given = back_at(g, winner, task, row, column, last, R, C, sizes, WINDOW)
+    slope = slope_of(z, fa, fb, F)
     moved = curvature_of(z, fa, fb, F) * (dhat * weight + hat * dweight + dshift) * given
     if G_MOVES:
-        moved += slope * _rows_at(dg, row, column, last, C)
+        moved += slope * back_at(dg, winner, task, row, column, last, R, C, sizes, WINDOW)
     return given * slope, moved
 
 
@@ -262,14 +262,14 @@ def _moving_sums(g, dg, h, dh):
 
 @triton.jit(do_not_specialize=["R", "part_rows", "PARTS"])
 def moving_sums_kernel(
-    g, dg, x, mean, scale, dh, gamma, beta, dgamma, dbeta, parts, R, C, part_rows, fa, fb,
-    s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t, s_dbeta_c,
+    g, dg, winner, x, mean, scale, dh, gamma, beta, dgamma, dbeta, parts, R, C, part_rows, fa, fb,
+    s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t, s_dbeta_c, sizes,
     G_MOVES: tl.constexpr, MOVES: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr,
-    DGAMMA: tl.constexpr, DBETA: tl.constexpr, F: tl.constexpr, PARTS, BR: tl.constexpr,
-    BC: tl.constexpr,
+    DGAMMA: tl.constexpr, DBETA: tl.constexpr, F: tl.constexpr, WINDOW: tl.constexpr, PARTS,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Into ``[T, PARTS, 5, C]``: :func:`_moving_sums`, with g f'(z) for g."""
-    part, task, column, first, last = _part(R, part_rows, PARTS, BC)
+    part, task, column, first, last = own_part(R, part_rows, PARTS, BC)
     base, own = task * R * C, task * C
     sum_dg = tl.zeros((BC,), dtype=tl.float32)
     sum_dgh = tl.zeros((BC,), dtype=tl.float32)
@@ -278,14 +278,14 @@ def moving_sums_kernel(
     sum_gdh = tl.zeros((BC,), dtype=tl.float32)
     for start in range(first, last, BR):
         row = start + tl.arange(0, BR)
-        hat = _hat_at(x + base, mean + own, scale + own, row, column, last, C)
+        hat = hat_at(x + base, mean + own, scale + own, row, column, last, C)
         dhat = tl.zeros((BR, BC), dtype=tl.float32)
         if MOVES:
-            dhat = _rows_at(dh + base, row, column, last, C)
+            dhat = rows_at(dh + base, row, column, last, C)
         values, moved = _incoming(
-            g + base, dg + base, hat, dhat, gamma, beta, dgamma, dbeta, row, column, last, task, C,
+            g, dg, winner, hat, dhat, gamma, beta, dgamma, dbeta, row, column, last, task, R, C,
             fa, fb, s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t,
-            s_dbeta_c, G_MOVES, GAMMA, BETA, DGAMMA, DBETA, F,
+            s_dbeta_c, sizes, G_MOVES, GAMMA, BETA, DGAMMA, DBETA, F, WINDOW,
         )  # fmt: skip
         own_dg, own_dgh, own_g, own_gh, own_gdh = _moving_sums(values, moved, hat, dhat)
         sum_dg += own_dg
@@ -303,48 +303,48 @@ def moving_sums_kernel(
 
 @triton.jit(do_not_specialize=["R", "PARTS"])
 def backward_tangent_kernel(
-    g, dg, x, mean, scale, dh, gamma, beta, dgamma, dbeta, parts, dscale, dgx, dggamma, dgbeta,
-    R, C, fa, fb,
-    s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t, s_dbeta_c,
+    g, dg, winner, x, mean, scale, dh, gamma, beta, dgamma, dbeta, parts, dscale, dgx, dggamma,
+    dgbeta, R, C, fa, fb,
+    s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t, s_dbeta_c, sizes,
     G_MOVES: tl.constexpr, MOVES: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr,
-    DGAMMA: tl.constexpr, DBETA: tl.constexpr, F: tl.constexpr, PARTS, BR: tl.constexpr,
-    BC: tl.constexpr,
+    DGAMMA: tl.constexpr, DBETA: tl.constexpr, F: tl.constexpr, WINDOW: tl.constexpr, PARTS,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The derivative of ``backward_kernel`` as g, h, s, gamma and beta move."""
     block, task = block_and_task(tl.cdiv(R, BR))
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     row = block * BR + tl.arange(0, BR)
     base, place = task * R * C, task * C + column
-    hat = _hat_at(x + base, mean + task * C, scale + task * C, row, column, R, C)
+    hat = hat_at(x + base, mean + task * C, scale + task * C, row, column, R, C)
     dhat = tl.zeros((BR, BC), dtype=tl.float32)
     if MOVES:
-        dhat = _rows_at(dh + base, row, column, R, C)
+        dhat = rows_at(dh + base, row, column, R, C)
     values, moved = _incoming(
-        g + base, dg + base, hat, dhat, gamma, beta, dgamma, dbeta, row, column, R, task, C,
+        g, dg, winner, hat, dhat, gamma, beta, dgamma, dbeta, row, column, R, task, R, C,
         fa, fb, s_gamma_t, s_gamma_c, s_beta_t, s_beta_c, s_dgamma_t, s_dgamma_c, s_dbeta_t,
-        s_dbeta_c, G_MOVES, GAMMA, BETA, DGAMMA, DBETA, F,
+        s_dbeta_c, sizes, G_MOVES, GAMMA, BETA, DGAMMA, DBETA, F, WINDOW,
     )  # fmt: skip
     if parts is None:
         sum_dg, sum_dgh, sum_g, sum_gh, sum_gdh = _moving_sums(values, moved, hat, dhat)
     else:
         own = parts + task * PARTS * 5 * C
-        sum_dg = _sum_of_parts(own, 0, column, C, 5, PARTS)
-        sum_dgh = _sum_of_parts(own, 1, column, C, 5, PARTS)
-        sum_g = _sum_of_parts(own, 2, column, C, 5, PARTS)
-        sum_gh = _sum_of_parts(own, 3, column, C, 5, PARTS)
-        sum_gdh = _sum_of_parts(own, 4, column, C, 5, PARTS)
+        sum_dg = sum_of_parts(own, 0, column, C, 5, PARTS)
+        sum_dgh = sum_of_parts(own, 1, column, C, 5, PARTS)
+        sum_g = sum_of_parts(own, 2, column, C, 5, PARTS)
+        sum_gh = sum_of_parts(own, 3, column, C, 5, PARTS)
+        sum_gdh = sum_of_parts(own, 4, column, C, 5, PARTS)
     if block == 0:
         tl.store(dgbeta + place, sum_dg, mask=column < C)
         tl.store(dggamma + place, sum_dgh + sum_gdh, mask=column < C)
     s = tl.load(scale + place, mask=column < C, other=0.0)
-    weight = _affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
-    dfactor = s * _affine(dgamma, column, s_dgamma_t, s_dgamma_c, C, task, DGAMMA, 0.0)
+    weight = affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
+    dfactor = s * affine(dgamma, column, s_dgamma_t, s_dgamma_c, C, task, DGAMMA, 0.0)
     if MOVES:
         dfactor += weight * tl.load(dscale + place, mask=column < C, other=0.0)
     along = sum_gh / R
     centred = values - (sum_g / R)[None, :] - hat * along[None, :]
     moved -= (sum_dg / R)[None, :] + hat * ((sum_dgh + sum_gdh) / R)[None, :]
     moved -= dhat * along[None, :]
-    _put_rows(
+    put_rows(
         dgx + base, row, column, R, C, moved * (s * weight)[None, :] + centred * dfactor[None, :]
     )

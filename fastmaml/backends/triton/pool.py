@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmaml.backends.triton.products import block_and_task
-from fastmaml.backends.triton.tiles import from_rows, rows
+from fastmaml.backends.triton.tiles import from_rows, new_rows, rows
 from fastmaml.program.ir import Op, Shape
 from fastmaml.rules.base import Grads, Rule, Tensors
 from fastmaml.rules.shape import Mean as ReferenceMean
@@ -33,9 +33,22 @@ def _tile(rows, BR: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def _place(row, height, width):
+def place_of(row, height, width):
     """Image, height and width of the rows of images one after the other."""
     return row // (height * width), row // width % height, row % width
+
+
+@triton.jit
+def window_of(row, sizes, WINDOW: tl.constexpr):
+    """Of rows of pixels, where windows tile images: the row of their window, their place in it, and
+    whether there is one. ``sizes``: height and width of an image, and of its windows.
+    """
+    KH: tl.constexpr = WINDOW[0]
+    KW: tl.constexpr = WINDOW[1]
+    image, h, w = place_of(row, sizes[0], sizes[1])
+    oh, ow = h // KH, w // KW
+    exists = (oh < sizes[2]) & (ow < sizes[3])
+    return (image * sizes[2] + oh) * sizes[3] + ow, h % KH * KW + w % KW, exists
 
 
 @triton.jit
@@ -54,7 +67,7 @@ def maximum_kernel(
 ):  # fmt: skip
     """Of every window of ``x [T, N, h, w, C]`` the largest value and its place in the image."""
     task, row, c = _tile(rows, BR, BC)
-    image, oh, ow = _place(row, out_height, out_width)
+    image, oh, ow = place_of(row, out_height, out_width)
     x += task * (rows // (out_height * out_width)) * (height * width * channels)
     best = tl.full((BR, BC), -float("inf"), dtype=tl.float32)
     where = tl.full((BR, BC), -1, dtype=tl.int32)
@@ -97,7 +110,7 @@ def to_winners_kernel(
 ):  # fmt: skip
     """gx: for every input the sum of gy over the windows that it won."""
     task, row, c = _tile(rows, BR, BC)
-    image, h, w = _place(row, height, width)
+    image, h, w = place_of(row, height, width)
     own = (h * width + w)[:, None]
     start = task * (rows // (height * width)) * (out_height * out_width * channels)
     gy += start
@@ -145,7 +158,7 @@ def average_kernel(
     the number of its places.
     """
     task, row, c = _tile(rows, BR, BC)
-    image, oh, ow = _place(row, out_height, out_width)
+    image, oh, ow = place_of(row, out_height, out_width)
     x += task * (rows // (out_height * out_width)) * (height * width * channels)
     top, bottom = _window_of(oh, height, out_height, KH, SH, PH, ADAPTIVE)
     left, right = _window_of(ow, width, out_width, KW, SW, PW, ADAPTIVE)
@@ -182,7 +195,7 @@ def to_windows_kernel(
 ):  # fmt: skip
     """gx: for every input its share of gy in the windows that hold it."""
     task, row, c = _tile(rows, BR, BC)
-    image, h, w = _place(row, height, width)
+    image, h, w = place_of(row, height, width)
     gy += task * (rows // (height * width)) * (out_height * out_width * channels)
     total = tl.zeros((BR, BC), dtype=tl.float32)
     for tap in range(KH * KW):
@@ -216,7 +229,7 @@ class MaxPool2d:
         self, op: Op, out_shape: Shape, params: Tensors, buffers: Tensors, inputs: Sequence[Tensor]
     ) -> tuple[Tensor, Winners]:
         x, shape = inputs[0], (*inputs[0].shape[:2], *out_shape)
-        out = _new_rows(x, shape)
+        out = new_rows(x, shape)
         places = out.new_empty(out.shape, dtype=torch.int32)
         maximum_kernel[_grid(out)](
             rows(x), out, places, *_sizes(out, x.shape, shape), **_window(op), **_blocks(out)
@@ -227,7 +240,7 @@ class MaxPool2d:
         self, op: Op, params: Tensors, inputs: Sequence[Tensor], saved: Winners, gy: Tensor
     ) -> Grads:
         x = inputs[0]
-        out = _new_rows(x, x.shape)
+        out = new_rows(x, x.shape)
         sizes = _sizes(out, x.shape, saved.shape)
         to_winners_kernel[_grid(out)](
             out, rows(gy), saved.places, *sizes, **_window(op), **_blocks(out)
@@ -273,7 +286,7 @@ class AvgPool2d(LinearMapRule):
 
     def apply(self, op: Op, out_shape: Shape, inputs: Sequence[Tensor]) -> Tensor:
         x, shape = inputs[0], (*inputs[0].shape[:2], *out_shape)
-        out = _new_rows(x, shape)
+        out = new_rows(x, shape)
         sizes = _sizes(out, x.shape, shape)
         windows = self.windows(op, x.shape[3:], out_shape[1:])
         average_kernel[_grid(out)](rows(x), out, *sizes, **windows, **_blocks(out))
@@ -281,7 +294,7 @@ class AvgPool2d(LinearMapRule):
 
     def transpose(self, op: Op, inputs: Sequence[Tensor], gy: Tensor) -> list[Tensor | None]:
         shape = inputs[0].shape
-        out = _new_rows(gy, shape)
+        out = new_rows(gy, shape)
         windows = self.windows(op, gy.shape[3:], shape[3:])
         to_windows_kernel[_grid(out)](
             out, rows(gy), *_sizes(out, shape, gy.shape), **windows, **_blocks(out)
@@ -324,10 +337,6 @@ class Mean(ReferenceMean):
 
 def _of_small_images(op: Op, x: Tensor) -> bool:
     return x.ndim == 5 and set(op.attrs["dims"]) == {1, 2} and prod(x.shape[3:]) <= _FEW_PLACES
-
-
-def _new_rows(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return like.new_empty(shape[0], shape[1] * prod(shape[3:]), shape[2])
 
 
 def _blocks(out: Tensor) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 from torch import Tensor
 
@@ -15,6 +16,11 @@ def rows(x: Tensor) -> Tensor:
 def from_rows(values: Tensor, shape: Sequence[int]) -> Tensor:
     """Rows of channels as a view of ``shape [T, N, C, *positions]``."""
     return values.view(*shape[:2], *shape[3:], shape[2]).movedim(-1, 2)
+
+
+def new_rows(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Uninitialised memory for rows of channels of ``shape [T, N, C, *positions]``."""
+    return like.new_empty(shape[0], shape[1] * prod(shape[3:]), shape[2])
 
 
 def new_channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
