@@ -14,6 +14,7 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):  # whose kernels
 _ENOUGH_BLOCKS = 256  # keep any of today's GPUs busy: about two for each multiprocessor
 _MOST_SPLITS = 32
 _FEWEST_STEPS = 4  # of the inner loop in one part of a split sum
+_STEP_VALUES = 4096  # of both factors, that a step loads: small blocks take longer steps, and fewer
 
 
 @triton.jit
@@ -77,7 +78,6 @@ def choose_blocks(
     """
     block_columns = _fitting(columns, 64)
     block_rows = _fitting(rows, 64 if precision in ("ieee", "tf32x3") else 128)
-    block_inner = _fitting(inner, 32)
 
     def tiles() -> int:
         return tasks * triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns)
@@ -86,6 +86,7 @@ def choose_blocks(
         block_rows //= 2
     while tiles() < _ENOUGH_BLOCKS and block_columns > 32 and not split:
         block_columns //= 2
+    block_inner = _fitting(inner, max(32, _STEP_VALUES // (block_rows + block_columns)))
     splits = 1
     if split:
         useful = triton.cdiv(inner, _FEWEST_STEPS * block_inner)
@@ -96,4 +97,4 @@ def choose_blocks(
 
 def _fitting(size: int, most: int) -> int:
     """A power of two, at least what a tensor core takes."""
-    return max(16, min(most, triton.next_power_of_2(size)))
+    return max(16, min(1 << (most.bit_length() - 1), triton.next_power_of_2(size)))
