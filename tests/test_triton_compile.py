@@ -11,8 +11,7 @@ pytest.importorskip("triton", minversion="3.4", reason="needs Triton 3.4 or late
 KERNELS = {
     "matmul_kernel",
     "product_kernel",
-    "input_grad_kernel",
-    "weight_grad_kernel",
+    "gradients_kernel",
     "moments_kernel",
     "normalise_kernel",
     "normalise_and_pool_kernel",

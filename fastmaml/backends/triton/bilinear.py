@@ -28,15 +28,19 @@ class Bilinear(ABC):
         """B over pairs ``(x, w)``, plus the bias ``[T, C]``."""
 
     @abstractmethod
-    def input_grad(self, op: Op, pairs: Pairs, like: Tensor) -> Tensor:
-        """The gradient with respect to an input like ``like``, over pairs ``(gy, w)``."""
-
-    @abstractmethod
-    def weight_grad(
-        self, op: Op, pairs: Pairs, like: Tensor, *, bias: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """The gradient with respect to a weight like ``like``, over pairs ``(gy, x)``; with
-        ``bias`` also the bias's, of the first gy alone.
+    def gradients(
+        self,
+        op: Op,
+        weight_pairs: Pairs,
+        weight: Tensor,
+        input_pairs: Pairs,
+        x: Tensor,
+        *,
+        bias: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Those with respect to a weight like ``weight``, over pairs ``(gy, x)``, with ``bias`` to
+        the bias, of the first gy alone, and to an input like ``x``, over pairs ``(gy, w)``; None
+        where there are no pairs. There are some of either.
         """
 
     @abstractmethod
@@ -53,8 +57,10 @@ class Bilinear(ABC):
     ) -> Grads:
         weight, bias = params
         assert weight is not None
-        found = self.weight_grad(op, [(gy, inputs[0])], weight, bias=bias is not None)
-        return [*found], [self._input_grad(op, [(gy, weight)], inputs[0])]
+        weight_pairs = [(gy, inputs[0])]
+        return self._gradients(
+            op, params, inputs[0], weight_pairs, [(gy, weight)], bias is not None
+        )
 
     def tangent(
         self,
@@ -87,17 +93,27 @@ class Bilinear(ABC):
     ) -> Grads:
         weight, bias = params
         assert weight is not None
-        dgweight, dgbias = None, None
-        pairs = _pairs((dgy, inputs[0]), (gy, dinputs[0]))
-        if pairs:
-            wanted = bias is not None and dgy is not None
-            dgweight, dgbias = self.weight_grad(op, pairs, weight, bias=wanted)
-        dgx = self._input_grad(op, _pairs((dgy, weight), (gy, dparams[0])), inputs[0])
-        return [dgweight, dgbias], [dgx]
+        weight_pairs = _pairs((dgy, inputs[0]), (gy, dinputs[0]))
+        input_pairs = _pairs((dgy, weight), (gy, dparams[0]))
+        moves = bias is not None and dgy is not None
+        return self._gradients(op, params, inputs[0], weight_pairs, input_pairs, moves)
 
-    def _input_grad(self, op: Op, pairs: Pairs, like: Tensor) -> Tensor | None:
-        wanted = op.attrs.get("input_gradient", True)
-        return self.input_grad(op, pairs, like) if pairs and wanted else None
+    def _gradients(
+        self,
+        op: Op,
+        params: Tensors,
+        x: Tensor,
+        weight_pairs: Pairs,
+        input_pairs: Pairs,
+        bias: bool,
+    ) -> Grads:
+        weight = params[0]
+        assert weight is not None
+        input_pairs = input_pairs if op.attrs.get("input_gradient", True) else []
+        if not weight_pairs and not input_pairs:
+            return [None, None], [None]
+        found = self.gradients(op, weight_pairs, weight, input_pairs, x, bias=bias)
+        return [*found[:2]], [found[2]]
 
 
 def _pairs(*pairs: tuple[Tensor | None, Tensor | None]) -> Pairs:

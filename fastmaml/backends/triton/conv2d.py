@@ -1,239 +1,23 @@
 """``conv2d`` with each task's own weights, as implicit matrix products.
 
-Forward, input gradient and weight gradient are products of matrices that exist nowhere: a block of
-one is gathered when it is multiplied. Their inner axis k runs over (tap, channel), channels
-fastest, which are side by side in memory. ``WINDOW``: kernel, stride, padding, dilation, each
-(height, width).
+Forward, input gradient and weight gradient are products of matrices; both gradients of a layer are
+one launch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastmaml.backends.triton.bilinear import Bilinear, Pairs
+from fastmaml.backends.triton.conv2d_kernels import gradients_kernel, product_kernel
 from fastmaml.backends.triton.linear import added
-from fastmaml.backends.triton.products import block_and_task, choose_blocks, dot, dot_precision
+from fastmaml.backends.triton.products import NO_BLOCKS, Blocks, choose_blocks, dot_precision
 from fastmaml.backends.triton.tiles import aligned, new_channels_last
 from fastmaml.program.ir import Op, Shape
-
-
-@triton.jit
-def _patches(pixel, k, images, sizes, strides, CHANNELS: tl.constexpr, WINDOW: tl.constexpr):
-    """Where element k of the window of each output pixel lies in x, and whether it does."""
-    KH: tl.constexpr = WINDOW[0]  # before 3.7 Triton takes no such tuple apart by itself
-    KW: tl.constexpr = WINDOW[1]
-    H, W, OH, OW = sizes
-    image, position = pixel // (OH * OW), pixel % (OH * OW)
-    channel, tap = k % CHANNELS, k // CHANNELS
-    h = ((position // OW) * WINDOW[2] - WINDOW[4])[:, None] + ((tap // KW) * WINDOW[6])[None, :]
-    w = ((position % OW) * WINDOW[3] - WINDOW[5])[:, None] + ((tap % KW) * WINDOW[7])[None, :]
-    inside = (image < images)[:, None] & (tap < KH * KW)[None, :]
-    inside = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-    start = (image * strides[1])[:, None] + (channel * strides[2])[None, :]
-    return start + h * strides[3] + w * strides[4], inside
-
-
-@triton.jit
-def _pixels(pixel, channel, images, sizes, strides, CHANNELS: tl.constexpr):
-    """Where channels of output pixels lie, and whether they do."""
-    OH, OW = sizes[2], sizes[3]
-    image, position = pixel // (OH * OW), pixel % (OH * OW)
-    start = image * strides[1] + (position // OW) * strides[3] + (position % OW) * strides[4]
-    inside = (image < images)[:, None] & (channel < CHANNELS)[None, :]
-    return start[:, None] + (channel * strides[2])[None, :], inside
-
-
-@triton.jit(do_not_specialize=["images"])
-def product_kernel(
-    x,
-    w,
-    x2,
-    w2,
-    bias,
-    y,
-    images,
-    sizes,
-    x_strides,
-    w_strides,
-    second_strides,
-    bias_strides,
-    y_strides,
-    CHANNELS: tl.constexpr,
-    OUT_CHANNELS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """Y = x * w + x2 * w2 + bias: pixels by output channels. Second operands have the strides of
-    the first but for those of the tasks, ``second_strides``.
-    """
-    KH: tl.constexpr = WINDOW[0]
-    KW: tl.constexpr = WINDOW[1]
-    across: tl.constexpr = (OUT_CHANNELS + COLUMNS - 1) // COLUMNS
-    tile, task = block_and_task(tl.cdiv(images * sizes[2] * sizes[3], ROWS) * across)
-    pixel = (tile // across) * ROWS + tl.arange(0, ROWS)
-    out = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, KH * KW * CHANNELS, INNER):
-        k = start + tl.arange(0, INNER)
-        channel, tap = k % CHANNELS, k // CHANNELS
-        at, inside = _patches(pixel, k, images, sizes, x_strides, CHANNELS, WINDOW)
-        row = channel * w_strides[2] + (tap // KW) * w_strides[3] + (tap % KW) * w_strides[4]
-        there = row[:, None] + (out * w_strides[1])[None, :]
-        exists = (tap < KH * KW)[:, None] & (out < OUT_CHANNELS)[None, :]
-        left = tl.load(x + task * x_strides[0] + at, inside, other=0.0)
-        right = tl.load(w + task * w_strides[0] + there, exists, other=0.0)
-        acc = dot(left, right, acc, PRECISION)
-        if x2 is not None:
-            left = tl.load(x2 + task * second_strides[0] + at, inside, other=0.0)
-            right = tl.load(w2 + task * second_strides[1] + there, exists, other=0.0)
-            acc = dot(left, right, acc, PRECISION)
-    if bias is not None:
-        at = task * bias_strides[0] + out * bias_strides[1]
-        acc += tl.load(bias + at, out < OUT_CHANNELS, other=0.0)[None, :]
-    at, inside = _pixels(pixel, out, images, sizes, y_strides, OUT_CHANNELS)
-    tl.store(y + task * y_strides[0] + at, acc, inside)
-
-
-@triton.jit(do_not_specialize=["images"])
-def input_grad_kernel(
-    g,
-    w,
-    g2,
-    w2,
-    gx,
-    images,
-    sizes,
-    g_strides,
-    w_strides,
-    second_strides,
-    gx_strides,
-    CHANNELS: tl.constexpr,
-    OUT_CHANNELS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    PHASES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """Input pixels by channels; k runs over (tap, output channel).
-
-    A tap reaches an input pixel only where the stride divides their distance. So the pixels of
-    one phase (their place modulo the stride) share their taps, and no others are visited.
-    """
-    KH: tl.constexpr = WINDOW[0]
-    KW: tl.constexpr = WINDOW[1]
-    SH: tl.constexpr = WINDOW[2]
-    SW: tl.constexpr = WINDOW[3]
-    PH: tl.constexpr = WINDOW[4]
-    PW: tl.constexpr = WINDOW[5]
-    DH: tl.constexpr = WINDOW[6]
-    DW: tl.constexpr = WINDOW[7]
-    PHASES_H: tl.constexpr = PHASES[0]
-    PHASES_W: tl.constexpr = PHASES[1]
-    H, W, OH, OW = sizes
-    phase_h, phase_w = tl.program_id(1) // PHASES_W, tl.program_id(1) % PHASES_W
-    rows, columns = tl.cdiv(H, PHASES_H), tl.cdiv(W, PHASES_W)
-    across: tl.constexpr = (CHANNELS + COLUMNS - 1) // COLUMNS
-    tile, task = block_and_task(tl.cdiv(images * rows * columns, ROWS) * across)
-    pixel = (tile // across) * ROWS + tl.arange(0, ROWS)
-    image, position = pixel // (rows * columns), pixel % (rows * columns)
-    h = (position // columns) * PHASES_H + phase_h
-    v = (position % columns) * PHASES_W + phase_w
-    exists = (image < images) & (h < H) & (v < W)
-    channel = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
-    first_h, first_w = (phase_h + PH) % PHASES_H, (phase_w + PW) % PHASES_W
-    taps_h, taps_w = tl.cdiv(KH - first_h, PHASES_H), tl.cdiv(KW - first_w, PHASES_W)
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, taps_h * taps_w * OUT_CHANNELS, INNER):
-        k = start + tl.arange(0, INNER)
-        out, tap = k % OUT_CHANNELS, k // OUT_CHANNELS
-        r, s = first_h + (tap // taps_w) * PHASES_H, first_w + (tap % taps_w) * PHASES_W
-        down, right = (h + PH)[:, None] - (r * DH)[None, :], (v + PW)[:, None] - (s * DW)[None, :]
-        inside = exists[:, None] & (tap < taps_h * taps_w)[None, :]
-        inside = inside & (down >= 0) & (down < OH * SH) & (right >= 0) & (right < OW * SW)
-        inside = inside & (down % SH == 0) & (right % SW == 0)
-        at = (image * g_strides[1])[:, None] + (out * g_strides[2])[None, :]
-        at += (down // SH) * g_strides[3] + (right // SW) * g_strides[4]
-        row = out * w_strides[1] + r * w_strides[3] + s * w_strides[4]
-        there = row[:, None] + (channel * w_strides[2])[None, :]
-        known = (tap < taps_h * taps_w)[:, None] & (channel < CHANNELS)[None, :]
-        a = tl.load(g + task * g_strides[0] + at, inside, other=0.0)
-        b = tl.load(w + task * w_strides[0] + there, known, other=0.0)
-        acc = dot(a, b, acc, PRECISION)
-        if g2 is not None:
-            a = tl.load(g2 + task * second_strides[0] + at, inside, other=0.0)
-            b = tl.load(w2 + task * second_strides[1] + there, known, other=0.0)
-            acc = dot(a, b, acc, PRECISION)
-    start = image * gx_strides[1] + h * gx_strides[3] + v * gx_strides[4]
-    at = start[:, None] + (channel * gx_strides[2])[None, :]
-    tl.store(gx + task * gx_strides[0] + at, acc, exists[:, None] & (channel < CHANNELS)[None, :])
-
-
-@triton.jit(do_not_specialize=["images"])
-def weight_grad_kernel(
-    g,
-    x,
-    g2,
-    x2,
-    gw,
-    images,
-    sizes,
-    g_strides,
-    x_strides,
-    second_strides,
-    gw_strides,
-    SUMS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    OUT_CHANNELS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """Gw ``[splits, T, ...]``: output channels by (tap, channel), each split over its part of the
-    pixels. With SUMS the bias's gradient, of g alone, lies behind the weight's.
-    """
-    KH: tl.constexpr = WINDOW[0]
-    KW: tl.constexpr = WINDOW[1]
-    across: tl.constexpr = (KH * KW * CHANNELS + COLUMNS - 1) // COLUMNS
-    down: tl.constexpr = (OUT_CHANNELS + ROWS - 1) // ROWS
-    tile, task = block_and_task(down * across)
-    split = tl.program_id(1)
-    out = (tile // across) * ROWS + tl.arange(0, ROWS)
-    k = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
-    pixels = images * sizes[2] * sizes[3]
-    part = tl.cdiv(tl.cdiv(pixels, tl.num_programs(1)), INNER) * INNER
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    out_sums = tl.zeros((ROWS,), tl.float32)
-    for start in range(split * part, tl.minimum((split + 1) * part, pixels), INNER):
-        pixel = start + tl.arange(0, INNER)
-        there, known = _pixels(pixel, out, images, sizes, g_strides, OUT_CHANNELS)
-        at, inside = _patches(pixel, k, images, sizes, x_strides, CHANNELS, WINDOW)
-        a = tl.trans(tl.load(g + task * g_strides[0] + there, known, other=0.0))
-        b = tl.load(x + task * x_strides[0] + at, inside, other=0.0)
-        acc = dot(a, b, acc, PRECISION)
-        if SUMS:
-            out_sums += tl.sum(a, 1)
-        if g2 is not None:
-            a = tl.trans(tl.load(g2 + task * second_strides[0] + there, known, other=0.0))
-            b = tl.load(x2 + task * second_strides[1] + at, inside, other=0.0)
-            acc = dot(a, b, acc, PRECISION)
-    channel, tap = k % CHANNELS, k // CHANNELS
-    column = channel * gw_strides[3] + (tap // KW) * gw_strides[4] + (tap % KW) * gw_strides[5]
-    at = (out * gw_strides[2])[:, None] + column[None, :]
-    exists = (out < OUT_CHANNELS)[:, None] & (tap < KH * KW)[None, :]
-    gw += split * gw_strides[0] + task * gw_strides[1]
-    tl.store(gw + at, acc, exists)
-    if SUMS:
-        behind: tl.constexpr = OUT_CHANNELS * CHANNELS * KH * KW
-        tl.store(gw + behind + out, out_sums, (out < OUT_CHANNELS) & (tile % across == 0))
 
 
 def _window(op: Op, weight: Tensor) -> tuple[int, ...]:
@@ -288,6 +72,64 @@ def _weights(flat: Tensor, like: Tensor) -> Tensor:
     return flat.unflatten(-1, (out, channels, *window))
 
 
+@dataclass
+class _InputGradient:
+    """Of a launch the part that works out gx, if any does."""
+
+    tensors: Sequence[Tensor | None] = (None,) * 5
+    strides: Sequence[tuple[int, ...] | None] = (None,) * 4
+    gx: Tensor | None = None
+    blocks: Blocks = NO_BLOCKS
+    programs: int = 0
+
+    @classmethod
+    def of(cls, pairs: Pairs, x: Tensor, phases: tuple[int, int], precision: str) -> _InputGradient:
+        if not pairs:
+            return cls()
+        pairs = _with_channels_inside(pairs)
+        (g, w), (g2, w2, second) = pairs[0], _second(pairs)
+        of_phases = phases[0] * phases[1]
+        rows, columns = (triton.cdiv(x.shape[3 + i], phases[i]) for i in (0, 1))
+        pixels, inner = x.shape[1] * rows * columns, w[0, :, 0].numel() // of_phases
+        blocks = choose_blocks(len(g) * of_phases, pixels, w.shape[2], inner, precision)
+        gx = new_channels_last(g, tuple(x.shape))
+        strides = g.stride(), w.stride(), second, gx.stride()
+        programs = blocks.tiles(pixels, w.shape[2]) * len(g) * of_phases
+        return cls((g, w, g2, w2, gx), strides, gx, blocks, programs)
+
+
+@dataclass
+class _WeightGradient:
+    """The part that works out the weight's gradient, and behind it in memory the bias's."""
+
+    tensors: Sequence[Tensor | None] = (None,) * 5
+    strides: Sequence[tuple[int, ...] | None] = (None,) * 4
+    parts: Tensor | None = None
+    blocks: Blocks = NO_BLOCKS
+    programs: int = 0
+
+    @classmethod
+    def of(cls, pairs: Pairs, like: Tensor, bias: bool, precision: str) -> _WeightGradient:
+        if not pairs:
+            return cls()
+        pairs = _aligned(pairs)
+        (g, x), (g2, x2, second) = pairs[0], _second(pairs)
+        out, taps, pixels = like.shape[1], like[0, 0].numel(), g[0, :, 0].numel()
+        blocks = choose_blocks(len(g), out, taps, pixels, precision, split=True)
+        parts = g.new_empty(blocks.splits, len(g), out * (taps + 1) if bias else out * taps)
+        gw = _weights(parts[..., : out * taps], like)
+        strides = g.stride(), x.stride(), second, gw.stride()
+        programs = blocks.tiles(out, taps) * len(g) * blocks.splits
+        return cls((g, x, g2, x2, gw), strides, parts, blocks, programs)
+
+    def found(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of the weight, and of the bias where there is one."""
+        if self.parts is None:
+            return None, None
+        rows, size = added(self.parts), like[0].numel()
+        return _weights(rows[:, :size], like), rows[:, size:] if rows.shape[1] > size else None
+
+
 class Conv2d(Bilinear):
     """x ``[T, N, C, H, W]``, weight ``[T, O, C, kh, kw]``, bias ``[T, O]``."""
 
@@ -323,76 +165,43 @@ class Conv2d(Bilinear):
         )
         return y
 
-    def input_grad(self, op: Op, pairs: Pairs, like: Tensor) -> Tensor:
-        pairs = _with_channels_inside(pairs)
-        (g, w), (g2, w2, second) = pairs[0], _second(pairs)
-        sizes, window = _sizes(like, g), _window(op, w)
+    def gradients(
+        self,
+        op: Op,
+        weight_pairs: Pairs,
+        weight: Tensor,
+        input_pairs: Pairs,
+        x: Tensor,
+        *,
+        bias: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        window, sizes = _window(op, weight), _sizes(x, (weight_pairs or input_pairs)[0][0])
         phases = _phases(window)
-        images, height, width = like.shape[1], *sizes[:2]
-        pixels = images * triton.cdiv(height, phases[0]) * triton.cdiv(width, phases[1])
-        inner = w[0, :, 0].numel() // (phases[0] * phases[1])
-        tasks = len(g) * phases[0] * phases[1]
-        blocks = choose_blocks(tasks, pixels, w.shape[2], inner, self.precision)
-        gx = new_channels_last(g, tuple(like.shape))
-        input_grad_kernel[(blocks.tiles(pixels, w.shape[2]) * len(g), phases[0] * phases[1])](
-            g,
-            w,
-            g2,
-            w2,
-            gx,
-            images,
+        back = _InputGradient.of(input_pairs, x, phases, self.precision)
+        own = _WeightGradient.of(weight_pairs, weight, bias, self.precision)
+        warps = max(back.blocks.warps, own.blocks.warps)
+        gradients_kernel[(back.programs + own.programs,)](
+            *back.tensors,
+            *own.tensors,
+            x.shape[1],
             sizes,
-            g.stride(),
-            w.stride(),
-            second,
-            gx.stride(),
-            CHANNELS=w.shape[2],
-            OUT_CHANNELS=w.shape[1],
+            back.programs,
+            back.programs // (phases[0] * phases[1]),
+            own.programs // own.blocks.splits,
+            own.blocks.splits,
+            *back.strides,
+            *own.strides,
+            SUMS=bias,
+            CHANNELS=weight.shape[2],
+            OUT_CHANNELS=weight.shape[1],
             WINDOW=window,
             PHASES=phases,
             PRECISION=dot_precision(self.precision),
-            ROWS=blocks.rows,
-            COLUMNS=blocks.columns,
-            INNER=blocks.inner,
-            **blocks.options,
+            BLOCK=back.blocks.sizes,
+            WEIGHT_BLOCK=own.blocks.sizes,
+            **replace(back.blocks, warps=warps).options,
         )
-        return gx
-
-    def weight_grad(
-        self, op: Op, pairs: Pairs, like: Tensor, *, bias: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        pairs = _aligned(pairs)
-        (g, x), (g2, x2, second) = pairs[0], _second(pairs)
-        sizes, out, taps = _sizes(x, g), like.shape[1], like[0, 0].numel()
-        pixels = x.shape[1] * sizes[2] * sizes[3]
-        blocks = choose_blocks(len(g), out, taps, pixels, self.precision, split=True)
-        size = out * taps
-        found = g.new_empty(blocks.splits, len(g), size + (out if bias else 0))
-        gw = _weights(found[..., :size], like)
-        weight_grad_kernel[(blocks.tiles(out, taps) * len(g), blocks.splits)](
-            g,
-            x,
-            g2,
-            x2,
-            gw,
-            x.shape[1],
-            sizes,
-            g.stride(),
-            x.stride(),
-            second,
-            gw.stride(),
-            SUMS=bias,
-            CHANNELS=like.shape[2],
-            OUT_CHANNELS=out,
-            WINDOW=_window(op, like),
-            PRECISION=dot_precision(self.precision),
-            ROWS=blocks.rows,
-            COLUMNS=blocks.columns,
-            INNER=blocks.inner,
-            **blocks.options,
-        )
-        found = added(found)
-        return _weights(found[:, :size], like), found[:, size:] if bias else None
+        return *own.found(weight), back.gx
 
     def broadcast(self, bias: Tensor, tasks_examples: Shape, out_shape: Shape) -> Tensor:
         return bias[:, None, :, None, None].expand(*tasks_examples, *out_shape)

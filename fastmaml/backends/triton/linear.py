@@ -135,15 +135,24 @@ class Linear(Bilinear):
         y, _ = matmul(matrices, self.precision, bias=bias)
         return y.view(*pairs[0][0].shape[:2], *out_shape)
 
-    def input_grad(self, op: Op, pairs: Pairs, like: Tensor) -> Tensor:
-        gx, _ = matmul([(_matrix(gy), w) for gy, w in pairs], self.precision)
-        return gx.view(like.shape)
-
-    def weight_grad(
-        self, op: Op, pairs: Pairs, like: Tensor, *, bias: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        matrices = [(_matrix(gy).mT, _matrix(x)) for gy, x in pairs]
-        return matmul(matrices, self.precision, row_sums=bias, split=True)
+    def gradients(
+        self,
+        op: Op,
+        weight_pairs: Pairs,
+        weight: Tensor,
+        input_pairs: Pairs,
+        x: Tensor,
+        *,
+        bias: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        gw, gbias, gx = None, None, None
+        if weight_pairs:
+            matrices = [(_matrix(gy).mT, _matrix(x)) for gy, x in weight_pairs]
+            gw, gbias = matmul(matrices, self.precision, row_sums=bias, split=True)
+        if input_pairs:
+            product, _ = matmul([(_matrix(gy), w) for gy, w in input_pairs], self.precision)
+            gx = product.view(x.shape)
+        return gw, gbias, gx
 
     def broadcast(self, bias: Tensor, tasks_examples: Shape, out_shape: Shape) -> Tensor:
         aligned = bias.view(len(bias), *[1] * len(out_shape), -1)

@@ -22,7 +22,12 @@ def block_and_task(blocks):
     """The program's block of a task's ``blocks``, and the task. They share an axis: of the three
     of a grid only the first may be longer than 65,535.
     """
-    program = tl.program_id(0)
+    return tile_and_task(tl.program_id(0), blocks)
+
+
+@triton.jit
+def tile_and_task(program, blocks):
+    """The same of one of several programs that have a launch in common."""
     return program % blocks, (program // blocks).to(tl.int64)
 
 
@@ -63,9 +68,17 @@ class Blocks:
         return triton.cdiv(rows, self.rows) * triton.cdiv(columns, self.columns)
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Of a block, along rows, columns and the inner sum."""
+        return self.rows, self.columns, self.inner
+
+    @property
     def options(self) -> dict[str, int]:
         """Launch options."""
         return {"num_warps": self.warps, "num_stages": 3}
+
+
+NO_BLOCKS = Blocks(16, 16, 16, splits=1, warps=1)
 
 
 def choose_blocks(
@@ -86,12 +99,13 @@ def choose_blocks(
         block_rows //= 2
     while tiles() < _ENOUGH_BLOCKS and block_columns > 32 and not split:
         block_columns //= 2
-    block_inner = _fitting(inner, max(32, _STEP_VALUES // (block_rows + block_columns)))
+    twice = 2 if precision == "tf32x3" else 1  # of each factor there are two parts in registers
+    block_inner = _fitting(inner, max(32, _STEP_VALUES // twice // (block_rows + block_columns)))
     splits = 1
     if split:
         useful = triton.cdiv(inner, _FEWEST_STEPS * block_inner)
         splits = max(1, min(triton.cdiv(_ENOUGH_BLOCKS, tiles()), useful, _MOST_SPLITS))
-    warps = 8 if block_rows * block_columns >= 128 * 64 else 4
+    warps = 8 if block_rows * block_columns >= 128 * 64 // twice else 4
     return Blocks(block_rows, block_columns, block_inner, splits, warps)
 
 
