@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from fastmaml.backends.graphs import Graphs
 from fastmaml.backends.kernel_order import KernelOrder
 from fastmaml.backends.mlp import MlpKernel
 from fastmaml.backends.precision import Precisions
-from fastmaml.backends.reference import ReferenceExecutor
+from fastmaml.backends.reference import ReferenceExecutor, State
 from fastmaml.backends.triton import LOSSES, rules
 from fastmaml.program.ir import Graph, Op, Slot, freeze
 from fastmaml.program.layout import ParameterLayout
@@ -49,16 +48,15 @@ class KernelExecutor(ReferenceExecutor):
     def rules(self, at: Precisions) -> Mapping[str, Rule]:
         return rules(*at) if self._kernels else super().rules(at)
 
-    def forward(
+    def state(
         self,
         theta: Tensor,
         phi: Tensor,
         buffers: Sequence[Tensor],
         x: Tensor,
         *,
-        keep: bool = True,
         at: Precisions | None = None,
-    ) -> tuple[Tensor, Tensor | None, Any]:
+    ) -> State:
         if self._kernels and x.shape[1] > self._most_examples:
             raise ValueError(
                 f"x must have at most {self._most_examples} examples of each task for this module "
@@ -66,10 +64,11 @@ class KernelExecutor(ReferenceExecutor):
                 "split them into mini-batches"
             )
         with torch.cuda.device_of(x):  # where Triton launches; autograd sees to the other passes
-            return super().forward(theta, phi, buffers, x, keep=keep, at=at)
+            return super().state(theta, phi, buffers, x, at=at)
 
-    def _ops(self, want_x: bool) -> Sequence[Op]:
-        return self.graph.ops if want_x else self._without_input_gradient
+    def _ops(self, want_x: bool, *, want_params: bool = True) -> Sequence[Op]:
+        ops = self.graph.ops if want_x else self._without_input_gradient
+        return ops if want_params else _without_weight_gradients(ops)
 
 
 class MetaStepExecutor(KernelExecutor):
@@ -172,3 +171,7 @@ def _mark_first_ops(graph: Graph) -> tuple[Op, ...]:
             moving.add(op.output)
         ops.append(op)
     return tuple(ops)
+
+
+def _without_weight_gradients(ops: Sequence[Op]) -> tuple[Op, ...]:
+    return tuple(replace(op, attrs=freeze({**op.attrs, "weight_gradient": False})) for op in ops)

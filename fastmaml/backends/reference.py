@@ -22,6 +22,7 @@ from fastmaml.program.meta import meta_step
 from fastmaml.rules import LOSSES, RULES, LossRule, Rule
 
 Values = dict[int, Tensor]
+ParameterGrads = list[tuple[Slot, Tensor]]
 
 
 @dataclass
@@ -68,8 +69,21 @@ class ReferenceExecutor:
         at: Precisions | None = None,
     ) -> tuple[Tensor, Tensor | None, Any]:
         """``at``: not as precise as is set now, but so."""
+        state = self.state(theta, phi, buffers, x, at=at)
+        y, statistics = state.values[self.graph.output], self._statistics(state)
+        return y, statistics, state if keep else None
+
+    def state(
+        self,
+        theta: Tensor,
+        phi: Tensor,
+        buffers: Sequence[Tensor],
+        x: Tensor,
+        *,
+        at: Precisions | None = None,
+    ) -> State:
+        """The state alone that :meth:`forward` leaves."""
         state = State(phi, theta, {0: x}, [], [], self.rules(at or precisions()))
-        statistics: list[Tensor] = []
         for op in self.graph.ops:
             params = [self._param(p, theta, phi) for p in op.params]
             read = [None if b is None else buffers[b] for b in op.buffers]
@@ -79,22 +93,17 @@ class ReferenceExecutor:
             state.values[op.output] = y
             state.params.append(params)
             state.saved.append(saved)
-            if op.attrs.get("tracking"):
-                statistics += [saved.batch_mean, saved.batch_var_unbiased]
-        y = state.values[self.graph.output]
-        return y, torch.cat(statistics, 1) if statistics else None, state if keep else None
+        return state
 
     def backward(
         self, state: State, gy: Tensor, *, want_phi: bool, want_x: bool, keep: bool = True
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Any]:
-        gvalues: Values = {self.graph.output: gy}
-        gparams: list[tuple[Slot, Tensor]] = []
-        for i, op in reversed(list(enumerate(self._ops(want_x)))):
-            if op.output in gvalues:
-                inputs = [state.values[v] for v in op.inputs]
-                args = (op, state.params[i], inputs, state.saved[i], gvalues[op.output])
-                self._collect(op, state.rules[op.kind].backward(*args), gvalues, gparams)
+        gvalues, gparams = self._back(state, gy, self._ops(want_x))
         return (*self._gradients(state, gvalues, gparams, want_phi, want_x), gvalues)
+
+    def gradient_state(self, state: State, gy: Tensor, *, want_x: bool) -> Values:
+        """The gradient state alone that :meth:`backward` leaves."""
+        return self._back(state, gy, self._ops(want_x, want_params=False))[0]
 
     def tangent(
         self, state: State, dtheta: Tensor, dphi: Tensor | None, dx: Tensor | None
@@ -126,7 +135,7 @@ class ReferenceExecutor:
         want_x: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         dgvalues: Values = {} if dgy is None else {self.graph.output: dgy}
-        dgparams: list[tuple[Slot, Tensor]] = []
+        dgparams: ParameterGrads = []
         for i, op in reversed(list(enumerate(self._ops(want_x)))):
             if op.output in gradient:
                 found = state.rules[op.kind].backward_tangent(
@@ -154,9 +163,27 @@ class ReferenceExecutor:
                     checks.labels_in_range(name, y, classes)
         return meta_step(self, call, self.losses)
 
-    def _ops(self, want_x: bool) -> Sequence[Op]:
+    def _ops(self, want_x: bool, *, want_params: bool = True) -> Sequence[Op]:
         """The ops as the passes over gradients take them."""
         return self.graph.ops
+
+    def _statistics(self, state: State) -> Tensor | None:
+        found: list[Tensor] = []
+        for op, saved in zip(self.graph.ops, state.saved, strict=True):
+            if op.attrs.get("tracking"):
+                found += [saved.batch_mean, saved.batch_var_unbiased]
+        return torch.cat(found, 1) if found else None
+
+    def _back(self, state: State, gy: Tensor, ops: Sequence[Op]) -> tuple[Values, ParameterGrads]:
+        """The gradients of all values, and those of parameters."""
+        gvalues: Values = {self.graph.output: gy}
+        gparams: ParameterGrads = []
+        for i, op in reversed(list(enumerate(ops))):
+            if op.output in gvalues:
+                inputs = [state.values[v] for v in op.inputs]
+                args = (op, state.params[i], inputs, state.saved[i], gvalues[op.output])
+                self._collect(op, state.rules[op.kind].backward(*args), gvalues, gparams)
+        return gvalues, gparams
 
     # --- between slots and flat vectors -------------------------------------------------------
 
@@ -178,9 +205,7 @@ class ReferenceExecutor:
         """A parameter's gradient as rows ``[T, size]``, in the order of :meth:`_view`."""
         return grad.reshape(len(grad), slot.size)
 
-    def _collect(
-        self, op: Op, found: Any, gvalues: Values, gparams: list[tuple[Slot, Tensor]]
-    ) -> None:
+    def _collect(self, op: Op, found: Any, gvalues: Values, gparams: ParameterGrads) -> None:
         param_grads, input_grads = found
         for value, grad in zip(op.inputs, input_grads, strict=True):
             if grad is not None:
@@ -193,7 +218,7 @@ class ReferenceExecutor:
         self,
         state: State,
         gvalues: Values,
-        gparams: list[tuple[Slot, Tensor]],
+        gparams: ParameterGrads,
         want_phi: bool,
         want_x: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -202,14 +227,14 @@ class ReferenceExecutor:
         gx = gvalues.get(0, torch.zeros_like(state.values[0])) if want_x else None
         return gtheta, gphi, gx
 
-    def _rows(self, gparams: list[tuple[Slot, Tensor]], theta: Tensor, *, adapted: bool) -> Tensor:
+    def _rows(self, gparams: ParameterGrads, theta: Tensor, *, adapted: bool) -> Tensor:
         """A group's gradients side by side, ``[T, P]`` or ``[T, Q]``; zero where there is none."""
         found = self._found(gparams)
         slots = list(self._layout.group(adapted=adapted))
         rows = [found[s] if s in found else theta.new_zeros(len(theta), s.size) for s in slots]
         return torch.cat(rows, 1) if rows else theta.new_zeros(len(theta), 0)
 
-    def _found(self, gparams: list[tuple[Slot, Tensor]]) -> dict[Slot, Tensor]:
+    def _found(self, gparams: ParameterGrads) -> dict[Slot, Tensor]:
         """The gradient of each slot, ``[T, size]``."""
         found: dict[Slot, Tensor] = {}
         for slot, grad in gparams:

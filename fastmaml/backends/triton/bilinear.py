@@ -57,10 +57,9 @@ class Bilinear(ABC):
     ) -> Grads:
         weight, bias = params
         assert weight is not None
-        weight_pairs = [(gy, inputs[0])]
-        return self._gradients(
-            op, params, inputs[0], weight_pairs, [(gy, weight)], bias is not None
-        )
+        weight_pairs = [(gy, inputs[0])] if op.attrs.get("weight_gradient", True) else []
+        moves = bias is not None and bool(weight_pairs)
+        return self._gradients(op, params, inputs[0], weight_pairs, [(gy, weight)], moves)
 
     def tangent(
         self,
