@@ -11,7 +11,7 @@ from torch import Tensor
 from fastmaml.backends.graphs import Graphs
 from fastmaml.backends.operations import GraphedExecutor
 from fastmaml.backends.precision import Precisions
-from fastmaml.backends.reference import ReferenceExecutor, State
+from fastmaml.backends.reference import ReferenceExecutor, State, Values
 from fastmaml.program.ir import Graph, Op
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.rules import RULES, Rule
@@ -42,10 +42,20 @@ class Plain(ReferenceExecutor):
 
     def backward(self, state: State, gy: Tensor, *, want_x: bool, **options: bool) -> Any:
         *found, gradient = super().backward(state, gy, want_x=want_x, **options)
-        return *found, {v: g for v, g in gradient.items() if want_x or v in self._moving}
+        return *found, self._known(gradient, want_x)
+
+    def gradient_state(self, state: State, gy: Tensor, *, want_x: bool) -> Values:
+        return self._known(super().gradient_state(state, gy, want_x=want_x), want_x)
+
+    def _known(self, gradient: Values, want_x: bool) -> Values:
+        return {v: g for v, g in gradient.items() if want_x or v in self._moving}
 
     def rules(self, at: Precisions) -> Mapping[str, Rule]:
         return {**RULES, "linear": Coarse()} if at[1] == "bf16" else RULES
+
+    @property
+    def in_graphs(self) -> ReferenceExecutor:
+        return self
 
     def describe(self) -> str:
         return self.graphs.describe()

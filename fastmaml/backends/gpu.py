@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fastmaml.backends.base import MetaStep, MetaStepResult
 from fastmaml.backends.graphs import Graphs
-from fastmaml.backends.kernel_order import KernelOrder
+from fastmaml.backends.kernel_order import KernelOrder, Reordering
 from fastmaml.backends.mlp import MlpKernel
+from fastmaml.backends.operations import Recomputing
 from fastmaml.backends.precision import Precisions
 from fastmaml.backends.reference import ReferenceExecutor, State
 from fastmaml.backends.triton import LOSSES, rules
@@ -71,15 +72,12 @@ class KernelExecutor(ReferenceExecutor):
         return ops if want_params else _without_weight_gradients(ops)
 
 
-class MetaStepExecutor(KernelExecutor):
-    """Meta-steps on parameters in the kernels' order."""
+class OrderedExecutor(KernelExecutor):
+    """On parameters, and all that is like them, in the kernels' order."""
 
     def __init__(self, graph: Graph, layout: ParameterLayout, order: KernelOrder) -> None:
         super().__init__(graph, layout, torch.float32)
         self._order = order
-
-    def meta_step(self, call: MetaStep) -> MetaStepResult:
-        return self._order.of_result(super().meta_step(self._order.of_call(call)))
 
     def _view(self, slot: Slot, theta: Tensor) -> Tensor:
         return self._order.view(slot, theta)
@@ -100,12 +98,17 @@ class GpuExecutor(KernelExecutor):
         super().__init__(graph, layout, dtype)
         self._small = MlpKernel.of(graph, layout, dtype)
         order = KernelOrder(graph, layout)
-        ordered = self._kernels and order.differs
-        self._ordered = MetaStepExecutor(graph, layout, order) if ordered else None
+        self._reordering: Reordering | None = None
+        if self._kernels and order.differs:
+            self._reordering = Reordering(OrderedExecutor(graph, layout, order), order)
         self.graphs = Graphs()
 
+    @property
+    def in_graphs(self) -> Recomputing:
+        return self if self._reordering is None else self._reordering
+
     def meta_step(self, call: MetaStep) -> MetaStepResult:
-        run = super().meta_step if self._ordered is None else self._ordered.meta_step
+        run = super().meta_step if self._reordering is None else self._reordering.meta_step
         if not call.theta.is_cuda:
             return run(call)
         with torch.cuda.device_of(call.theta):

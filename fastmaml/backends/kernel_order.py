@@ -5,13 +5,16 @@ side. Padding holds copies of other elements; no kernel reads it, and its gradie
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmaml.backends.base import MetaStep, MetaStepResult
+from fastmaml.backends.operations import Recomputing
+from fastmaml.backends.precision import Precisions
 from fastmaml.program.ir import Graph, Slot
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.updates import FusedUpdate
@@ -20,9 +23,7 @@ _MULTIPLE = 16  # elements: of these, Triton knows without looking
 
 
 class KernelOrder:
-    """The order of one program, and how its meta-steps get there and back: on the way, no weight
-    need be copied.
-    """
+    """The order of one program, and the way there and back."""
 
     def __init__(self, graph: Graph, layout: ParameterLayout) -> None:
         weights = {op.params[0] for op in graph.ops if op.kind == "conv2d"}
@@ -76,35 +77,40 @@ class KernelOrder:
                 parts.append(self._padding(theta)[:, :padding])
         return torch.cat(parts, 1)
 
+    def forth(self, values: Tensor) -> Tensor:
+        """``[..., P]`` to ``[..., K]``; what is one for all parameters stays, and of one row for
+        all tasks, expanded, that row alone is moved.
+        """
+        if values.shape[-1] != self._size:
+            return values
+        if values.ndim > 1 and len(values) > 1 and values.stride(0) == 0:
+            return self.forth(values[0]).expand(len(values), -1)
+        return values.index_select(-1, self._indices(values.device)[0])
+
+    def back(self, values: Tensor) -> Tensor:
+        """``[..., K]`` to ``[..., P]``; what is one for all parameters stays."""
+        if values.shape[-1] != self._padded:
+            return values
+        return values.index_select(-1, self._indices(values.device)[1])
+
     def of_call(self, call: MetaStep) -> MetaStep:
         """``call`` with all that is like theta in this order."""
         update = call.update
         if update is not None:
-            update = FusedUpdate(update.rule, [self._forth(c) for c in update.coefficients])
-        rates = None if call.rates is None else self._forth(call.rates)
-        return replace(call, theta=self._forth(call.theta), rates=rates, update=update)
+            update = FusedUpdate(update.rule, [self.forth(c) for c in update.coefficients])
+        rates = None if call.rates is None else self.forth(call.rates)
+        return replace(call, theta=self.forth(call.theta), rates=rates, update=update)
 
     def of_result(self, result: MetaStepResult) -> MetaStepResult:
         """What was computed for :meth:`of_call`, in torch's order."""
         own = {
-            name: self._restored(value)
+            name: self.back(value)
             for name in ("adapted", "theta_grad", "rates_grad")
             for value in [getattr(result, name)]
             if value is not None
         }
-        grads = [None if g is None else self._restored(g) for g in result.coefficient_grads]
+        grads = [None if g is None else self.back(g) for g in result.coefficient_grads]
         return replace(result, coefficient_grads=grads, **own)
-
-    def _forth(self, values: Tensor) -> Tensor:
-        """``[..., P]`` to ``[..., K]``; what is one for all parameters stays."""
-        if values.shape[-1] != self._size:
-            return values
-        return values.index_select(-1, self._indices(values.device)[0])
-
-    def _restored(self, values: Tensor) -> Tensor:
-        if values.shape[-1] != self._padded:
-            return values
-        return values.index_select(-1, self._indices(values.device)[1])
 
     def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._on_device:
@@ -117,3 +123,74 @@ class KernelOrder:
         if key not in self._zeros:
             self._zeros[key] = theta.new_zeros(len(theta), _MULTIPLE - 1)
         return self._zeros[key]
+
+
+class Reordering:
+    """See :class:`fastmaml.backends.base.Executor`: ``run``, whose parameters are in the kernels'
+    order, on parameters in torch's. They are moved once, and then no weight need be copied.
+    """
+
+    packed = None
+
+    def __init__(self, run: Recomputing, order: KernelOrder) -> None:
+        self.name = run.name
+        self._run = run
+        self._order = order
+
+    def forward(
+        self,
+        theta: Tensor,
+        phi: Tensor,
+        buffers: Sequence[Tensor],
+        x: Tensor,
+        *,
+        keep: bool = True,
+        at: Precisions | None = None,
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        return self._run.forward(self._order.forth(theta), phi, buffers, x, keep=keep, at=at)
+
+    def state(
+        self,
+        theta: Tensor,
+        phi: Tensor,
+        buffers: Sequence[Tensor],
+        x: Tensor,
+        *,
+        at: Precisions | None = None,
+    ) -> Any:
+        return self._run.state(self._order.forth(theta), phi, buffers, x, at=at)
+
+    def backward(
+        self, state: Any, gy: Tensor, *, want_phi: bool, want_x: bool, keep: bool = True
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Any]:
+        gtheta, gphi, gx, gradient = self._run.backward(
+            state, gy, want_phi=want_phi, want_x=want_x, keep=keep
+        )
+        return self._order.back(gtheta), gphi, gx, gradient
+
+    def gradient_state(self, state: Any, gy: Tensor, *, want_x: bool) -> Any:
+        return self._run.gradient_state(state, gy, want_x=want_x)
+
+    def tangent(
+        self, state: Any, dtheta: Tensor, dphi: Tensor | None, dx: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        return self._run.tangent(state, self._order.forth(dtheta), dphi, dx)
+
+    def backward_tangent(
+        self,
+        state: Any,
+        gradient: Any,
+        tangent: Any,
+        dgy: Tensor | None,
+        *,
+        sum_theta: bool = False,
+        want_phi: bool,
+        want_x: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        dgtheta, dgphi, dgx = self._run.backward_tangent(
+            state, gradient, tangent, dgy, sum_theta=sum_theta, want_phi=want_phi, want_x=want_x
+        )
+        return self._order.back(dgtheta), dgphi, dgx
+
+    def meta_step(self, call: MetaStep) -> MetaStepResult:
+        return self._order.of_result(self._run.meta_step(self._order.of_call(call)))

@@ -33,6 +33,17 @@ class KernelByKernel(Executor, Protocol):
     graph: Graph
     graphs: Graphs
 
+    @property
+    def in_graphs(self) -> Recomputing:
+        """The same program as graphs run it."""
+
+    def describe(self) -> str:
+        """How meta-steps run."""
+
+
+class Recomputing(Executor, Protocol):
+    """An executor whose states can be had alone, to be made anew by each operation."""
+
     def forward(
         self,
         theta: Tensor,
@@ -45,8 +56,19 @@ class KernelByKernel(Executor, Protocol):
     ) -> tuple[Tensor, Tensor | None, Any]:
         """Not as precise as is set now, but as ``at`` says, if it does."""
 
-    def describe(self) -> str:
-        """How meta-steps run."""
+    def state(
+        self,
+        theta: Tensor,
+        phi: Tensor,
+        buffers: Sequence[Tensor],
+        x: Tensor,
+        *,
+        at: Precisions | None = None,
+    ) -> Any:
+        """That of :meth:`forward`."""
+
+    def gradient_state(self, state: Any, gy: Tensor, *, want_x: bool) -> Any:
+        """That of :meth:`backward`."""
 
 
 @dataclass
@@ -129,6 +151,7 @@ class GraphedExecutor:
     def __init__(self, plain: KernelByKernel, layout: ParameterLayout) -> None:
         self.name = plain.name
         self._plain = plain
+        self._captured = _Operations(plain.in_graphs)
         self._multiplications = _multiplications(plain.graph, layout)
 
     @property
@@ -144,7 +167,9 @@ class GraphedExecutor:
     ) -> tuple[Tensor, Tensor | None, Any]:
         call = Forward(theta.detach(), phi.detach(), buffers, x.detach(), precisions())
         with torch.cuda.device_of(x):
-            found = self.graphs.replayed(call, self._forward) if self._is_small(x) else None
+            found = (
+                self.graphs.replayed(call, self._captured.forward) if self._is_small(x) else None
+            )
             if found is None:
                 return self._plain.forward(theta, phi, buffers, x, keep=keep)
             # buffers alone may be written to meanwhile: of the rest, autograd knows its version
@@ -158,7 +183,7 @@ class GraphedExecutor:
             return self._plain.backward(state, gy, want_phi=want_phi, want_x=want_x, keep=keep)
         gy = gy.detach()
         with torch.cuda.device_of(gy):
-            found = self.graphs(Backward(state, gy, want_phi, want_x), self._backward)
+            found = self.graphs(Backward(state, gy, want_phi, want_x), self._captured.backward)
         return found.theta, found.phi, found.x, gy if keep else None
 
     def tangent(
@@ -168,7 +193,7 @@ class GraphedExecutor:
             return self._plain.tangent(state, dtheta, dphi, dx)
         direction = Direction(dtheta, dphi, dx)
         with torch.cuda.device_of(dtheta):
-            return self.graphs(Tangent(state, direction), self._tangent).y, direction
+            return self.graphs(Tangent(state, direction), self._captured.tangent).y, direction
 
     def backward_tangent(
         self,
@@ -187,7 +212,7 @@ class GraphedExecutor:
             )
         call = BackwardTangent(state, gradient, tangent, dgy, sum_theta, want_phi, want_x)
         with torch.cuda.device_of(gradient):
-            found = self.graphs(call, self._backward_tangent)
+            found = self.graphs(call, self._captured.backward_tangent)
         return found.theta, found.phi, found.x
 
     def meta_step(self, call: MetaStep) -> MetaStepResult:
@@ -199,32 +224,31 @@ class GraphedExecutor:
     def _is_small(self, x: Tensor) -> bool:
         return x.shape[0] * x.shape[1] * self._multiplications <= _MOST_MULTIPLICATIONS
 
-    # --- the operations as functions of their inputs ------------------------------------------
 
-    def _forward(self, call: Forward) -> Output:
-        y, statistics, _ = self._run(call, keep=False)
+class _Operations:
+    """The operations of an executor as functions of their inputs."""
+
+    def __init__(self, run: Recomputing) -> None:
+        self._run = run
+
+    def forward(self, call: Forward) -> Output:
+        given = call.theta, call.phi, call.buffers, call.x
+        y, statistics, _ = self._run.forward(*given, keep=False, at=call.at)
         return Output(y, statistics)
 
-    def _run(self, call: Forward, *, keep: bool) -> tuple[Tensor, Tensor | None, Any]:
-        given = call.theta, call.phi, call.buffers, call.x
-        return self._plain.forward(*given, keep=keep, at=call.at)
+    def backward(self, call: Backward) -> Gradients:
+        state, wants = self._state(call.state), {"want_phi": call.want_phi, "want_x": call.want_x}
+        return Gradients(*self._run.backward(state, call.gy, keep=False, **wants)[:3])
 
-    def _backward(self, call: Backward) -> Gradients:
-        state = self._run(call.state, keep=True)[-1]
-        found = self._plain.backward(
-            state, call.gy, want_phi=call.want_phi, want_x=call.want_x, keep=False
-        )
-        return Gradients(*found[:3])
+    def tangent(self, call: Tangent) -> Output:
+        state, along = self._state(call.state), call.direction
+        return Output(self._run.tangent(state, along.theta, along.phi, along.x)[0])
 
-    def _tangent(self, call: Tangent) -> Output:
-        state, along = self._run(call.state, keep=True)[-1], call.direction
-        return Output(self._plain.tangent(state, along.theta, along.phi, along.x)[0])
-
-    def _backward_tangent(self, call: BackwardTangent) -> Gradients:
-        state, along = self._run(call.state, keep=True)[-1], call.direction
-        *_, gradient = self._plain.backward(state, call.gy, want_phi=False, want_x=call.want_x)
-        _, tangent = self._plain.tangent(state, along.theta, along.phi, along.x)
-        found = self._plain.backward_tangent(
+    def backward_tangent(self, call: BackwardTangent) -> Gradients:
+        state, along = self._state(call.state), call.direction
+        gradient = self._run.gradient_state(state, call.gy, want_x=call.want_x)
+        _, tangent = self._run.tangent(state, along.theta, along.phi, along.x)
+        found = self._run.backward_tangent(
             state,
             gradient,
             tangent,
@@ -234,6 +258,9 @@ class GraphedExecutor:
             want_x=call.want_x,
         )
         return Gradients(*found)
+
+    def _state(self, call: Forward) -> Any:
+        return self._run.state(call.theta, call.phi, call.buffers, call.x, at=call.at)
 
 
 def _copies(buffers: Sequence[Tensor]) -> list[Tensor]:
