@@ -17,7 +17,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, Protocol, TypeVar
 
@@ -117,21 +117,22 @@ class _Graph:
         self.episodes = None if episodes is None else weakref.ref(episodes)
         first = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
         self._inputs = [_memory(leaf, first) for leaf in leaves]
+        self._numbers = [i for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)]
+        self._given = _by_dtype(self._inputs, without=self._numbers)
         self._take(leaves)
         static = _put_together(call, map(_shaped, self._inputs, leaves))
         with _nothing_drawn(call):
             self._captured = capture(lambda: run(static))
         self._results: list[Any] = []
         _take_apart(self._captured.result, self._results)
+        self._found = _by_dtype(self._results)
         self.nbytes = self._captured.nbytes + sum(t.nbytes for t in self._inputs)
 
-    def _take(self, leaves: Sequence[_Leaf]) -> None:
-        pairs = list(zip(self._inputs, leaves, strict=True))
-        given = [(memory, leaf) for memory, leaf in pairs if isinstance(leaf, Tensor)]
-        copy_all([memory for memory, _ in given], [_compact(leaf) for _, leaf in given])
-        for memory, leaf in pairs:
-            if not isinstance(leaf, Tensor):
-                memory.fill_(leaf)
+    def _take(self, leaves: Sequence[Any]) -> None:
+        for places, memory in self._given:
+            torch._foreach_copy_(memory, [_compact(leaves[i]) for i in places])
+        for i in self._numbers:
+            self._inputs[i].fill_(leaves[i])
 
     @property
     def useless(self) -> bool:
@@ -142,7 +143,8 @@ class _Graph:
         self._take(leaves)
         self._captured.replay()
         out = [torch.empty_like(t) for t in self._results]
-        copy_all(out, self._results)
+        for places, results in self._found:
+            torch._foreach_copy_([out[i] for i in places], results)
         return _put_together(self._captured.result, iter(out))
 
 
@@ -250,9 +252,21 @@ def _remember(forms: OrderedDict[Hashable, _Note], form: Hashable, note: _Note) 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy tensors, by one kernel for each dtype."""
-    for dtype in dict.fromkeys(t.dtype for t in targets):
-        pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if t.dtype == dtype]
-        torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
+    for places, of_dtype in _by_dtype(targets):
+        torch._foreach_copy_(of_dtype, [sources[i] for i in places])
+
+
+def _by_dtype(
+    tensors: Sequence[Tensor], without: Sequence[int] = ()
+) -> list[tuple[list[int], list[Tensor]]]:
+    """Those of each dtype, with their places."""
+    groups: dict[torch.dtype, tuple[list[int], list[Tensor]]] = {}
+    for i, t in enumerate(tensors):
+        if i not in without:
+            places, of_dtype = groups.setdefault(t.dtype, ([], []))
+            places.append(i)
+            of_dtype.append(t)
+    return list(groups.values())
 
 
 # --- what meta-steps have of their own ------------------------------------------------------------
@@ -302,30 +316,33 @@ def _take_apart(value: Any, leaves: list[Any]) -> Hashable:
         return tuple([_take_apart(item, leaves) for item in value])
     if isinstance(value, FusedUpdate):
         return value.rule, _take_apart(value.coefficients, leaves)
-    if is_dataclass(value) and not isinstance(value, type):
-        given, drawn = _names(value)
-        absent = tuple(getattr(value, name) is None for name in drawn)
-        return type(value), absent, *[_take_apart(getattr(value, n), leaves) for n in given]
+    given, drawn = _names(value)
+    if given:
+        kind: Any = type(value)
+        absent = tuple([getattr(value, name) is None for name in drawn])
+        return kind, absent, *[_take_apart(getattr(value, n), leaves) for n in given]
     # once a sampler is gone, no other is taken for it, wherever that one lies
     return weakref.ref(value) if hasattr(value, "refill") else value
 
 
 def _put_together(value: Any, leaves: Iterator[Any]) -> Any:
     """``value`` with other tensors and numbers."""
-    if isinstance(value, Tensor | float):
+    if isinstance(value, (Tensor, float)):
         return next(leaves)
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return [_put_together(item, leaves) for item in value]
     if isinstance(value, FusedUpdate):
         return FusedUpdate(value.rule, _put_together(value.coefficients, leaves))
-    if is_dataclass(value) and not isinstance(value, type):
-        own = {n: _put_together(getattr(value, n), leaves) for n in _names(value)[0]}
-        return replace(value, **own)
+    if given := _names(value)[0]:
+        own = {n: _put_together(getattr(value, n), leaves) for n in given}
+        return type(value)(**{**vars(value), **own})
     return value
 
 
 def _names(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The fields of a dataclass that come with it, and those that a sampler draws."""
+    """The fields of a dataclass that come with it, and those that a sampler draws; of anything else
+    none.
+    """
     kind: Any = type(value)
     names = _fields(kind)
     if _episodes(value) is None:
@@ -335,7 +352,7 @@ def _names(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @cache
 def _fields(kind: Any) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(kind))
+    return tuple(f.name for f in fields(kind)) if is_dataclass(kind) else ()
 
 
 def _is_one_row(t: Tensor) -> bool:
