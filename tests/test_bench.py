@@ -162,17 +162,40 @@ def test_another_tree_must_be_a_commit():
         compare.main(parser.parse_args(["no-such-ref"]))
 
 
-def test_launches_are_counted_without_a_gpu(tmp_path):
-    """And a meta-step takes few: each waits for the one before."""
+def launches_by_kernel(output: Path, *options: str) -> list[dict]:
+    """What is counted for omni51."""
     pytest.importorskip("triton", minversion="3.4", reason="needs Triton 3.4 or later")
-    output = tmp_path / "launches.jsonl"
     command = [sys.executable, "-m", "bench", "launches", "--cases", "omni51", "--output", output]
     root = Path(launches.__file__).parent.parent
-    subprocess.run(command, check=True, cwd=root, stdout=subprocess.DEVNULL)
-    (record,) = map(json.loads, output.read_text().splitlines())
-    counts = {name: count for name, (count, _) in record["launches"].items()}
+    subprocess.run([*command, *options], check=True, cwd=root, stdout=subprocess.DEVNULL)
+    records = map(json.loads, output.read_text().splitlines())
+    return [
+        record | {"launches": {name: count for name, (count, _) in record["launches"].items()}}
+        for record in records
+    ]
+
+
+def test_launches_are_counted_without_a_gpu(tmp_path):
+    """And a meta-step takes few: each waits for the one before."""
+    (record,) = launches_by_kernel(tmp_path / "launches.jsonl")
+    counts = record["launches"]
     # four layers: support and query forward; the tangent is one more
     assert counts["product_kernel"] == 4 * 3
     assert counts["normalise_kernel"] == 4 * 2
     assert not any("clone" in name or "copy" in name for name in counts)
     assert sum(counts.values()) <= 90
+
+
+def test_launches_of_operations(tmp_path):
+    """One move of theta there, one of a direction, one of a gradient back; no weight is copied, and
+    nothing is worked out that nobody reads.
+    """
+    records = launches_by_kernel(tmp_path / "launches.jsonl", "--operations")
+    counts = {record["operation"]: record["launches"] for record in records}
+    moves = {"forward": 1, "backward": 2, "tangent": 2, "backward_tangent": 3}
+    assert {name: found["torch index_select"] for name, found in counts.items()} == moves
+    assert not any("clone" in kernel for found in counts.values() for kernel in found)
+    assert counts["backward_tangent"]["weight_grad_kernel"] == 4
+    cats = {name: found.get("torch cat", 0) for name, found in counts.items()}
+    assert cats == {"forward": 1, "backward": 1, "tangent": 0, "backward_tangent": 1}
+    assert sum(map(sum, (found.values() for found in counts.values()))) <= 115

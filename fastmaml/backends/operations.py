@@ -151,7 +151,7 @@ class GraphedExecutor:
     def __init__(self, plain: KernelByKernel, layout: ParameterLayout) -> None:
         self.name = plain.name
         self._plain = plain
-        self._captured = _Operations(plain.in_graphs)
+        self._captured = Operations(plain.in_graphs)
         self._multiplications = _multiplications(plain.graph, layout)
 
     @property
@@ -225,7 +225,7 @@ class GraphedExecutor:
         return x.shape[0] * x.shape[1] * self._multiplications <= _MOST_MULTIPLICATIONS
 
 
-class _Operations:
+class Operations:
     """The operations of an executor as functions of their inputs."""
 
     def __init__(self, run: Recomputing) -> None:
