@@ -32,6 +32,7 @@ from fastmaml.backends.triton.linear import Linear
 pytestmark = NEEDS_KERNELS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N, SHAPE, CLASSES = 2, (2, 4, 5), 3
+torch.manual_seed(0)
 MODULE = nn.Sequential(
     nn.Conv2d(2, 3, (2, 3)), nn.BatchNorm2d(3), nn.Tanh(), nn.Conv2d(3, 4, 2), nn.Conv2d(4, 4, 1),
     nn.Tanh(), nn.Flatten(), nn.Linear(4 * 2 * 2, CLASSES),
@@ -91,6 +92,7 @@ def test_they_are_those_in_torchs_order(
     assert isinstance(plain.in_graphs, Reordering)
     found = all_four(plain.in_graphs, choices, inputs)
     assert_equal(found, all_four(plain, choices, inputs))
+    assert found[1].shape == (tasks, 2 * 3)  # the statistics
     if choices.sum_theta:
         assert found[-3].shape == (1, LAYOUT.theta_size)
 
