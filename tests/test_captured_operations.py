@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from fastmaml.backends.graphs import Graphs
 from fastmaml.backends.operations import GraphedExecutor
 from fastmaml.program.capture import capture
-from fastmaml.program.ir import Slot
+from fastmaml.program.ir import Op, Slot
 from fastmaml.program.layout import ParameterLayout
 
 pytest.importorskip("triton", minversion="3.4", reason="needs Triton 3.4 or later")
@@ -26,6 +27,7 @@ from triton_interpreter import NEEDS_KERNELS
 from fastmaml.backends.gpu import GpuExecutor
 from fastmaml.backends.kernel_order import KernelOrder, Reordering
 from fastmaml.backends.precision import precision
+from fastmaml.backends.triton.bilinear import Bilinear, Pairs
 from fastmaml.backends.triton.conv2d import Conv2d
 from fastmaml.backends.triton.linear import Linear
 
@@ -115,8 +117,15 @@ def test_a_gradient_state_takes_no_gradients_of_weights(
     inputs = given(2, Choices())
     state = plain.state(*(inputs[n] for n in GIVEN))
     expected = plain.backward(state, inputs["gy"], want_phi=True, want_x=want_x)[-1]
-    for rule in (Conv2d, Linear):
-        monkeypatch.setattr(rule, "weight_grad", None)
+    gradients = {rule: rule.gradients for rule in (Conv2d, Linear)}
+
+    def watched(self: Bilinear, op: Op, weight_pairs: Pairs, *args: Any, bias: bool) -> Any:
+        assert not weight_pairs
+        assert not bias
+        return gradients[type(self)](self, op, weight_pairs, *args, bias=bias)
+
+    for rule in gradients:
+        monkeypatch.setattr(rule, "gradients", watched)
     found = plain.gradient_state(state, inputs["gy"], want_x=want_x)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[v], expected[v]) for v in found)
