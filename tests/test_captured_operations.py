@@ -110,25 +110,48 @@ def test_by_graphs(want_x: bool, plain: GpuExecutor) -> None:
     assert (pretended.captures, pretended.replays) == (4, 5)
 
 
-@pytest.mark.parametrize("want_x", [False, True])
-def test_a_gradient_state_takes_no_gradients_of_weights(
-    want_x: bool, plain: GpuExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inputs = given(2, Choices())
-    state = plain.state(*(inputs[n] for n in GIVEN))
-    expected = plain.backward(state, inputs["gy"], want_phi=True, want_x=want_x)[-1]
-    gradients = {rule: rule.gradients for rule in (Conv2d, Linear)}
+@pytest.fixture
+def weights(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each layer that has been gone back through, whether its weight's gradient was taken."""
+    gradients, seen = {rule: rule.gradients for rule in (Conv2d, Linear)}, []
 
     def watched(self: Bilinear, op: Op, weight_pairs: Pairs, *args: Any, bias: bool) -> Any:
-        assert not weight_pairs
-        assert not bias
+        seen.append(bool(weight_pairs))
+        assert weight_pairs or not bias
         return gradients[type(self)](self, op, weight_pairs, *args, bias=bias)
 
     for rule in gradients:
         monkeypatch.setattr(rule, "gradients", watched)
+    return seen
+
+
+@pytest.mark.parametrize("want_x", [False, True])
+def test_a_gradient_state_takes_no_gradients_of_weights(
+    want_x: bool, plain: GpuExecutor, weights: list[bool]
+) -> None:
+    inputs = given(2, Choices())
+    state = plain.state(*(inputs[n] for n in GIVEN))
+    expected = plain.backward(state, inputs["gy"], want_phi=True, want_x=want_x)[-1]
+    assert weights == [True] * 4
+    weights.clear()
     found = plain.gradient_state(state, inputs["gy"], want_x=want_x)
+    assert set(weights) == {False}
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[v], expected[v]) for v in found)
+
+
+def test_gradients_of_shared_weights_are_taken_where_they_are_wanted(
+    plain: GpuExecutor, weights: list[bool]
+) -> None:
+    inputs = given(2, Choices())
+    state = plain.state(*(inputs[n] for n in GIVEN))
+    wanted = plain.backward(state, inputs["gy"], want_phi=True, want_x=False)
+    weights.clear()
+    found = plain.backward(state, inputs["gy"], want_phi=False, want_x=False)
+    shared = [not LAYOUT.slots[f"{i}.weight"].adapted for i in (7, 4, 3, 0)]
+    assert weights == [not s for s in shared]
+    assert any(shared)
+    assert torch.equal(found[0], wanted[0])
 
 
 def test_one_row_for_all_tasks_is_moved_once(

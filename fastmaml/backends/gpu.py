@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -44,7 +45,8 @@ class KernelExecutor(ReferenceExecutor):
         graph = _with_more_in_norms(graph) if self._kernels else graph
         super().__init__(graph, layout)
         self.losses = LOSSES if self._kernels else REFERENCE_LOSSES
-        self._without_input_gradient = _mark_first_ops(graph)
+        wants = list(product((False, True), repeat=3))
+        self._passes = {want: self._noted(*want) for want in wants}
         self._most_examples = _MOST_ELEMENTS // max(prod(shape) for shape in graph.values)
 
     def rules(self, at: Precisions) -> Mapping[str, Rule]:
@@ -68,9 +70,27 @@ class KernelExecutor(ReferenceExecutor):
         with torch.cuda.device_of(x):  # where Triton launches; autograd sees to the other passes
             return super().state(theta, phi, buffers, x, at=at)
 
-    def _ops(self, want_x: bool, *, want_params: bool = True) -> Sequence[Op]:
-        ops = self.graph.ops if want_x else self._without_input_gradient
-        return ops if want_params else _without_weight_gradients(ops)
+    def _ops(
+        self, want_x: bool, *, want_theta: bool = True, want_phi: bool = False
+    ) -> Sequence[Op]:
+        return self._passes[want_x, want_theta, want_phi]
+
+    def _noted(self, want_x: bool, want_theta: bool, want_phi: bool) -> tuple[Op, ...]:
+        """The ops, with a note on those whose weights' gradients nobody reads, and without
+        ``want_x`` on those whose input depends on no parameter.
+        """
+        moving = {0} if want_x else set()
+        ops = []
+        for op in self.graph.ops:
+            slots = [self._slots[p] for p in op.params if p is not None]
+            notes = {
+                "weight_gradient": any(want_theta if s.adapted else want_phi for s in slots),
+                "input_gradient": not moving.isdisjoint(op.inputs),
+            }
+            if notes["input_gradient"] or slots:
+                moving.add(op.output)
+            ops.append(replace(op, attrs=freeze({**op.attrs, **notes})))
+        return tuple(ops)
 
 
 class OrderedExecutor(KernelExecutor):
@@ -160,22 +180,3 @@ def _tiles(pool: Op) -> bool:
     a = pool.attrs
     plain = a["padding"] == (0, 0) and a["dilation"] == (1, 1)
     return plain and a["kernel"] == a["stride"] and prod(a["kernel"]) <= _MOST_PLACES
-
-
-def _mark_first_ops(graph: Graph) -> tuple[Op, ...]:
-    """The ops, with a note on those whose input depends on no parameter."""
-    moving: set[int] = set()
-    ops = []
-    for op in graph.ops:
-        if any(v in moving for v in op.inputs):
-            moving.add(op.output)
-        else:
-            op = replace(op, attrs=freeze({**op.attrs, "input_gradient": False}))
-        if any(p is not None for p in op.params):
-            moving.add(op.output)
-        ops.append(op)
-    return tuple(ops)
-
-
-def _without_weight_gradients(ops: Sequence[Op]) -> tuple[Op, ...]:
-    return tuple(replace(op, attrs=freeze({**op.attrs, "weight_gradient": False})) for op in ops)

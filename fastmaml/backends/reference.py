@@ -98,12 +98,12 @@ class ReferenceExecutor:
     def backward(
         self, state: State, gy: Tensor, *, want_phi: bool, want_x: bool, keep: bool = True
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Any]:
-        gvalues, gparams = self._back(state, gy, self._ops(want_x))
+        gvalues, gparams = self._back(state, gy, self._ops(want_x, want_phi=want_phi))
         return (*self._gradients(state, gvalues, gparams, want_phi, want_x), gvalues)
 
     def gradient_state(self, state: State, gy: Tensor, *, want_x: bool) -> Values:
         """The gradient state alone that :meth:`backward` leaves."""
-        return self._back(state, gy, self._ops(want_x, want_params=False))[0]
+        return self._back(state, gy, self._ops(want_x, want_theta=False))[0]
 
     def tangent(
         self, state: State, dtheta: Tensor, dphi: Tensor | None, dx: Tensor | None
@@ -136,7 +136,7 @@ class ReferenceExecutor:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         dgvalues: Values = {} if dgy is None else {self.graph.output: dgy}
         dgparams: ParameterGrads = []
-        for i, op in reversed(list(enumerate(self._ops(want_x)))):
+        for i, op in reversed(list(enumerate(self._ops(want_x, want_phi=want_phi)))):
             if op.output in gradient:
                 found = state.rules[op.kind].backward_tangent(
                     op,
@@ -163,7 +163,9 @@ class ReferenceExecutor:
                     checks.labels_in_range(name, y, classes)
         return meta_step(self, call, self.losses)
 
-    def _ops(self, want_x: bool, *, want_params: bool = True) -> Sequence[Op]:
+    def _ops(
+        self, want_x: bool, *, want_theta: bool = True, want_phi: bool = False
+    ) -> Sequence[Op]:
         """The ops as the passes over gradients take them."""
         return self.graph.ops
 

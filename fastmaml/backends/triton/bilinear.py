@@ -57,9 +57,8 @@ class Bilinear(ABC):
     ) -> Grads:
         weight, bias = params
         assert weight is not None
-        weight_pairs = [(gy, inputs[0])] if op.attrs.get("weight_gradient", True) else []
-        moves = bias is not None and bool(weight_pairs)
-        return self._gradients(op, params, inputs[0], weight_pairs, [(gy, weight)], moves)
+        given = [(gy, inputs[0])], [(gy, weight)]
+        return self._gradients(op, params, inputs[0], *given, bias is not None)
 
     def tangent(
         self,
@@ -108,7 +107,9 @@ class Bilinear(ABC):
     ) -> Grads:
         weight = params[0]
         assert weight is not None
+        weight_pairs = weight_pairs if op.attrs.get("weight_gradient", True) else []
         input_pairs = input_pairs if op.attrs.get("input_gradient", True) else []
+        bias = bias and bool(weight_pairs)
         if not weight_pairs and not input_pairs:
             return [None, None], [None]
         found = self.gradients(op, weight_pairs, weight, input_pairs, x, bias=bias)
