@@ -77,7 +77,8 @@ part 60 bench-tf32 "$bench --cases omni51 --tf32 --rounds 3 --budget 0.5 \
   --against door3,vmap-norm --output '$out/cuda-omniglot-tf32.jsonl'"
 part 60 bench-mini "$bench --cases mini51 --rounds 2 --budget 0.5 \
   --against door3,door3-tf32x3,eager --output '$out/cuda-mini.jsonl'"
-part 120 tests-rules "$pytest $workers test_triton_rules.py"
+part 120 tests-rules "$pytest $workers test_triton_rules.py test_kernel_order.py \
+  test_captured_operations.py"
 if command -v compute-sanitizer >/dev/null; then
   # Tensors in allocations of their own, beyond whose ends something is noticed; no graphs, which
   # allocate while they are captured.
