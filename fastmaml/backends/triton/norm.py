@@ -34,11 +34,8 @@ from fastmaml.rules.base import Grads, Rule, Tensors
 from fastmaml.rules.norm import BatchNorm as ReferenceBatchNorm
 from fastmaml.rules.norm import SavedTangent
 
-_WHOLE_ROWS = (
-    64,
-    256,
-    1024,
-)  # heights of tiles that hold all rows of a task; few, as each is compiled
+# Heights of tiles that hold all rows of a task; few, as a kernel is compiled for each.
+_WHOLE_ROWS = (64, 256, 1024)
 _BLOCK_ROWS = 128  # of other tiles
 _TILE_VALUES = 8192
 _WARP_VALUES = 256  # few enough that a pass's tiles stay in registers
@@ -80,23 +77,16 @@ class BatchNorm(ReferenceBatchNorm):
         if parts is not None:
             moments_kernel[tiles.reduction](x, parts, *tiles.sizes, tiles.part_rows, **tiles.blocks)
         given = x, parts, *_given(x, *params), *statistics
-        numbers = (
-            *tiles.sizes,
-            tiles.part_rows,
-            op.attrs["eps"],
-            *_constants(op),
-            *_strides(*params),
-        )
+        numbers: list[Any] = [*tiles.sizes, tiles.part_rows, op.attrs["eps"], *_constants(op)]
+        numbers += _strides(*params)
         flags = {**_affine(params), "F": _function(op), **tiles.blocks}
         shape = (*inputs[0].shape[:2], *out_shape)
         y, winner, sizes = new_rows(x, shape), None, None
         if window is None:
             normalise_kernel[tiles.grid](*given, y, *numbers, **flags)
         else:
-            winner, sizes = (
-                torch.empty_like(y, dtype=torch.int8),
-                (*inputs[0].shape[3:], *shape[3:]),
-            )
+            winner = torch.empty_like(y, dtype=torch.int8)
+            sizes = (*inputs[0].shape[3:], *shape[3:])
             grid, height = tiles.of_windows(y, window)
             normalise_and_pool_kernel[grid](
                 *given, winner, y, *numbers, sizes, WINDOW=window, BP=height, **flags
@@ -184,16 +174,8 @@ class BatchNorm(ReferenceBatchNorm):
             moving_sums_kernel[tiles.reduction](
                 *given, parts, *tiles.sizes, tiles.part_rows, *numbers, **flags | half
             )
-        backward_tangent_kernel[tiles.grid](
-            *given,
-            parts,
-            *_given(x, dsaved.dscale),
-            dgx,
-            *of_scale,
-            *tiles.sizes,
-            *numbers,
-            **flags,
-        )
+        given += [parts, *_given(x, dsaved.dscale), dgx, *of_scale]
+        backward_tangent_kernel[tiles.grid](*given, *tiles.sizes, *numbers, **flags)
         return _of(params, of_scale), [from_rows(dgx, inputs[0].shape)]
 
 
