@@ -66,10 +66,11 @@ else
   say "NOT CHECKED: training on Omniglot, whose folder OMNIGLOT=DIR would name"
 fi
 part 120 bench-omniglot "$bench --cases omni51 --rounds 3 --budget 0.5 \
-  --against door3,door3-tf32x3,door3-in-graph,door2,door1,eager,vmap-norm \
-  --output '$out/cuda-omniglot.jsonl'"
+  --against door3,door2,door1,eager,vmap-norm --output '$out/cuda-omniglot.jsonl'"
 part 120 bench-small "$bench --cases sine,sine5 --rounds 4 --budget 0.3 \
-  --against door3,door3-in-graph,door2,door1,eager,vmap-norm --output '$out/cuda-small.jsonl'"
+  --against door3,door2,door1,eager,vmap-norm --output '$out/cuda-small.jsonl'"
+part 90 bench-variants "$bench --cases sine,omni51 --rounds 3 --budget 0.3 \
+  --against door3,door3-in-graph,door3-tf32x3 --output '$out/cuda-variants.jsonl'"
 part 40 launches "python3 -m bench launches --device cuda --cases omni51,mini51 \
   --output '$out/cuda-launches.jsonl'"
 part 120 tests-doors "$pytest $workers test_graphs.py test_sampler_in_graph.py test_doors_on_gpu.py"
