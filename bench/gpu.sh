@@ -55,8 +55,9 @@ part 60 tests-kernels "$pytest test_gradient_step.py test_mlp_kernel.py test_dev
 # Triton compiles some 50 kernels for each network, one after the other, and keeps them on disk:
 # side by side beforehand, and every gradient is checked before anything is timed.
 part 120 compile "printf '%s\n' 'omni51 --against door3' 'omni51 --against door2,door1' \
-  'omni51 --tf32 --against door3' 'mini51 --against door3' 'sine --against door2,door1' |
-  xargs -P 5 -I% sh -c '$bench --rounds 1 --budget 0 --output $tests/\$\$.jsonl --cases %'"
+  'omni51 --against door3-tf32x3' 'omni51 --tf32 --against door3' 'mini51 --against door3' \
+  'mini51 --against door3-tf32x3' 'sine --against door2,door1' |
+  xargs -P 7 -I% sh -c '$bench --rounds 1 --budget 0 --output $tests/\$\$.jsonl --cases %'"
 if [ -n "${OMNIGLOT:-}" ]; then
   part 300 training "python3 -m fastmaml train omniglot --data '$OMNIGLOT' --device cuda \
     --iterations 60000 --validate-every 0 --checkpoint '$tests/omniglot.pt'"
