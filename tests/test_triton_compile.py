@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,21 +33,37 @@ KERNELS = {
 A_FEW_REGISTERS = 128  # bytes; some compilers need them where others do not
 
 
-def script(*arguments: str) -> list[str]:
+def start(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(Path(__file__).parent / "compile_triton.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def lines(process: subprocess.Popen[str]) -> list[str]:
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return output.splitlines()
+
+
+@pytest.fixture(scope="module")
+def compilations() -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """For each capability; side by side, as they take a minute or more."""
+    processes = {capability: start(capability) for capability in ("80", "90")}
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["80", "90"])
-def test_every_kernel_compiles(capability: str) -> None:
-    stacks = [line.split() for line in script(capability)]
+def test_every_kernel_compiles(
+    capability: str, compilations: dict[str, subprocess.Popen[str]]
+) -> None:
+    stacks = [line.split() for line in lines(compilations[capability])]
     assert {name for name, _ in stacks} == KERNELS
     assert [line for line in stacks if int(line[1]) > A_FEW_REGISTERS] == []
 
 
 def test_other_numbers_of_tasks_and_examples_need_no_other_kernels() -> None:
     """Where products and norms are cut into the same blocks."""
-    assert script() == []
+    assert lines(start()) == []
