@@ -22,7 +22,7 @@ from fastmaml.backends.kernel_order import KernelOrder, Reordering
 from fastmaml.backends.mlp import MlpKernel
 from fastmaml.backends.operations import Recomputing
 from fastmaml.backends.precision import Precisions
-from fastmaml.backends.reference import ReferenceExecutor, State
+from fastmaml.backends.reference import ParameterGrads, ReferenceExecutor, State
 from fastmaml.backends.triton import LOSSES, rules
 from fastmaml.program.ir import Graph, Op, Slot, freeze
 from fastmaml.program.layout import ParameterLayout
@@ -106,7 +106,7 @@ class OrderedExecutor(KernelExecutor):
     def _flat(self, slot: Slot, grad: Tensor) -> Tensor:
         return self._order.flat(slot, grad)
 
-    def _rows(self, gparams: list[tuple[Slot, Tensor]], theta: Tensor, *, adapted: bool) -> Tensor:
+    def _rows(self, gparams: ParameterGrads, theta: Tensor, *, adapted: bool) -> Tensor:
         if not adapted:
             return super()._rows(gparams, theta, adapted=False)
         return self._order.rows(self._found(gparams), theta)
@@ -118,9 +118,8 @@ class GpuExecutor(KernelExecutor):
     def __init__(self, graph: Graph, layout: ParameterLayout, dtype: torch.dtype) -> None:
         super().__init__(graph, layout, dtype)
         self._small = MlpKernel.of(graph, layout, dtype)
-        order = KernelOrder(graph, layout)
         self._reordering: Reordering | None = None
-        if self._kernels and order.differs:
+        if self._kernels and (order := KernelOrder(graph, layout)).differs:
             self._reordering = Reordering(OrderedExecutor(graph, layout, order), order)
         self.graphs = Graphs()
 
@@ -163,7 +162,7 @@ def _with_more_in_norms(graph: Graph) -> Graph:
 def _grown(norm: Op, readers: Mapping[int, Op], taken: set[int]) -> Op:
     behind = readers.get(norm.output)
     if behind is not None and behind.kind == "activation":
-        norm = _merged(norm, behind, dict(behind.attrs), taken)
+        norm = _merged(norm, behind, behind.attrs, taken)
         behind = readers.get(norm.output)
     if behind is not None and behind.kind == "max_pool2d" and _tiles(behind):
         norm = _merged(norm, behind, {"window": behind.attrs["kernel"]}, taken)

@@ -52,10 +52,18 @@ def moments_kernel(x, parts, R, C, part_rows, PARTS, BR: tl.constexpr, BC: tl.co
 
 
 @triton.jit
-def _put_statistics(
-    mean, squares, mean_out, unbiased_out, scale_out, block, task, column, R, C, eps
-):
-    """Of the first row of programs; s."""
+def _statistics(
+    values, row, parts, mean_out, unbiased_out, scale_out, block, task, column, R, C, part_rows,
+    eps, PARTS,
+):  # fmt: skip
+    """E[x] and s, of ``values``, where these are all rows, or of the parts; the first row of
+    programs writes them.
+    """
+    if parts is None:
+        mean, squares = moments(values, row, R, R)
+    else:
+        own = parts + task * PARTS * 2 * C
+        mean, squares = merged_moments(own, column, R, C, part_rows, PARTS)
     variance = squares / R
     scale = 1 / tl.sqrt(variance + eps)
     if block == 0:
@@ -63,7 +71,7 @@ def _put_statistics(
         tl.store(mean_out + place, mean, mask=column < C)
         tl.store(unbiased_out + place, variance * (R / tl.maximum(R - 1, 1)), mask=column < C)
         tl.store(scale_out + place, scale, mask=column < C)
-    return scale
+    return mean, scale
 
 
 @triton.jit(do_not_specialize=["R", "part_rows", "PARTS"])
@@ -78,14 +86,10 @@ def normalise_kernel(
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     row = block * BR + tl.arange(0, BR)
     values = rows_at(x + task * R * C, row, column, R, C)
-    if parts is None:
-        mean, squares = moments(values, row, R, R)
-    else:
-        own = parts + task * PARTS * 2 * C
-        mean, squares = merged_moments(own, column, R, C, part_rows, PARTS)
-    scale = _put_statistics(
-        mean, squares, mean_out, unbiased_out, scale_out, block, task, column, R, C, eps
-    )
+    mean, scale = _statistics(
+        values, row, parts, mean_out, unbiased_out, scale_out, block, task, column, R, C,
+        part_rows, eps, PARTS,
+    )  # fmt: skip
     g = affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
     b = affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
     z = (values - mean[None, :]) * scale[None, :] * g[None, :] + b[None, :]
@@ -107,15 +111,11 @@ def normalise_and_pool_kernel(
     block, task = block_and_task(tl.cdiv(windows, BP))
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     x += task * R * C
-    if parts is None:
-        row = tl.arange(0, BR)
-        mean, squares = moments(rows_at(x, row, column, R, C), row, R, R)
-    else:
-        own = parts + task * PARTS * 2 * C
-        mean, squares = merged_moments(own, column, R, C, part_rows, PARTS)
-    scale = _put_statistics(
-        mean, squares, mean_out, unbiased_out, scale_out, block, task, column, R, C, eps
-    )
+    row = tl.arange(0, BR)
+    mean, scale = _statistics(
+        rows_at(x, row, column, R, C), row, parts, mean_out, unbiased_out, scale_out, block, task,
+        column, R, C, part_rows, eps, PARTS,
+    )  # fmt: skip
     g = affine(gamma, column, s_gamma_t, s_gamma_c, C, task, GAMMA, 1.0)
     b = affine(beta, column, s_beta_t, s_beta_c, C, task, BETA, 0.0)
     window = block * BP + tl.arange(0, BP)
