@@ -52,3 +52,15 @@ def nan_poison(monkeypatch):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def checked_accesses():
+    """Interpreted kernels touch only what they may, and once what they write."""
+    if os.environ.get("TRITON_INTERPRET", "0") != "1":
+        yield
+        return
+    from triton_accesses import checked_accesses
+
+    with checked_accesses():
+        yield

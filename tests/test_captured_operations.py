@@ -22,7 +22,7 @@ from fastmaml.program.layout import ParameterLayout
 
 pytest.importorskip("triton", minversion="3.4", reason="needs Triton 3.4 or later")
 
-from triton_interpreter import NEEDS_KERNELS
+from triton_interpreter import CHECKED_KERNELS
 
 from fastmaml.backends.gpu import GpuExecutor
 from fastmaml.backends.kernel_order import KernelOrder, Reordering
@@ -31,7 +31,7 @@ from fastmaml.backends.triton.bilinear import Bilinear, Pairs
 from fastmaml.backends.triton.conv2d import Conv2d
 from fastmaml.backends.triton.linear import Linear
 
-pytestmark = NEEDS_KERNELS
+pytestmark = CHECKED_KERNELS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N, SHAPE, CLASSES = 2, (2, 4, 5), 3
 torch.manual_seed(0)

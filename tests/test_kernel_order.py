@@ -16,13 +16,13 @@ from fastmaml.program.updates import FusedUpdate, UpdateRule
 
 pytest.importorskip("triton", minversion="3.4", reason="needs Triton 3.4 or later")
 
-from triton_interpreter import NEEDS_KERNELS
+from triton_interpreter import CHECKED_KERNELS
 
 from fastmaml.backends.gpu import GpuExecutor
 from fastmaml.backends.kernel_order import KernelOrder
 from fastmaml.backends.precision import precision
 
-pytestmark = NEEDS_KERNELS
+pytestmark = CHECKED_KERNELS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 T, N, STEPS = 2, 3, 2
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", minversion="3.4", reason="needs Triton 3.4 or later")
 
-from triton_interpreter import NEEDS_KERNELS
+from triton_interpreter import CHECKED_KERNELS
 
 from fastmaml.backends.precision import (
     PRECISIONS,
@@ -28,7 +28,7 @@ from fastmaml.rules import LOSSES as REFERENCE_LOSSES
 from fastmaml.rules import RULES as REFERENCE_RULES
 from fastmaml.rules import Rule
 
-pytestmark = NEEDS_KERNELS
+pytestmark = CHECKED_KERNELS
 RULES = triton_rules("ieee", "ieee")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON_CASES = [

@@ -1,4 +1,4 @@
-"""Where Triton's kernels are interpreted: whether its interpreter works."""
+"""Where Triton's kernels are interpreted: whether that works, and what is watched there."""
 
 from __future__ import annotations
 
@@ -17,3 +17,5 @@ NEEDS_KERNELS = pytest.mark.skipif(
     reason=f"the interpreter of Triton {triton.__version__} needs NumPy before 2.4, "
     f"got {np.__version__}",
 )
+
+CHECKED_KERNELS = [NEEDS_KERNELS, pytest.mark.usefixtures("checked_accesses")]
