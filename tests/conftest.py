@@ -20,6 +20,15 @@ except ImportError as error:
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    """Here and not in pyproject.toml, which the tests leave behind where they are run elsewhere."""
+    for marker in (
+        "gpu: needs a CUDA device, skipped where there is none",
+        "slow: takes more than about ten seconds (deselect with -m 'not slow')",
+    ):
+        config.addinivalue_line("markers", marker)
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
