@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import fastmaml
 from fastmaml.backends.base import MetaStep, MetaStepResult
-from fastmaml.backends.graphs import Captured, Graphs
+from fastmaml.backends.cuda_capture import Captured
+from fastmaml.backends.graphs import Graphs
 from fastmaml.backends.precision import precision
 from fastmaml.backends.reference import ReferenceExecutor
 from fastmaml.program.capture import capture
@@ -321,3 +322,36 @@ def test_on_a_gpu(device: int):
             plain = [gradients(x) for x in batches]
     for a, b in zip(graphed, plain, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.gpu
+def test_a_capture_that_breaks_off_on_a_gpu():
+    """Others come about all the same; random numbers and memory are as ever."""
+    waits = True
+
+    def run(call: MetaStep) -> MetaStepResult:
+        if waits:
+            torch.cuda.synchronize()
+        return EXECUTOR.meta_step(call)
+
+    graphs = Graphs()
+    graphs(on_a_gpu(call(steps=1)), run)
+    with pytest.warns(UserWarning, match="could not be captured"):
+        graphs(on_a_gpu(call(steps=1)), run)
+    torch.randn(3, device="cuda")
+    torch.cuda.empty_cache()
+    waits, before = False, torch.cuda.memory_reserved()
+    for _ in range(3):
+        given = call(steps=2)
+        found = graphs(on_a_gpu(given), run)
+        torch.testing.assert_close(found.theta_grad.cpu(), EXECUTOR.meta_step(given).theta_grad)
+    assert len(graphs) == 1
+    del graphs, found
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
+
+
+def on_a_gpu(given: MetaStep) -> MetaStep:
+    buffers = [b.cuda() for b in given.buffers]
+    moved = {n: v.cuda() for n, v in vars(given).items() if isinstance(v, Tensor)}
+    return replace(given, buffers=buffers, **moved)

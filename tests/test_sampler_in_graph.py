@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import fastmaml
 from fastmaml.backends.base import MetaStep, MetaStepResult
-from fastmaml.backends.graphs import Captured, Graphs
+from fastmaml.backends.cuda_capture import Captured
+from fastmaml.backends.graphs import Graphs
 from fastmaml.backends.reference import ReferenceExecutor
 from fastmaml.data import EpisodeSampler
 from fastmaml.data.device_drawing import DeviceDrawing

@@ -17,14 +17,15 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastmaml.backends.base import MetaStep
+from fastmaml.backends.cuda_capture import Capture, CudaCapture
 from fastmaml.backends.precision import precisions
 from fastmaml.errors import first_line
 from fastmaml.program.updates import FusedUpdate
@@ -38,72 +39,6 @@ _Call = TypeVar("_Call")
 _Result = TypeVar("_Result")
 _Note = TypeVar("_Note")
 _Leaf = Tensor | float
-
-
-@dataclass
-class Captured:
-    """A graph: ``replay()`` computes ``result`` anew. ``nbytes`` of memory are its own."""
-
-    replay: Callable[[], None]
-    result: Any
-    nbytes: int
-
-
-class Capture(Protocol):
-    """How calls become graphs."""
-
-    def why_not(self, device: torch.device) -> str | None:
-        """A reason why nothing on ``device`` can be captured now, or None."""
-
-    def stream(self) -> Hashable:
-        """What the caller's work is queued on; graphs of two streams share no memory."""
-
-    def __call__(self, run: Callable[[], Any]) -> Captured:
-        """Capture ``run``.
-
-        Raises:
-            RuntimeError: it does what a graph cannot hold.
-        """
-
-
-class CudaCapture:
-    """PyTorch's recipe: a warm-up on a side stream, then ``torch.cuda.graph``, on the same stream:
-    the one that PyTorch would take lies on the device where it was first asked for one.
-    """
-
-    def __init__(self) -> None:
-        self._sides: dict[Hashable, tuple[torch.cuda.Stream, Any]] = {}
-
-    def why_not(self, device: torch.device) -> str | None:
-        if device.type != "cuda":
-            return "it is not on a CUDA device"
-        return "it is part of another graph" if torch.cuda.is_current_stream_capturing() else None
-
-    def stream(self) -> Hashable:
-        stream = torch.cuda.current_stream()
-        return stream.device_index, stream.cuda_stream
-
-    def __call__(self, run: Callable[[], Any]) -> Captured:
-        caller, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-        side, pool = self._side()
-        side.wait_stream(caller)
-        with torch.cuda.stream(side):  # and back, where a failed capture would stay
-            run()
-            torch.cuda.empty_cache()
-            before = torch.cuda.memory_reserved()
-            with torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):
-                result = run()
-        caller.wait_stream(side)
-        return Captured(graph.replay, result, max(0, torch.cuda.memory_reserved() - before))
-
-    def _side(self) -> tuple[torch.cuda.Stream, Any]:
-        """Beside the caller's stream: another, and a pool. What graphs of one stream compute on the
-        way may lie in the same place: they take turns.
-        """
-        key = self.stream()
-        if key not in self._sides:
-            self._sides[key] = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        return self._sides[key]
 
 
 class _Graph:
