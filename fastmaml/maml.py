@@ -153,7 +153,7 @@ class MAML(BaseLearner):
             return self.inner.step(learner, theta, gradient)
         lr = learner.lr
         if isinstance(lr, Tensor):
-            return gradient_step(theta.root, gradient, lr.to(gradient.dtype))
+            return gradient_step(theta.root, gradient, lr.to(gradient))
         if theta.packing is not None and is_large(gradient):  # of the core, on the CPU
             moved: Tensor = NumberStep.apply(theta.root, gradient, lr, theta.start)
             return moved

@@ -147,7 +147,7 @@ class MAMLPlusPlus(MAML):
         batch = next_batch(batch, self.layout())
         checks.minibatch_steps(batch, steps)
         learner = self.learner_for(batch, first_order)
-        total = torch.zeros(())
+        total = torch.zeros((), device=batch.query_x.device)
         for step, weight in enumerate(step_weights):
             x, y = batch.support(step)
             learner.adapt(per_task(loss, learner(x), y))

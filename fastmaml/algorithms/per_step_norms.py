@@ -54,13 +54,16 @@ class PerStepNorms(nn.Module):
 
     def shared(self, layout: ParameterLayout, step: int) -> Tensor:
         """The shared parameters ``[Q]`` after ``step`` inner steps."""
-        slots = {slot.name: slot for slot in layout.group(adapted=False)}
-        places = [slots[name] for name in self._slots]
+        slots = list(layout.group(adapted=False))
         phi = layout.pack(adapted=False)
-        if not places:
+        if not self._slots:
             return phi
-        index = torch.cat([torch.arange(s.offset, s.offset + s.size) for s in places])
-        return phi.index_copy(0, index.to(phi.device), self.affine[self.row(step)].to(phi))
+        sizes = {slot.name: slot.size for slot in slots}
+        row = self.affine[self.row(step)].to(phi).split([sizes[name] for name in self._slots])
+        own = dict(zip(self._slots, row, strict=True))
+        rest = phi.split([slot.size for slot in slots])
+        parts = zip(slots, rest, strict=True)
+        return torch.cat([own.get(slot.name, part) for slot, part in parts])
 
     @contextmanager
     def in_use(self, step: int, *modules: nn.Module) -> Iterator[None]:

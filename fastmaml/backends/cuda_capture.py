@@ -82,7 +82,7 @@ class CudaCapture:
 @cache
 def _beside(device: int, caller: int) -> torch.cuda.Stream:
     """A stream for the captures of one: a workspace that cuBLAS keeps for a stream is written to by
-    all of its graphs. (That of ``torch.cuda.graph`` lies on the first device that needed one.)
+    all of its graphs. That of ``torch.cuda.graph`` lies on the first device that needed one.
     """
     return torch.cuda.Stream(device)
 

@@ -112,16 +112,21 @@ class KernelOrder:
         grads = [None if g is None else self.back(g) for g in result.coefficient_grads]
         return replace(result, coefficient_grads=grads, **own)
 
+    # What is kept for later calls may be needed first in inference mode, and later outside it. It
+    # is copied from the host, which waits: any stream may read it.
+
+    @torch.inference_mode(False)
     def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._on_device:
             self._on_device[device] = self._there.to(device), self._back.to(device)
         return self._on_device[device]
 
+    @torch.inference_mode(False)
     def _padding(self, theta: Tensor) -> Tensor:
         """Zeros ``[T, 15]``, made once: a graph reads them and need not write them."""
         key = len(theta), theta.device
         if key not in self._zeros:
-            self._zeros[key] = theta.new_zeros(len(theta), _MULTIPLE - 1)
+            self._zeros[key] = torch.zeros(len(theta), _MULTIPLE - 1).to(theta)
         return self._zeros[key]
 
 
@@ -192,5 +197,6 @@ class Reordering:
         )
         return self._order.back(dgtheta), dgphi, dgx
 
+    @torch.no_grad()
     def meta_step(self, call: MetaStep) -> MetaStepResult:
         return self._order.of_result(self._run.meta_step(self._order.of_call(call)))

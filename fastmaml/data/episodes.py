@@ -123,7 +123,7 @@ class EpisodeSampler:
         self._targets = targets
         self._draw = partial(_draw_batch, self._drawing, targets)
         # beside a meta-step, on one thread: the step has the others
-        ahead = prefetch and not isinstance(self._drawing, DeviceDrawing)
+        ahead = prefetch and self.images.is_cpu  # elsewhere that thread would have another stream
         self._ahead = Ahead(partial(self._draw, 1)) if ahead else None
         self.load_state_dict({"seed": seed, "batch": 0})
 

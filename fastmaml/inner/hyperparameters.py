@@ -86,8 +86,8 @@ class Values:
             return value
         slots = self._layout.slots.values()
         if isinstance(spec, Learned) and "parameter" in spec.per:
-            sizes = torch.tensor([slot.size if slot.adapted else 0 for slot in slots])
-            return value.repeat_interleave(sizes.to(value.device))
+            pairs = zip(value, slots, strict=True)
+            return torch.cat([one.expand(slot.size) for one, slot in pairs if slot.adapted])
         if isinstance(spec, Learned) and "element" in spec.per:
             parts = zip(value.split([slot.size for slot in slots]), slots, strict=True)
             return torch.cat([part for part, slot in parts if slot.adapted])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -278,7 +279,16 @@ def _table(column: tuple[Number, ...], like: Tensor) -> Tensor:
     alike = all(c is column[0] for c in column)
     rows = column[:1] if alike else column
     if any(isinstance(c, Tensor) for c in rows):
-        return torch.stack([torch.as_tensor(c).reshape(-1).to(like) for c in rows])
-    if len(set(rows)) == 1:
-        rows = rows[:1]
-    return torch.tensor(rows, dtype=like.dtype, device=like.device)[:, None]
+        return torch.stack([_row(c, like) for c in rows])
+    return _numbers(rows[:1] if len(set(rows)) == 1 else rows, like.dtype, like.device)
+
+
+def _row(value: Number, like: Tensor) -> Tensor:
+    return value.reshape(-1).to(like) if isinstance(value, Tensor) else like.new_full((1,), value)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _numbers(rows: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept: to copy them to a device, the host waits for it."""
+    return torch.tensor(rows, dtype=dtype, device=device)[:, None]

@@ -92,8 +92,13 @@ class RunningStatistics:
         return Snapshot([b.clone() for b in self._buffers()], [c.clone() for c in self._counts()])
 
     def unchanged(self, since: Snapshot) -> bool:
-        """Whether the buffers are as they were. One comparison: each waits for the device."""
-        return torch.equal(torch.cat(self._buffers()), torch.cat(since.buffers))
+        """Whether the buffers are as they were. One comparison: each waits for the device. In a
+        capture none can be made, nor is it known what they will be.
+        """
+        buffers = self._buffers()
+        if buffers[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return True
+        return torch.equal(torch.cat(buffers), torch.cat(since.buffers))
 
     @torch.no_grad()
     def fold(self, statistics: Tensor, start: Snapshot | None = None) -> None:
