@@ -170,6 +170,10 @@ void bind_device(py::module_& module) {
 
   py::class_<DeviceKernels>(module, "DeviceKernels")
       .def(
+          "require_usable",
+          [](const DeviceKernels& kernels, int device) { kernels.require_usable(device); },
+          py::arg("device"))
+      .def(
           "shared_memory_limit",
           [](const DeviceKernels& kernels, int device) {
             return kernels.shared_memory_limit(device);

@@ -18,6 +18,7 @@ from fastmaml.program.layout import ParameterLayout
 from fastmaml.rules.activation import FUNCTIONS
 
 T = 4
+ON_A_GPU = {"marks": pytest.mark.gpu}
 
 
 def problem(*args, **changes) -> tuple[MlpKernel, ReferenceExecutor, MetaStep]:
@@ -47,9 +48,13 @@ def test_kinds_of_calls(change, threads):
     check(found, reference.meta_step(call), call)
 
 
-@pytest.mark.parametrize("threads", [1, 5])
-def test_more_than_one_block_adds_up(threads):
-    kernel, reference, call = problem(*MODULES["sine"], "mse", torch.float64, steps=9, rate_steps=9)
+@pytest.mark.parametrize(
+    ("device", "threads"), [("cpu", 1), ("cpu", 5), pytest.param("cuda", 1, **ON_A_GPU)]
+)
+def test_more_than_one_block_adds_up(device, threads):
+    kernel, reference, call = problem(
+        *MODULES["sine"], "mse", torch.float64, device, steps=9, rate_steps=9
+    )
     found = kernel.meta_step(call, emulated_threads=threads)
     check(found, reference.meta_step(call), call)
     torch.testing.assert_close(found.take_loss(), found.losses.mean())
@@ -75,12 +80,13 @@ def test_adaptation_without_a_query_set(missing):
     assert found.mean_loss is None
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", **ON_A_GPU)])
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_activations(function):
+def test_activations(function, device):
     def make() -> nn.Module:
         return nn.Sequential(nn.Linear(3, 6), Pointwise(function), nn.Linear(6, 2))
 
-    kernel, reference, call = problem(make, (3,), "mse", torch.float64)
+    kernel, reference, call = problem(make, (3,), "mse", torch.float64, device)
     check(kernel.meta_step(call), reference.meta_step(call), call)
 
 

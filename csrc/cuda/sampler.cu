@@ -112,8 +112,8 @@ void draw_episodes(const EpisodeBatch& args, const Stream& stream) {
   expect(args.ways > 0 && args.tasks > 0 && args.shots >= 0 && args.queries >= 0,
          "ways and tasks must be at least 1, shots and queries not negative");
   expect(args.tasks * args.ways <= kMost, "tasks * ways must be less than 2**31");
-  expect(args.channels * args.plane * (args.shots + args.queries) <= kMost,
-         "the images of a class in a task must have fewer than 2**31 elements");
+  expect(args.channels * args.plane * (args.shots + args.queries) <= kMost - 256,
+         "the images of a class in a task must have fewer than 2**31 - 256 elements");
   expect(args.pixel != Pixel::kByte || args.factors != nullptr, "bytes must have factors");
   expect((args.factors == nullptr) == (args.shifts == nullptr),
          "factors and shifts must come together");

@@ -11,9 +11,10 @@ const DeviceKernels* emulated_kernels() {
 #endif
   namespace team = FASTMAML_TEAM_NAMESPACE;
   static const DeviceKernels kernels = {
-      &team::shared_memory_limit, &team::draw_episodes,    &team::update,
-      &team::update_adjoint,      &team::mlp_shared_bytes, &team::mlp_scratch_bytes,
-      &team::mlp_meta_step,
+      &team::require_usable,    &team::shared_memory_limit,
+      &team::draw_episodes,     &team::update,
+      &team::update_adjoint,    &team::mlp_shared_bytes,
+      &team::mlp_scratch_bytes, &team::mlp_meta_step,
   };
   return &kernels;
 }

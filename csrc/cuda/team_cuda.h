@@ -39,6 +39,7 @@ class Team {
 
 inline void check(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would be blamed for it
   throw std::runtime_error(what + ": CUDA error: " + cudaGetErrorString(error));
 }
 
@@ -63,6 +64,18 @@ template <typename Body>
 __global__ void __launch_bounds__(Body::kThreads) run(const __grid_constant__ Body body) {
   extern __shared__ __align__(16) unsigned char shared[];
   body(Team(), shared);
+}
+
+struct Nothing {
+  static constexpr int kThreads = 32;
+  FASTMAML_TEAM void operator()(const Team&, unsigned char*) const {}
+};
+
+// Loading one of them tells whether the driver takes what the kernels were compiled to.
+inline void require_usable(int device) {
+  const OnDevice guard(device, "require_usable");
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, run<Nothing>), "require_usable: a kernel");
 }
 
 // Shared memory that a block of `device` may have.

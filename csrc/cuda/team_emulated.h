@@ -84,6 +84,7 @@ void launch(const std::string&, const Body& body, Index blocks, std::size_t shar
   for (std::thread& thread : others) thread.join();
 }
 
+inline void require_usable(int) {}
 inline Index shared_memory_limit(int) { return Index{227} << 10; }
 
 }  // namespace emulated

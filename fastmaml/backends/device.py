@@ -36,7 +36,7 @@ def _usable(index: int) -> _core.DeviceKernels | None:
     if kernels is None or not is_capable(index):
         return None
     try:
-        kernels.shared_memory_limit(index)
+        kernels.require_usable(index)
     except RuntimeError as error:  # the driver is older than the toolkit that built them
         warnings.warn(
             f"fastmaml's CUDA kernels cannot run here ({error}); the same is computed with "

@@ -113,6 +113,7 @@ struct MlpMetaStep {
 };
 
 struct DeviceKernels {
+  void (*require_usable)(int device);        // raises where no kernel of these can be loaded
   Index (*shared_memory_limit)(int device);  // bytes that a block may have
 
   void (*draw_episodes)(const EpisodeBatch& batch, const Stream& stream);
