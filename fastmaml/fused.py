@@ -205,13 +205,15 @@ class Adapted:
         return self._predictions
 
 
+@torch.inference_mode(False)  # in which nothing has a gradient, the inner loop neither
 @torch.no_grad()
 def adapted(maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss) -> Adapted:
     """See :meth:`fastmaml.MAML.adapted`."""
     checks.steps_count(steps)
     layout, theta, phi = maml.packed()
     several = layout.several_dtypes
-    batch = checks.batch(batch, theta, labels_needed=False, several_dtypes=several)
+    checked = checks.batch(batch, theta, labels_needed=False, several_dtypes=several)
+    batch = TaskBatch._make(map(_ordinary, checked))
     checks.minibatch_steps(batch, steps)
     learner = maml.learner_for(batch, first_order=True)
     learner.updates_statistics = False
@@ -234,3 +236,7 @@ def adapted(maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss) -> Adapted
             learner.adapt(per_task(loss, _outputs(maml, learner, "support_x", x), y))
         learner.detach_parameters()
     return Adapted(learner, batch, None)
+
+
+def _ordinary(tensor: Tensor | None) -> Tensor | None:
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor

@@ -6,64 +6,23 @@ nothing can be read from them, and nothing gets there from the CPU but by a copy
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from doors import by_door
-from torch import Tensor, nn
+from every_algorithm import ALGORITHMS, STEPS, net, start, tasks
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastmaml
-from fastmaml import MAML, TaskBatch
-from fastmaml.algorithms import (
-    ANIL,
-    GBML,
-    IMAML,
-    MAMLPlusPlus,
-    MetaSGD,
-    ProtoMAML,
-    Reptile,
-    multi_step_weights,
-)
-from fastmaml.inner import SGD, Adam, Learned
+from fastmaml.algorithms import MAMLPlusPlus, multi_step_weights
 from fastmaml.program.statistics import RunningStatistics
 
 pytest.importorskip("triton", minversion="3.4", reason="needs Triton 3.4 or later")
 
-T, WAYS, STEPS = 3, 4, 2
 _COPIES = ("_to_copy", "copy_", "lift_fresh", "_foreach_copy_")
-
-
-def features() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()
-    )
-
-
-def net() -> nn.Module:
-    return features().append(nn.Linear(96, WAYS))
-
-
-ALGORITHMS: dict[str, Callable[[], MAML]] = {
-    "maml": lambda: MAML(net(), lr=0.1),
-    "first order": lambda: MAML(net(), lr=0.1, first_order=True),
-    "meta-sgd": lambda: MetaSGD(net(), lr=0.1),
-    "anil": lambda: ANIL(net(), lr=0.1, head="5"),
-    "reptile": lambda: Reptile(net(), lr=0.1),
-    "maml++": lambda: MAMLPlusPlus(net(), lr=0.1, steps=STEPS),
-    "maml++, norms by step": lambda: MAMLPlusPlus(net(), lr=0.1, steps=STEPS, per_step_norms=True),
-    "adam": lambda: MAML(net(), inner=Adam(lr=0.01)),
-    "momentum": lambda: MAML(net(), inner=SGD(lr=0.01, momentum=0.9, clip_norm=1.0)),
-    "learned": lambda: MAML(net(), inner=Adam(lr=Learned(0.01, per="parameter"))),
-    "learned by step": lambda: MAML(net(), inner=SGD(lr=Learned(0.01, per="step", steps=STEPS))),
-    "proto-maml": lambda: ProtoMAML(features(), lr=0.1, size=96, ways=WAYS),
-    "imaml": lambda: IMAML(net(), lr=0.1, strength=1.0),
-    "gbml": lambda: GBML(net(), transform=fastmaml.optim.ModuleTransform(nn.Linear), lr=0.1),
-}
 
 
 class NothingMade(TorchFunctionMode):
@@ -110,21 +69,14 @@ def kernels_on_tensors_without_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunningStatistics, "unchanged", lambda self, since: True)
 
 
-def tasks() -> TaskBatch:
-    x, labels = torch.rand(T, 2 * WAYS, 1, 8, 8).to("meta"), torch.arange(WAYS).repeat(T, 2)
-    return TaskBatch(x, labels.to("meta"), x.clone(), labels.to("meta"))
-
-
 @pytest.mark.usefixtures("kernels_on_tensors_without_values")
 @pytest.mark.parametrize("door", [1, 2, 3])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_training_steps(algorithm: str, door: int) -> None:
-    maml, batch = ALGORITHMS[algorithm]().to("meta"), tasks()
-    names = ["support"] if algorithm == "proto-maml" else []
+    maml, batch = ALGORITHMS[algorithm]().to("meta"), tasks("meta")
 
     def train() -> None:
-        loss = by_door(maml, batch, STEPS, door, lambda support: dict.fromkeys(names, support))
-        loss.backward()
+        by_door(maml, batch, STEPS, door, start(algorithm)).backward()
 
     train()  # what is made once, is made
     with NothingCopied(), NothingMade():
@@ -133,7 +85,7 @@ def test_training_steps(algorithm: str, door: int) -> None:
 
 @pytest.mark.usefixtures("kernels_on_tensors_without_values")
 def test_multi_step_losses() -> None:
-    maml, batch = MAMLPlusPlus(net(), lr=0.1, steps=STEPS).to("meta"), tasks()
+    maml, batch = MAMLPlusPlus(net(), lr=0.1, steps=STEPS).to("meta"), tasks("meta")
     weights = multi_step_weights(STEPS, 0, 10)
     maml.meta_loss(batch, STEPS, F.cross_entropy, step_weights=weights).backward()
     with NothingCopied(), NothingMade():

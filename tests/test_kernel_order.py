@@ -132,6 +132,20 @@ def test_there_and_back() -> None:
     assert torch.equal(result.theta_grad, one.theta)
 
 
+def test_what_inference_needed_first_serves_training() -> None:
+    rates = torch.rand(P, requires_grad=True)
+    first = next(iter(LAYOUT.group(adapted=True)))
+    grad = torch.ones(T, first.size, requires_grad=True)
+    with torch.inference_mode():
+        order = KernelOrder(GRAPH, LAYOUT)
+        order.forth(rates)
+        order.rows({first: grad}, torch.zeros(T, 1))
+    order.back(order.forth(rates)).square().sum().backward()
+    assert torch.equal(rates.grad, 2 * rates)
+    order.rows({first: grad}, torch.zeros(T, 1)).square().sum().backward()
+    assert torch.equal(grad.grad, 2 * grad)
+
+
 def test_padding_has_no_gradient() -> None:
     order = KernelOrder(GRAPH, LAYOUT)
     first = next(iter(LAYOUT.group(adapted=True)))

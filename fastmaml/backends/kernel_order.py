@@ -25,6 +25,7 @@ _MULTIPLE = 16  # elements: of these, Triton knows without looking
 class KernelOrder:
     """The order of one program, and the way there and back."""
 
+    @torch.inference_mode(False)
     def __init__(self, graph: Graph, layout: ParameterLayout) -> None:
         weights = {op.params[0] for op in graph.ops if op.kind == "conv2d"}
         names = {layout.aliases[graph.parameters[p]] for p in weights if p is not None}
@@ -112,8 +113,7 @@ class KernelOrder:
         grads = [None if g is None else self.back(g) for g in result.coefficient_grads]
         return replace(result, coefficient_grads=grads, **own)
 
-    # What is kept for later calls may be needed first in inference mode, and later outside it. It
-    # is copied from the host, which waits: any stream may read it.
+    # copied from the host, which waits: any stream may read what is kept
 
     @torch.inference_mode(False)
     def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:

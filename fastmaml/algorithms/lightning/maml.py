@@ -71,9 +71,4 @@ def adapted_outputs(maml: MAML, tasks: TaskBatch, steps: int, loss: TaskLoss) ->
             learner.adapt(per_task(loss, learner(tasks.support_x), tasks.support_y))
         outputs: Tensor = learner(tasks.query_x)
         return outputs
-    with torch.inference_mode(False):  # in which nothing has a gradient, the inner loop neither
-        return maml.adapted(TaskBatch(*map(_ordinary, tasks)), steps, loss).predict()
-
-
-def _ordinary(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.is_inference() else tensor
+    return maml.adapted(tasks, steps, loss).predict()
