@@ -8,6 +8,7 @@ import copy
 import os
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -127,6 +128,25 @@ def test_a_norm_takes_its_activation_along(function: str) -> None:
     assert [op.kind for op in graph.ops].count("activation") == 1
 
 
+@pytest.mark.parametrize("rows", ["in one tile", "in parts"])
+def test_rows_that_are_not_there_count_for_nothing(
+    rows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zeros behind a constant channel are so far from its mean that slopes there are infinite."""
+    if rows == "in parts":
+        monkeypatch.setattr(norm, "_WHOLE_ROWS", ())
+    module = nn.Sequential(nn.BatchNorm1d(3), Pointwise("exp"), nn.Linear(3, 4))
+    x, labels = torch.randn(2, 2, 6, 3), torch.arange(4).repeat(2, 2)[:, :6]
+    x[..., 0] = -1
+    exact = fastmaml.TaskBatch(x[0].double(), labels, x[1].double(), labels)
+    _, expected = sequential_maml(copy.deepcopy(module).double(), exact, 0.1, 2, F.cross_entropy)
+    maml = fastmaml.MAML(module.to(DEVICE), lr=0.1)
+    batch = fastmaml.TaskBatch(*(t.to(DEVICE) for t in (x[0], labels, x[1], labels)))
+    with np.errstate(all="ignore"):  # of the interpreter
+        maml.meta_loss(batch, steps=2).backward()
+    assert error(module, expected) < 1e-4
+
+
 def norm_and_pool(activation: nn.Module, pool: nn.Module) -> nn.Module:
     layers = [nn.Conv2d(2, 5, 3, padding=1), nn.BatchNorm2d(5), activation, pool, nn.Flatten()]
     return nn.Sequential(*layers, nn.LazyLinear(4))
@@ -194,7 +214,7 @@ def test_a_norm_leaves_other_activations_alone(between: str) -> None:
 
 
 def test_more_than_the_kernels_can_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastmaml.backends.gpu._MOST_ELEMENTS", 5 * 40)
+    monkeypatch.setattr("fastmaml.backends.gpu.MOST_ELEMENTS", 5 * 40)
     learner = fastmaml.MAML(nn.Linear(3, 40).to(DEVICE), lr=0.1).clone(tasks=2)
     assert learner(torch.randn(2, 5, 3, device=DEVICE)).shape == (2, 5, 40)
     with pytest.raises(ValueError, match=r"x must have at most 5 examples of each task .*, got 6;"):
@@ -244,12 +264,18 @@ def test_on_the_cpu_it_wants_the_interpreter(monkeypatch) -> None:
         fastmaml.MAML(nn.Linear(3, 2), lr=0.1).clone()(torch.randn(4, 3))
 
 
-def test_an_old_gpu_runs_plain_pytorch(monkeypatch) -> None:
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
+@pytest.mark.parametrize(
+    ("cuda", "needed"),
+    [
+        ("12.8", r"needs compute capability 8.0 or later, cuda:1 has 7.5"),
+        (None, "needs PyTorch built with CUDA"),
+    ],
+)
+def test_other_gpus_run_plain_pytorch(cuda: str | None, needed: str, monkeypatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     x = SimpleNamespace(device=torch.device("cuda", 1), dtype=torch.float32)
     program = (capture(nn.Linear(3, 2), torch.randn(4, 3)), ParameterLayout(nn.Linear(3, 2)))
-    needed = r"needs compute capability 8.0 or later, cuda:1 has 7.5"
     with pytest.raises(RuntimeError, match=needed):
         make_executor(*program, x)
     monkeypatch.delenv("FASTMAML_BACKEND")

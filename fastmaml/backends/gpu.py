@@ -24,13 +24,11 @@ from fastmaml.backends.operations import Recomputing
 from fastmaml.backends.precision import Precisions
 from fastmaml.backends.reference import ParameterGrads, ReferenceExecutor, State
 from fastmaml.backends.triton import LOSSES, rules
+from fastmaml.backends.triton.tiles import MOST_ELEMENTS
 from fastmaml.program.ir import Graph, Op, Slot, freeze
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.rules import LOSSES as REFERENCE_LOSSES
 from fastmaml.rules import Rule
-
-# Of a task in one value: kernels count them in 32 bits, and a block may begin before the last.
-_MOST_ELEMENTS = 2**31 - 2**16
 
 _MOST_PLACES = 127  # of a window, which 8 bits can number
 
@@ -47,7 +45,7 @@ class KernelExecutor(ReferenceExecutor):
         self.losses = LOSSES if self._kernels else REFERENCE_LOSSES
         wants = list(product((False, True), repeat=3))
         self._passes = {want: self._noted(*want) for want in wants}
-        self._most_examples = _MOST_ELEMENTS // max(prod(shape) for shape in graph.values)
+        self._most_examples = MOST_ELEMENTS // max(prod(shape) for shape in graph.values)
 
     def rules(self, at: Precisions) -> Mapping[str, Rule]:
         return rules(*at) if self._kernels else super().rules(at)

@@ -71,10 +71,10 @@ def _gpu(graph: Graph, layout: ParameterLayout, x: Tensor, forced: bool) -> Exec
         if forced:
             raise RuntimeError(f"{message}; install triton") from error
         return _plain(graph, layout, message)
-    if (too_old := _too_old(x)) is not None:
+    if (reason := _why_not(x)) is not None:
         if forced:
-            raise RuntimeError(too_old)
-        return _plain(graph, layout, too_old)
+            raise RuntimeError(reason)
+        return _plain(graph, layout, reason)
     if x.device.type != "cuda" and not interpreted():
         raise RuntimeError(
             f"{ENVIRONMENT_VARIABLE}=gpu was asked for, but the input is on {x.device}; move it to "
@@ -83,9 +83,13 @@ def _gpu(graph: Graph, layout: ParameterLayout, x: Tensor, forced: bool) -> Exec
     return GraphedExecutor(GpuExecutor(graph, layout, x.dtype), layout)
 
 
-def _too_old(x: Tensor) -> str | None:
-    """Why the GPU that ``x`` is on cannot run the kernels, or None."""
-    if x.device.type != "cuda" or torch.version.cuda is None or is_capable(x.device):
+def _why_not(x: Tensor) -> str | None:
+    """Why the kernels cannot run where ``x`` is, or None."""
+    if x.device.type != "cuda":
+        return None
+    if torch.version.cuda is None:  # PyTorch calls AMD's GPUs by the same name
+        return "the gpu backend needs PyTorch built with CUDA, this one is not"
+    if is_capable(x.device):
         return None
     capability = torch.cuda.get_device_capability(x.device)
     oldest, here = (".".join(map(str, c)) for c in (OLDEST_CAPABILITY, capability))

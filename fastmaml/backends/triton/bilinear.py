@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastmaml.backends.triton.tiles import near
 from fastmaml.program.ir import Op, Shape
 from fastmaml.rules.base import Grads, Tensors
 
@@ -118,4 +119,4 @@ class Bilinear(ABC):
 
 def _pairs(*pairs: tuple[Tensor | None, Tensor | None]) -> Pairs:
     """Those that are not zero."""
-    return [(a, b) for a, b in pairs if a is not None and b is not None]
+    return [(near(a), near(b)) for a, b in pairs if a is not None and b is not None]

@@ -22,6 +22,7 @@ from fastmaml.backends.triton.norm_rows import (
     merged_moments,
     moments,
     own_part,
+    present,
     put_forth,
     put_rows,
     rows_at,
@@ -122,7 +123,7 @@ def normalise_and_pool_kernel(
     image, oh, ow = place_of(window, OH, OW)
     best = tl.full((BP, BC), -float("inf"), dtype=tl.float32)
     which = tl.full((BP, BC), -1, dtype=tl.int8)
-    for place in tl.static_range(KH * KW):
+    for place in tl.range(KH * KW, loop_unroll_factor=4):
         h, w = oh * KH + place // KW, ow * KW + place % KW
         exists = (window < windows) & (h < H) & (w < W)
         inside = exists[:, None] & (column < C)[None, :]
@@ -156,7 +157,8 @@ def sums_kernel(
         row = start + tl.arange(0, BR)
         hat = hat_at(x + base, mean + own, scale + own, row, column, last, C)
         slope = slope_of(hat * weight[None, :] + shift[None, :], fa, fb, F)
-        values = back_at(a, winner, task, row, column, last, R, C, sizes, WINDOW) * slope
+        given = back_at(a, winner, task, row, column, last, R, C, sizes, WINDOW)
+        values = present(row, last, given * slope)
         sum_a += values
         sum_ah += values * hat
     out = parts + (task * PARTS + part) * 2 * C + column
@@ -180,7 +182,8 @@ def backward_kernel(
     base, place = task * R * C, task * C
     hat = hat_at(x + base, mean + place, scale + place, row, column, R, C)
     slope = slope_of(hat * weight[None, :] + shift[None, :], fa, fb, F)
-    values = back_at(g, winner, task, row, column, R, R, C, sizes, WINDOW) * slope
+    given = back_at(g, winner, task, row, column, R, R, C, sizes, WINDOW)
+    values = present(row, R, given * slope)
     if parts is None:
         sum_g, sum_gh = tl.sum(values, 0), tl.sum(values * hat, 0)
     else:
@@ -251,7 +254,7 @@ def _incoming(
     moved = curvature_of(z, fa, fb, F) * (dhat * weight + hat * dweight + dshift) * given
     if G_MOVES:
         moved += slope * back_at(dg, winner, task, row, column, last, R, C, sizes, WINDOW)
-    return given * slope, moved
+    return present(row, last, given * slope), present(row, last, moved)
 
 
 @triton.jit

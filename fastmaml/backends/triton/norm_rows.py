@@ -30,6 +30,12 @@ def hat_at(x, mean, scale, row, column, R, C):
 
 
 @triton.jit
+def present(row, last, values):
+    """Zero where there is no row: the slope that it would have may be infinite."""
+    return tl.where((row < last)[:, None], values, 0.0)
+
+
+@triton.jit
 def windows(task, row, column, last, R, C, sizes, WINDOW: tl.constexpr):
     """Of rows of pixels: where their windows lie, their places in these, and which have one."""
     window, place, exists = window_of(row, sizes, WINDOW)

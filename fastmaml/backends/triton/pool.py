@@ -71,7 +71,7 @@ def maximum_kernel(
     x += task * (rows // (out_height * out_width)) * (height * width * channels)
     best = tl.full((BR, BC), -float("inf"), dtype=tl.float32)
     where = tl.full((BR, BC), -1, dtype=tl.int32)
-    for tap in tl.static_range(KH * KW):
+    for tap in tl.range(KH * KW, loop_unroll_factor=4):
         h = oh * SH - PH + (tap // KW) * DH
         w = ow * SW - PW + (tap % KW) * DW
         exists = (row < rows) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
@@ -116,7 +116,7 @@ def to_winners_kernel(
     gy += start
     winner += start
     total = tl.zeros((BR, BC), dtype=tl.float32)
-    for tap in tl.static_range(KH * KW):
+    for tap in tl.range(KH * KW, loop_unroll_factor=4):
         reach_h = h + PH - (tap // KW) * DH
         reach_w = w + PW - (tap % KW) * DW
         oh, ow = reach_h // SH, reach_w // SW
@@ -163,7 +163,7 @@ def average_kernel(
     top, bottom = _window_of(oh, height, out_height, KH, SH, PH, ADAPTIVE)
     left, right = _window_of(ow, width, out_width, KW, SW, PW, ADAPTIVE)
     total = tl.zeros((BR, BC), dtype=tl.float32)
-    for tap in range(KH * KW):
+    for tap in tl.range(KH * KW, loop_unroll_factor=4):
         h, w = top + tap // KW, left + tap % KW
         exists = (row < rows) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
         exists = exists & (h < bottom) & (w < right)
@@ -198,7 +198,7 @@ def to_windows_kernel(
     image, h, w = place_of(row, height, width)
     gy += task * (rows // (height * width)) * (out_height * out_width * channels)
     total = tl.zeros((BR, BC), dtype=tl.float32)
-    for tap in range(KH * KW):
+    for tap in tl.range(KH * KW, loop_unroll_factor=4):
         oh, holds_h = _output_at(h, tap // KW, height, out_height, SH, PH, ADAPTIVE)
         ow, holds_w = _output_at(w, tap % KW, width, out_width, SW, PW, ADAPTIVE)
         holds = (row < rows) & holds_h & holds_w

@@ -32,6 +32,12 @@ def tile_and_task(program, blocks):
 
 
 @triton.jit
+def _without_rest(x):
+    """What a tensor core reads of float32 in TF32: it does not round, but leaves out 13 bits."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """Acc + a b. Bfloat16 rounds both factors; their products and the sum are float32's."""
     if PRECISION == "bf16":
@@ -39,6 +45,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     elif PRECISION == "bf16 by hand":  # the interpreter multiplies bfloat16's bits as integers
         a, b = a.to(tl.bfloat16).to(tl.float32), b.to(tl.bfloat16).to(tl.float32)
         return tl.dot(a, b, acc, input_precision="ieee")
+    elif PRECISION == "tf32 by hand":  # which the interpreter takes for float32
+        return tl.dot(_without_rest(a), _without_rest(b), acc, input_precision="ieee")
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
@@ -50,7 +58,7 @@ def interpreted() -> bool:
 
 def dot_precision(precision: str) -> str:
     """The kernels' name of a precision."""
-    return "bf16 by hand" if precision == "bf16" and interpreted() else precision
+    return f"{precision} by hand" if precision in ("bf16", "tf32") and interpreted() else precision
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,9 @@ from math import prod
 
 from torch import Tensor
 
+# Of a task in one value: kernels count them in 32 bits, and a block may begin before the last.
+MOST_ELEMENTS = 2**31 - 2**16
+
 
 def rows(x: Tensor) -> Tensor:
     """``[T, N, C, *positions]`` as contiguous rows of channels ``[T, N * positions, C]``."""
@@ -27,6 +30,12 @@ def new_channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
     """Uninitialised memory of ``shape [T, N, C, *positions]``, rows of channels."""
     tasks, examples, channels, *positions = shape
     return like.new_empty(tasks, examples, *positions, channels).movedim(-1, 2)
+
+
+def near(x: Tensor) -> Tensor:
+    """``x`` with every task's elements within so many that kernels can count them."""
+    reach = sum((n - 1) * step for n, step in zip(x.shape[1:], x.stride()[1:], strict=True))
+    return x if reach < MOST_ELEMENTS else x.contiguous()
 
 
 def aligned(*tensors: Tensor) -> list[Tensor]:
