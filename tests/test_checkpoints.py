@@ -65,6 +65,18 @@ def test_a_checkpoint_of_another_version(tmp_path, trainer, damage, message):
         load_checkpoint(path)
 
 
+def test_a_checkpoint_of_a_machine_with_more_gpus(tmp_path, trainer, monkeypatch):
+    path, seeded = tmp_path / "run.pt", []
+    save_checkpoint(path, trainer)
+    content = torch.load(path, weights_only=True)
+    content["state"]["random"]["cuda"] = [torch.zeros(16, dtype=torch.uint8)] * 3
+    torch.save(content, path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: seeded.append(device))
+    assert load_checkpoint(path).iteration == 0
+    assert seeded == [0, 1]
+
+
 def test_a_flipped_bit_is_found(tmp_path, trainer):
     path = tmp_path / "run.pt"
     save_checkpoint(path, trainer)
