@@ -5,7 +5,8 @@ On a GPU the same meta-steps are captured in earnest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -262,6 +263,41 @@ def test_switched_off(monkeypatch):
         graphs(call(), EXECUTOR.meta_step)
     assert len(graphs) == 0
     assert graphs.describe() == "off, FASTMAML_GRAPHS=0"
+
+
+def test_a_form_is_prepared_before_its_first_call():
+    """Such that what this will launch is seen, but on no data."""
+    devices, within = [], []
+
+    @contextmanager
+    def prepared() -> Iterator[None]:
+        within.append(len(devices))
+        yield
+        within.append(len(devices))
+
+    def run(call: MetaStep) -> MetaStepResult:
+        devices.append(call.theta.device.type)
+        assert call.theta.shape == (LAYOUT.theta_size,)
+        return EXECUTOR.meta_step(call)
+
+    graphs = Graphs(Pretended(), prepared=prepared)
+    for steps in (1, 2):
+        for _ in range(4):
+            one = call(steps=steps)
+            assert alike(graphs(one, run), EXECUTOR.meta_step(one))
+    first = ["meta", *["cpu"] * 5]  # as it is, captured, thrice replayed
+    assert devices == 2 * first
+    assert within == [0, 1, 6, 7]
+
+
+def test_what_fails_in_preparation_fails_again_or_does_not():
+    @contextmanager
+    def prepared() -> Iterator[None]:
+        yield
+        raise ValueError("no compiler")
+
+    graphs, one = Graphs(Pretended(), prepared=prepared), call()
+    assert alike(graphs(one, EXECUTOR.meta_step), EXECUTOR.meta_step(one))
 
 
 def test_an_error_in_the_step_itself_is_raised():

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -60,12 +61,15 @@ def call(batch: fastmaml.TaskBatch, episodes: DeviceDrawing | None = None) -> Me
     )
 
 
+@pytest.mark.parametrize("prepared", [None, nullcontext])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_each_replay_takes_the_next_batch(dtype: torch.dtype) -> None:
+def test_each_replay_takes_the_next_batch(
+    dtype: torch.dtype, prepared: type[nullcontext[None]] | None
+) -> None:
     images = IMAGES.to(dtype)
     expected, drawing = sampler(images), by_kernel(sampler(images))
     pretended = Pretended()
-    graphs = Graphs(pretended)
+    graphs = Graphs(pretended, prepared=prepared)
     for i in range(5):
         one = call(*drawing.in_place())
         found, want = graphs(one, EXECUTOR.meta_step), EXECUTOR.meta_step(call(next(expected)))

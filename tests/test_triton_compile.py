@@ -1,5 +1,6 @@
 """Every Triton kernel compiles to a binary for GPUs that are not there."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,3 +68,18 @@ def test_every_kernel_compiles(
 def test_other_numbers_of_tasks_and_examples_need_no_other_kernels() -> None:
     """Where products and norms are cut into the same blocks."""
     assert lines(start()) == []
+
+
+@pytest.mark.slow
+def test_a_call_compiles_its_kernels_beforehand(tmp_path: Path) -> None:
+    """All those that it launches, and none again for another number of examples."""
+    command = [sys.executable, str(Path(__file__).parent / "prepare_triton.py")]
+    found = subprocess.run(
+        command, text=True, capture_output=True, env={**os.environ, "TRITON_CACHE_DIR": tmp_path}
+    )
+    assert found.returncode == 0, found.stderr
+    first, second = ([int(count) for count in line.split()] for line in found.stdout.splitlines())
+    beforehand, launched, afterwards = first
+    assert beforehand == launched > 10
+    assert afterwards == 0
+    assert second == first

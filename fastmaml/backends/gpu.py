@@ -24,6 +24,8 @@ from fastmaml.backends.operations import Recomputing
 from fastmaml.backends.precision import Precisions
 from fastmaml.backends.reference import ParameterGrads, ReferenceExecutor, State
 from fastmaml.backends.triton import LOSSES, rules
+from fastmaml.backends.triton.launching import compiled_beforehand
+from fastmaml.backends.triton.products import interpreted
 from fastmaml.backends.triton.tiles import MOST_ELEMENTS
 from fastmaml.program.ir import Graph, Op, Slot, freeze
 from fastmaml.program.layout import ParameterLayout
@@ -119,7 +121,8 @@ class GpuExecutor(KernelExecutor):
         self._reordering: Reordering | None = None
         if self._kernels and (order := KernelOrder(graph, layout)).differs:
             self._reordering = Reordering(OrderedExecutor(graph, layout, order), order)
-        self.graphs = Graphs()
+        known = not self._kernels or interpreted()
+        self.graphs = Graphs(prepared=None if known else compiled_beforehand)
 
     @property
     def in_graphs(self) -> Recomputing:

@@ -16,8 +16,8 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ from fastmaml.program.updates import FusedUpdate
 ENVIRONMENT_VARIABLE = "FASTMAML_GRAPHS"
 DEFAULT_MEMORY_BUDGET = 4 << 30  # bytes that all graphs of a program may hold
 _REMEMBERED_FORMS = 64  # called once, not captured yet
+_PREPARED_FORMS = 32  # of a program: after so many, hardly a kernel is new
 _BATCH = ("support_x", "support_y", "query_x", "query_y")
 
 _Call = TypeVar("_Call")
@@ -89,13 +90,20 @@ class Graphs:
     A form is captured when it is called for the second time. Where together they hold more than
     ``memory_budget`` bytes, those go whose last call is longest ago. What cannot be captured runs
     as it is, and :meth:`describe` says why.
+
+    ``prepared``: calls on tensors without values, made within it before the first of a form, show
+    it what this will launch.
     """
 
     def __init__(
-        self, capture: Capture | None = None, memory_budget: int = DEFAULT_MEMORY_BUDGET
+        self,
+        capture: Capture | None = None,
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        prepared: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         self._capture: Capture = CudaCapture() if capture is None else capture
         self._memory_budget = memory_budget
+        self._prepared, self._to_prepare = prepared, _PREPARED_FORMS
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
         self._refused: OrderedDict[Hashable, str] = OrderedDict()
@@ -111,7 +119,7 @@ class Graphs:
         return run(call) if found is None else found
 
     def replayed(self, call: _Call, run: Callable[[_Call], _Result]) -> _Result | None:
-        """``run(call)`` by a graph; None where there is none of this form, yet or at all."""
+        """``run(call)``, of which there is a graph or will be; None where there is none."""
         if _switched_off():
             return None
         leaves: list[_Leaf] = []
@@ -128,9 +136,18 @@ class Graphs:
                 self._graphs.move_to_end(form)
                 result: _Result = graph(leaves)
                 return result
-            if form not in self._refused:
-                _remember(self._seen, form, None)
-        return None
+            if form in self._refused:
+                return None
+            _remember(self._seen, form, None)
+            self._prepare(call, run)
+        return run(call)
+
+    def _prepare(self, call: _Call, run: Callable[[_Call], _Result]) -> None:
+        if self._prepared is None or self._to_prepare == 0:
+            return
+        self._to_prepare -= 1
+        with suppress(Exception), self._prepared():  # what is wrong with the call, it says itself
+            run(_without_values(call))
 
     def _add(
         self, form: Hashable, call: Any, leaves: Sequence[_Leaf], run: Callable[[Any], Any]
@@ -258,6 +275,19 @@ def _take_apart(value: Any, leaves: list[Any]) -> Hashable:
         return kind, absent, *[_take_apart(getattr(value, n), leaves) for n in given]
     # once a sampler is gone, no other is taken for it, wherever that one lies
     return weakref.ref(value) if hasattr(value, "refill") else value
+
+
+def _without_values(call: Any) -> Any:
+    if _episodes(call) is not None:  # it would draw a batch
+        call = replace(call, episodes=None)
+    leaves: list[_Leaf] = []
+    _take_apart(call, leaves)
+    strange = [_on_no_device(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return _put_together(call, iter(strange))
+
+
+def _on_no_device(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
 def _put_together(value: Any, leaves: Iterator[Any]) -> Any:

@@ -2,8 +2,8 @@
 
 A graph holds no state from one call to the next: each operation is a function of its inputs alone,
 and runs again what it needs of those before it. A state is then nothing but these inputs. That is
-up to 1.8 times the arithmetic for a fraction of the launches, so large calls, and the first of each
-form, run kernel by kernel and keep what they have computed.
+up to 1.8 times the arithmetic for a fraction of the launches, so large calls run kernel by kernel
+and keep what they have computed.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmaml.backends.triton.launching import launch
 from fastmaml.backends.triton.tiles import dense
 from fastmaml.program.ir import Op, Shape
 from fastmaml.rules.base import Grads, Rule, Tensors
@@ -219,7 +220,7 @@ class Activation:
         x = dense(x)
         g, dx, dg = (None if t is None else dense(t, x) for t in (g, dx, dg))
         out = x.new_empty_strided(x.shape, x.stride())
-        pointwise_kernel[(triton.cdiv(x.numel(), _BLOCK),)](
+        launch(pointwise_kernel, (triton.cdiv(x.numel(), _BLOCK),))(
             x, *(x if t is None else t for t in (g, dx, dg)), out,
             x.numel(), op.attrs["alpha"], op.attrs["beta"],
             F=op.attrs["function"], ORDER=order, MOVES=dx is not None, G_MOVES=dg is not None,

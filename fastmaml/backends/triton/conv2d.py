@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastmaml.backends.triton.bilinear import Bilinear, Pairs
 from fastmaml.backends.triton.conv2d_kernels import gradients_kernel, product_kernel
+from fastmaml.backends.triton.launching import launch
 from fastmaml.backends.triton.linear import added
 from fastmaml.backends.triton.products import NO_BLOCKS, Blocks, choose_blocks, dot_precision
 from fastmaml.backends.triton.tiles import aligned, new_channels_last
@@ -140,7 +141,7 @@ class Conv2d(Bilinear):
         pixels, taps = images * sizes[2] * sizes[3], w[0, 0].numel()
         blocks = choose_blocks(len(x), pixels, len(w[0]), taps, self.precision)
         y = new_channels_last(x, (*x.shape[:2], *out_shape))
-        product_kernel[(blocks.tiles(pixels, len(w[0])) * len(x),)](
+        launch(product_kernel, (blocks.tiles(pixels, len(w[0])) * len(x),))(
             x,
             w,
             x2,
@@ -180,7 +181,7 @@ class Conv2d(Bilinear):
         back = _InputGradient.of(input_pairs, x, phases, self.precision)
         own = _WeightGradient.of(weight_pairs, weight, bias, self.precision)
         warps = max(back.blocks.warps, own.blocks.warps)
-        gradients_kernel[(back.programs + own.programs,)](
+        launch(gradients_kernel, (back.programs + own.programs,))(
             *back.tensors,
             *own.tensors,
             x.shape[1],

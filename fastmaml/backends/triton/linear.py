@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmaml.backends.triton.bilinear import Bilinear, Pairs
+from fastmaml.backends.triton.launching import launch
 from fastmaml.backends.triton.products import block_and_task, choose_blocks, dot, dot_precision
 from fastmaml.program.ir import Op, Shape
 
@@ -91,7 +92,7 @@ def matmul(
     blocks = choose_blocks(tasks, rows, columns, inner, precision, split=split)
     out = a.new_empty(blocks.splits, tasks, rows, columns)
     sums = a.new_empty(blocks.splits, tasks, rows) if row_sums else None
-    matmul_kernel[(blocks.tiles(rows, columns) * tasks, blocks.splits)](
+    launch(matmul_kernel, (blocks.tiles(rows, columns) * tasks, blocks.splits))(
         a,
         b,
         a2,

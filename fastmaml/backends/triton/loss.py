@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmaml.backends.triton.launching import launch
 from fastmaml.rules.loss import LOSSES as REFERENCE_LOSSES
 from fastmaml.rules.loss import LossRule
 
@@ -44,7 +45,7 @@ class CrossEntropy:
 
     def _launch(self, which: int, y: Tensor, target: Tensor, dy: Tensor, out: Tensor) -> Tensor:
         columns = y.shape[-1]
-        cross_entropy_kernel[(y.shape[0] * y.shape[1],)](
+        launch(cross_entropy_kernel, (y.shape[0] * y.shape[1],))(
             y.contiguous(), target.contiguous(), dy.contiguous(), out, columns, 1 / y.shape[1],
             PASS=which, BLOCK=triton.next_power_of_2(columns),
         )  # fmt: skip

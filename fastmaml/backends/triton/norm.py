@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastmaml.backends.triton.launching import launch
 from fastmaml.backends.triton.norm_kernels import (
     backward_kernel,
     backward_tangent_kernel,
@@ -75,7 +76,9 @@ class BatchNorm(ReferenceBatchNorm):
         tiles, statistics = _Tiles(x, op), [x.new_empty(len(x), x.shape[2]) for _ in range(3)]
         parts, window = tiles.parts(x, 2), op.attrs.get("window")
         if parts is not None:
-            moments_kernel[tiles.reduction](x, parts, *tiles.sizes, tiles.part_rows, **tiles.blocks)
+            launch(moments_kernel, tiles.reduction)(
+                x, parts, *tiles.sizes, tiles.part_rows, **tiles.blocks
+            )
         given = x, parts, *_given(x, *params), *statistics
         numbers: list[Any] = [*tiles.sizes, tiles.part_rows, op.attrs["eps"], *_constants(op)]
         numbers += _strides(*params)
@@ -83,12 +86,12 @@ class BatchNorm(ReferenceBatchNorm):
         shape = (*inputs[0].shape[:2], *out_shape)
         y, winner, sizes = new_rows(x, shape), None, None
         if window is None:
-            normalise_kernel[tiles.grid](*given, y, *numbers, **flags)
+            launch(normalise_kernel, tiles.grid)(*given, y, *numbers, **flags)
         else:
             winner = torch.empty_like(y, dtype=torch.int8)
             sizes = (*inputs[0].shape[3:], *shape[3:])
             grid, height = tiles.of_windows(y, window)
-            normalise_and_pool_kernel[grid](
+            launch(normalise_and_pool_kernel, grid)(
                 *given, winner, y, *numbers, sizes, WINDOW=window, BP=height, **flags
             )
         mean, unbiased, scale = statistics
@@ -105,10 +108,10 @@ class BatchNorm(ReferenceBatchNorm):
         numbers = (*_constants(op), *_strides(*params), saved.sizes)
         flags = {**_affine(params), **_behind(op), **tiles.blocks}
         if parts is not None:
-            sums_kernel[tiles.reduction](
+            launch(sums_kernel, tiles.reduction)(
                 *given, *vectors, parts, *tiles.sizes, tiles.part_rows, *numbers, **flags
             )
-        backward_kernel[tiles.grid](
+        launch(backward_kernel, tiles.grid)(
             *given, parts, *vectors, gx, *of_scale, *tiles.sizes, *numbers, **flags
         )
         return _of(params, of_scale), [from_rows(gx, inputs[0].shape)]
@@ -130,14 +133,14 @@ class BatchNorm(ReferenceBatchNorm):
         x, h, tiles = saved.x, saved.normalised, _Tiles(saved.x, op)
         d, parts, absent = x if dx is None else rows(dx), tiles.parts(x, 2), (None, None)
         if dx is not None and parts is not None:
-            sums_kernel[tiles.reduction](
+            launch(sums_kernel, tiles.reduction)(
                 d, None, *h, *_given(x, *absent), parts, *tiles.sizes, tiles.part_rows, 0.0, 0.0,
                 *_strides(*absent), None, **_affine(absent), F="identity", WINDOW=None,
                 **tiles.blocks,
             )  # fmt: skip
         shape = inputs[0].shape if saved.sizes is None else (*inputs[0].shape[:3], *saved.sizes[2:])
         dy, dh, dscale = new_rows(x, shape), torch.empty_like(x), torch.empty_like(saved.scale)
-        tangent_kernel[tiles.grid](
+        launch(tangent_kernel, tiles.grid)(
             d, saved.winner, *h, parts, *_given(x, *params, *dparams), dh, dy, dscale,
             *tiles.sizes, *_constants(op), *_strides(*params, *dparams), saved.sizes,
             MOVES=dx is not None, **_affine(params), **_affine(dparams, "D"), **_behind(op),
@@ -171,11 +174,11 @@ class BatchNorm(ReferenceBatchNorm):
         flags |= {**_affine(params), **_affine(dparams, "D"), **_behind(op), **tiles.blocks}
         if parts is not None:
             half = {"BR": tiles.blocks["BR"] // 2}  # of its four tiles more would not fit registers
-            moving_sums_kernel[tiles.reduction](
+            launch(moving_sums_kernel, tiles.reduction)(
                 *given, parts, *tiles.sizes, tiles.part_rows, *numbers, **flags | half
             )
         given += [parts, *_given(x, dsaved.dscale), dgx, *of_scale]
-        backward_tangent_kernel[tiles.grid](*given, *tiles.sizes, *numbers, **flags)
+        launch(backward_tangent_kernel, tiles.grid)(*given, *tiles.sizes, *numbers, **flags)
         return _of(params, of_scale), [from_rows(dgx, inputs[0].shape)]
 
 

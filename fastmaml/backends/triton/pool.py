@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmaml.backends.triton.launching import launch
 from fastmaml.backends.triton.products import block_and_task
 from fastmaml.backends.triton.tiles import from_rows, new_rows, rows
 from fastmaml.program.ir import Op, Shape
@@ -231,7 +232,7 @@ class MaxPool2d:
         x, shape = inputs[0], (*inputs[0].shape[:2], *out_shape)
         out = new_rows(x, shape)
         places = out.new_empty(out.shape, dtype=torch.int32)
-        maximum_kernel[_grid(out)](
+        launch(maximum_kernel, _grid(out))(
             rows(x), out, places, *_sizes(out, x.shape, shape), **_window(op), **_blocks(out)
         )
         return from_rows(out, shape), Winners(places, shape)
@@ -242,7 +243,7 @@ class MaxPool2d:
         x = inputs[0]
         out = new_rows(x, x.shape)
         sizes = _sizes(out, x.shape, saved.shape)
-        to_winners_kernel[_grid(out)](
+        launch(to_winners_kernel, _grid(out))(
             out, rows(gy), saved.places, *sizes, **_window(op), **_blocks(out)
         )
         return [], [from_rows(out, x.shape)]
@@ -261,7 +262,7 @@ class MaxPool2d:
             return None, None
         out = dx.new_empty(saved.places.shape)
         plane, out_plane = (prod(shape[3:]) for shape in (dx.shape, saved.shape))
-        winners_kernel[_grid(out)](
+        launch(winners_kernel, _grid(out))(
             rows(dx), out, saved.places, *out.shape[1:], plane, out_plane, **_blocks(out)
         )
         return from_rows(out, saved.shape), None
@@ -289,14 +290,14 @@ class AvgPool2d(LinearMapRule):
         out = new_rows(x, shape)
         sizes = _sizes(out, x.shape, shape)
         windows = self.windows(op, x.shape[3:], out_shape[1:])
-        average_kernel[_grid(out)](rows(x), out, *sizes, **windows, **_blocks(out))
+        launch(average_kernel, _grid(out))(rows(x), out, *sizes, **windows, **_blocks(out))
         return from_rows(out, shape)
 
     def transpose(self, op: Op, inputs: Sequence[Tensor], gy: Tensor) -> list[Tensor | None]:
         shape = inputs[0].shape
         out = new_rows(gy, shape)
         windows = self.windows(op, gy.shape[3:], shape[3:])
-        to_windows_kernel[_grid(out)](
+        launch(to_windows_kernel, _grid(out))(
             out, rows(gy), *_sizes(out, shape, gy.shape), **windows, **_blocks(out)
         )
         return [from_rows(out, shape)]
