@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	$(BIN)/fastmaml demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
