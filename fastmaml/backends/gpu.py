@@ -121,8 +121,8 @@ class GpuExecutor(KernelExecutor):
         self._reordering: Reordering | None = None
         if self._kernels and (order := KernelOrder(graph, layout)).differs:
             self._reordering = Reordering(OrderedExecutor(graph, layout, order), order)
-        known = not self._kernels or interpreted()
-        self.graphs = Graphs(prepared=None if known else compiled_beforehand)
+        compiled = self._kernels and not interpreted()
+        self.graphs = Graphs(prepared=compiled_beforehand if compiled else None)
 
     @property
     def in_graphs(self) -> Recomputing:

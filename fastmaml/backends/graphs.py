@@ -91,8 +91,8 @@ class Graphs:
     ``memory_budget`` bytes, those go whose last call is longest ago. What cannot be captured runs
     as it is, and :meth:`describe` says why.
 
-    ``prepared``: calls on tensors without values, made within it before the first of a form, show
-    it what this will launch.
+    ``prepared``: before the first call of a form one is made within it, on tensors without values,
+    from which it can learn what will be launched.
     """
 
     def __init__(
