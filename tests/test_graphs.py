@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from multiprocessing import get_context
 from typing import Any
 
 import pytest
@@ -362,6 +363,14 @@ def test_on_a_gpu(device: int):
 
 @pytest.mark.gpu
 def test_a_capture_that_breaks_off_on_a_gpu():
+    """In a process of its own, which is all that suffers if it is not mended."""
+    process = get_context("spawn").Process(target=breaking_off)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def breaking_off() -> None:
     """Others come about all the same; random numbers and memory are as ever."""
     waits = True
 
