@@ -96,8 +96,7 @@ class ProtoMAML(MAML):
             )
         learner = super().clone(first_order, allow_unused, allow_nograd, tasks=tasks)
         x, y = support if tasks is not None else (support[0][None], support[1][None])
-        if y.is_cpu:  # a look elsewhere would synchronise
-            checks.labels_in_range("support's labels", y, self.ways)
+        checks.labels_in_range("support's labels", y, self.ways)
         learner.set_theta(self._with_heads(learner.theta, learner.layout, x, y))
         return learner
 
@@ -146,8 +145,7 @@ class ProtoMAML(MAML):
     def fused_start(self, layout: ParameterLayout, batch: TaskBatch) -> Tensor:
         """See :meth:`fastmaml.MAML.fused_start`."""
         x, y = _whole_support(batch)
-        if y.is_cpu:
-            checks.labels_in_range("support_y", y, self.ways)
+        checks.labels_in_range("support_y", y, self.ways)
         rows = layout.pack(adapted=True).expand(batch.tasks, -1)
         return self._with_heads(rows, layout, x, y)
 
