@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from test_graphs import Pretended
+from pretended_capture import Pretended
 from torch import Tensor
 
 from fastmaml.backends.graphs import Graphs

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from pretended_capture import Pretended
 from test_graphed_operations import GIVEN, Choices, all_four
-from test_graphs import Pretended
 from torch import Tensor, nn
 
 from fastmaml.backends.graphs import Graphs

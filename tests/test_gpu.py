@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from doors import by_door
 from mlp_problems import Pointwise
 from networks import NETWORKS, classification, gradients, make
-from test_graphs import Pretended
+from pretended_capture import Pretended
 from torch import Tensor, nn
 
 import fastmaml

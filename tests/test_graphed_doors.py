@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from doors import by_door
 from graphed import Making
 from networks import classification, make
-from test_graphs import Pretended
+from pretended_capture import Pretended
 from torch import Tensor
 
 import fastmaml

@@ -9,7 +9,7 @@ import pytest
 import torch
 from graphed import Making
 from networks import NETWORKS, make
-from test_graphs import Pretended
+from pretended_capture import Pretended
 from torch import Tensor, nn
 
 from fastmaml.backends import operations

@@ -5,19 +5,18 @@ On a GPU the same meta-steps are captured in earnest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from typing import Any
 
 import pytest
 import torch
+from pretended_capture import Pretended
 from torch import Tensor, nn
 
 import fastmaml
 from fastmaml.backends.base import MetaStep, MetaStepResult
-from fastmaml.backends.cuda_capture import Captured
 from fastmaml.backends.graphs import Graphs
 from fastmaml.backends.precision import precision
 from fastmaml.backends.reference import ReferenceExecutor
@@ -26,49 +25,6 @@ from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.updates import FusedUpdate, UpdateRule
 
 T, N = 3, 4
-
-
-@dataclass
-class Pretended:
-    """Replays by computing again, from and into the tensors that were there at the capture."""
-
-    nbytes: int = 100
-    busy: str | None = None
-    on: int = 0
-    captures: int = 0
-    replays: int = 0
-    fail: list[str | None] = field(default_factory=list)  # reasons, the next one last
-
-    def why_not(self, device: torch.device) -> str | None:
-        return self.busy
-
-    def stream(self) -> int:
-        return self.on
-
-    def __call__(self, run: Callable[[], Any]) -> Captured:
-        reason = self.fail.pop() if self.fail else None
-        if reason is not None:
-            raise RuntimeError(reason)
-        self.captures += 1
-        static = run()
-
-        def replay() -> None:
-            self.replays += 1
-            for target, source in zip(tensors(static), tensors(run()), strict=True):
-                target.copy_(source)
-
-        return Captured(replay, static, self.nbytes)
-
-
-def tensors(result: Any) -> list[Tensor]:
-    """All that a result holds, in order."""
-    if isinstance(result, Tensor):
-        return [result]
-    parts = result if isinstance(result, list | tuple) else []
-    parts = [getattr(result, f.name) for f in fields(result)] if is_dataclass(result) else parts
-    return [t for part in parts for t in tensors(part)]
-
-
 MODULE = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2)).double()
 LAYOUT = ParameterLayout(MODULE, lambda name, p: not name.startswith("1"))
 EXECUTOR = ReferenceExecutor(capture(MODULE, torch.randn(4, 3).double()), LAYOUT)
