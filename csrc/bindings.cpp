@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/thread_limit.h"
 #include "fastmaml/core.h"
 #include "fastmaml/device.h"
 
@@ -82,38 +83,42 @@ std::shared_ptr<Context> forward(Program& self, std::uintptr_t theta, Index thet
                                  std::uintptr_t shared, std::uintptr_t buffers, std::uintptr_t x,
                                  Index tasks, Index examples, std::uintptr_t y,
                                  std::uintptr_t stats, int threads, bool keep, bool packed) {
+  const CallThreads on(threads);
   return self.forward({in(theta), theta_stride, in(shared), in(buffers), in(x), tasks, examples,
-                       out(y), out(stats), threads, keep, packed});
+                       out(y), out(stats), on.count(), keep, packed});
 }
 
 void pack_theta(Program& self, std::uintptr_t theta, Index rows, std::uintptr_t packed,
                 int threads) {
-  self.pack_theta(in(theta), rows, out(packed), threads);
+  self.pack_theta(in(theta), rows, out(packed), CallThreads(threads).count());
 }
 
 void unpack_theta(Program& self, std::uintptr_t packed, Index rows, std::uintptr_t theta,
                   int threads) {
-  self.unpack_theta(in(packed), rows, out(theta), threads);
+  self.unpack_theta(in(packed), rows, out(theta), CallThreads(threads).count());
 }
 
 std::shared_ptr<Gradient> backward(Program& self, Context& context, std::uintptr_t gy,
                                    std::uintptr_t gtheta, std::uintptr_t gshared, std::uintptr_t gx,
                                    int threads, bool keep) {
-  return self.backward(context, {in(gy), out(gtheta), out(gshared), out(gx), threads, keep});
+  const CallThreads on(threads);
+  return self.backward(context, {in(gy), out(gtheta), out(gshared), out(gx), on.count(), keep});
 }
 
 std::shared_ptr<Tangent> tangent(Program& self, Context& context, std::uintptr_t dtheta,
                                  Index dtheta_stride, std::uintptr_t dshared, std::uintptr_t dx,
                                  std::uintptr_t dy, int threads, bool keep) {
+  const CallThreads on(threads);
   return self.tangent(context,
-                      {in(dtheta), dtheta_stride, in(dshared), in(dx), out(dy), threads, keep});
+                      {in(dtheta), dtheta_stride, in(dshared), in(dx), out(dy), on.count(), keep});
 }
 
 void backward_tangent(Program& self, Context& context, Gradient& gradient, Tangent& tangent,
                       std::uintptr_t dgy, std::uintptr_t dgtheta, std::uintptr_t dgshared,
                       std::uintptr_t dgx, int threads, bool sum_theta) {
+  const CallThreads on(threads);
   self.backward_tangent(context, gradient, tangent,
-                        {in(dgy), out(dgtheta), out(dgshared), out(dgx), threads, sum_theta});
+                        {in(dgy), out(dgtheta), out(dgshared), out(dgx), on.count(), sum_theta});
 }
 
 using Coefficient = std::tuple<std::uintptr_t, Index, bool, std::uintptr_t>;
@@ -166,16 +171,18 @@ void meta_step(Program& self, std::uintptr_t theta, Index theta_stride, std::uin
   args.stats = out(stats);
   args.adapted = out(adapted);
   args.predictions = out(predictions);
-  args.threads = threads;
   args.memory_budget_bytes = memory_budget_bytes;
   py::gil_scoped_release unlocked;
+  const CallThreads on(threads);
+  args.threads = on.count();
   self.meta_step(args);
 }
 
 void adjoint_of_step(const std::string& dtype, std::uintptr_t cotangent, Index tasks, Index size,
                      double rate, std::uintptr_t dgradient, std::uintptr_t sum, int threads) {
+  const CallThreads on(threads);
   step_adjoint(
-      {dtype_named(dtype), in(cotangent), tasks, size, rate, out(dgradient), out(sum), threads});
+      {dtype_named(dtype), in(cotangent), tasks, size, rate, out(dgradient), out(sum), on.count()});
 }
 
 void fold(const std::string& dtype, std::uintptr_t rows, Index calls, Index width,

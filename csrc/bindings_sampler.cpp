@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "cpu/thread_limit.h"
 #include "fastmaml/core.h"
 
 namespace py = pybind11;
@@ -55,7 +56,7 @@ std::unique_ptr<EpisodeDrawer> make_drawer(std::uintptr_t images, const std::str
 
 void draw(const EpisodeDrawer& drawer, std::uint64_t seed, std::uint64_t batch,
           std::uintptr_t support_x, std::uintptr_t query_x, int threads) {
-  drawer.draw(seed, batch, out(support_x), out(query_x), threads);
+  drawer.draw(seed, batch, out(support_x), out(query_x), CallThreads(threads).count());
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <chrono>
 #include <exception>
 #include <utility>
 
@@ -38,6 +39,16 @@ void forget_pool_after_fork() {
 }
 
 }  // namespace
+
+double seconds_now() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration<double>(now).count();
+}
+
+TeamSeconds& team_seconds() {
+  thread_local TeamSeconds seconds;
+  return seconds;
+}
 
 struct ThreadPool::Worker {
   std::thread thread;
@@ -87,11 +98,34 @@ ThreadPool::~ThreadPool() {
 
 void ThreadPool::run(int threads, const std::function<void(int)>& body) {
   if (threads <= 1) return body(0);
+  team_seconds().spared += call_all(threads, body).worked * (threads - 1);
+}
+
+void ThreadPool::run_units(int threads, Index units, const std::function<void(int, Index)>& body) {
+  std::atomic<Index> next{0};
+  Index own = 0;
+  const auto take_units = [&](int thread) {
+    for (Index unit = next++; unit < units; unit = next++) {
+      body(thread, unit);
+      own += thread == 0;
+    }
+  };
+  if (threads <= 1) return take_units(0);
+  const Spent spent = call_all(threads, take_units);
+  // a caller to which no unit was left came late itself
+  team_seconds().spared += own > 0 ? spent.worked * (units - own) / own : spent.waited;
+}
+
+ThreadPool::Spent ThreadPool::call_all(int threads, const std::function<void(int)>& body) {
   std::lock_guard<std::mutex> lock(run_mutex_);
+  const double started = seconds_now();
   body_ = &body;
   if (!run_on_openmp(threads, [this](int index) { call(index); })) run_on_workers(threads);
   body_ = nullptr;
+  const Spent spent{caller_worked_, seconds_now() - started - caller_worked_};
+  team_seconds().waited += spent.waited;
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+  return spent;
 }
 
 void ThreadPool::run_on_workers(int threads) {
@@ -130,6 +164,7 @@ void ThreadPool::work(Worker& worker, int index) {
 }
 
 void ThreadPool::call(int index) {
+  const double started = index == 0 ? seconds_now() : 0;
   try {
     (*body_)(index);
   } catch (const TeamAborted&) {
@@ -138,6 +173,7 @@ void ThreadPool::call(int index) {
     std::lock_guard<std::mutex> lock(error_mutex_);
     if (!error_) error_ = std::current_exception();
   }
+  if (index == 0) caller_worked_ = seconds_now() - started;
 }
 
 void ThreadPool::finish_one() {
@@ -155,6 +191,12 @@ void ThreadPool::wait_for_workers() {
   done_.wait(lock, [this] { return pending_.load() == 0; });
 }
 
+bool Barrier::passed(unsigned phase) const {
+  if (phase_.load() != phase) return true;
+  if (aborted_.load()) throw TeamAborted();
+  return false;
+}
+
 void Barrier::wait() {
   const unsigned phase = phase_.load();
   if (arrived_.fetch_add(1) + 1 == parties_) {
@@ -162,14 +204,13 @@ void Barrier::wait() {
     phase_.fetch_add(1);
     return;
   }
-  for (int spin = 0; phase_.load() == phase; ++spin) {
-    if (aborted_.load()) throw TeamAborted();
-    if (spin < kBarrierSpins) {
-      pause();
-    } else {
-      std::this_thread::yield();
-    }
+  for (int spin = 0; spin < kBarrierSpins; ++spin) {
+    if (passed(phase)) return;
+    pause();
   }
+  const double late = seconds_now();
+  while (!passed(phase)) std::this_thread::yield();
+  team_seconds().waited += seconds_now() - late;
 }
 
 int team_count(Index units, int threads) {
@@ -181,10 +222,8 @@ void for_each_unit(Index units, int threads,
   if (units <= 0) return;
   const int teams = team_count(units, threads);
   if (threads <= teams) {
-    std::atomic<Index> next{0};
-    ThreadPool::instance().run(teams, [&](int index) {
-      const TeamMember member{index, Share{}, nullptr};
-      for (Index unit = next++; unit < units; unit = next++) body(member, unit);
+    ThreadPool::instance().run_units(teams, units, [&](int thread, Index unit) {
+      body(TeamMember{thread, Share{}, nullptr}, unit);
     });
     return;
   }

@@ -27,8 +27,16 @@ class ThreadPool {
   // The first exception thrown by any of them is rethrown here. Concurrent calls take turns.
   void run(int threads, const std::function<void(int)>& body);
 
+  // Calls body(thread, unit) for every unit; each of `threads` takes the next when it is done.
+  void run_units(int threads, Index units, const std::function<void(int, Index)>& body);
+
  private:
   struct Worker;
+  struct Spent {
+    double worked, waited;  // seconds of the caller
+  };
+
+  Spent call_all(int threads, const std::function<void(int)>& body);
 
   void run_on_workers(int threads);
   void start_workers(int count);
@@ -38,6 +46,7 @@ class ThreadPool {
   void wait_for_workers();
 
   std::mutex run_mutex_;
+  double caller_worked_ = 0;  // seconds
   std::vector<std::unique_ptr<Worker>> workers_;
   const std::function<void(int)>* body_ = nullptr;
 
@@ -48,6 +57,16 @@ class ThreadPool {
   std::mutex error_mutex_;
   std::exception_ptr error_;
 };
+
+double seconds_now();
+
+// The calling thread's seconds in all its calls: waiting for others, and what their work would
+// have taken it, by the speed of its own.
+struct TeamSeconds {
+  double waited = 0;
+  double spared = 0;
+};
+TeamSeconds& team_seconds();
 
 // Thrown out of Barrier::wait when another member of the team has failed.
 struct TeamAborted : std::runtime_error {
@@ -62,6 +81,8 @@ class Barrier {
   void abort() { aborted_.store(true); }
 
  private:
+  bool passed(unsigned phase) const;
+
   const int parties_;
   std::atomic<int> arrived_{0};
   std::atomic<unsigned> phase_{0};
