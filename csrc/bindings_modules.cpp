@@ -14,10 +14,10 @@ namespace {
 
 // Attributes of nn.Module, by the names it keeps them under.
 struct Names {
-  py::str training{"training"}, parameters{"_parameters"}, modules{"_modules"};
+  py::str training{"training"}, parameters{"_parameters"}, buffers{"_buffers"}, modules{"_modules"};
   py::str hooks[4] = {py::str("_forward_hooks"), py::str("_forward_pre_hooks"),
                       py::str("_backward_hooks"), py::str("_backward_pre_hooks")};
-  py::str requires_grad{"requires_grad"}, dtype{"dtype"};
+  py::str requires_grad{"requires_grad"}, dtype{"dtype"}, shape{"shape"};
 };
 
 class Signature {
@@ -47,13 +47,21 @@ class Signature {
       if (parameter.is_none()) return;
       facts_.push_back(parameter.attr(names_.requires_grad).ptr() == Py_True);
       add_id(parameter.attr(names_.dtype));  // of each dtype there is one object
+      add_shape(parameter.attr(names_.shape));
     });
+    for_values(item(state, names_.buffers),
+               [this](py::handle buffer) { facts_.push_back(buffer.is_none()); });
     for_values(item(state, names_.modules), [this](py::handle child) {
       if (!child.is_none()) modules_.push_back(py::reinterpret_borrow<py::object>(child));
     });
   }
 
   void add_id(py::handle object) { facts_.push_back(reinterpret_cast<Fact>(object.ptr())); }
+
+  void add_shape(const py::tuple& shape) {
+    facts_.push_back(static_cast<Fact>(shape.size()));
+    for (py::handle size : shape) facts_.push_back(PyLong_AsSsize_t(size.ptr()));
+  }
 
   static PyObject* checked(PyObject* object) {
     if (object == nullptr) throw py::error_already_set();
@@ -89,7 +97,8 @@ void bind_modules(py::module_& module) {
       "module_signature",
       [names = Names()](py::handle root) { return Signature(names, root).bytes(); },
       py::arg("module"),
-      "Changes with train() and eval(), requires_grad_(), dtypes, swapped parts and hooks.");
+      "Changes with train() and eval(), requires_grad_(), dtypes, shapes, swapped parts and "
+      "hooks.");
 }
 
 }  // namespace fastmaml

@@ -13,6 +13,8 @@ from fastmaml.late import late_parts
 if TYPE_CHECKING:
     from fastmaml.learner import Learner
 
+_OF_THE_COPY = frozenset({"_parameters", "_buffers", "_modules", "training", "_flat_weights"})
+
 
 class ModuleClone:
     """Copies of the base's modules whose parameters are views of a learner's theta and phi.
@@ -91,11 +93,26 @@ class ModuleClone:
             for name, child in module._modules.items():
                 if child is not None and copy._modules[name] is not self._copies.get(id(child)):
                     return f"the clone's {name} was replaced"
+            changed = _changed(copy, module)
+            if changed is not None:
+                return f"the clone's {changed} was changed"
         for key, leaf, name in self._places:
             parameter = self._copies[key]._parameters.get(leaf)
             if parameter is not self._now(name) or not _alike(parameter, self._views[name]):
                 return f"the clone's parameter {name} was replaced"
         return None
+
+
+def _changed(copy: nn.Module, module: nn.Module) -> str | None:
+    """A buffer or attribute of a copy that is another than the module's; None where none is."""
+    pairs = ((copy._buffers, module._buffers), (vars(copy), vars(module)))
+    for own, original in pairs:
+        if len(own) != len(original):
+            return "set of buffers or attributes"
+        for name, value in own.items():
+            if name not in _OF_THE_COPY and value is not original.get(name, _OF_THE_COPY):
+                return name
+    return None
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
@@ -121,6 +138,14 @@ class LazyClone(dict[str, Any]):
             self.built = ModuleClone(learner)
             self["module"] = self.built.module
         return self.built
+
+    def why_not(self) -> str | None:
+        """Why the base's programs cannot stand for the learner's module; None where they can."""
+        if self.built is None:
+            return None
+        if self.get("module") is not self.built.module:
+            return "the learner's module was replaced"
+        return self.built.why_not()
 
     def __contains__(self, key: object) -> bool:
         return key == "module"

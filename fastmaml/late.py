@@ -58,10 +58,11 @@ def late_parts(learner: Learner, views: dict[str, Tensor]) -> dict[str, Tensor]:
         False: Whole(phi, lambda gradient: parts(False, gradient)),
     }
     late: dict[str, Tensor] = {}
-    for name, view in views.items():
-        part = view.as_subclass(LatePart)
-        part.whole, part.parameter = wholes[layout.slots[name].adapted], name
-        late[name] = part
+    with torch.inference_mode(False), torch.enable_grad():  # in any mode a view with its graph
+        for name, view in views.items():
+            part = view.as_subclass(LatePart)
+            part.whole, part.parameter = wholes[layout.slots[name].adapted], name
+            late[name] = part
     return late
 
 

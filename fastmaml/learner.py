@@ -147,7 +147,7 @@ class Learner(BaseLearner):
             x,
             example_axes=1 if self.tasks is None else 2,
             modes=None if same else modes,
-            why_not=None if clone is None else clone.why_not(),
+            why_not=self._clone.why_not(),
             signature=self._base.signature,
         )
 
@@ -330,8 +330,8 @@ class Learner(BaseLearner):
         learner = type(self)(
             self._base,
             self._layout,
-            theta.moved(theta.root.view_as(theta.root)),
-            phi,
+            theta.moved(theta.root.clone()),
+            phi.clone(),
             tasks=self.tasks,
             first_order=self.first_order if first_order is None else first_order,
             allow_unused=self.allow_unused if allow_unused is None else allow_unused,
@@ -346,14 +346,13 @@ class Learner(BaseLearner):
         return learner
 
     def _unchanged_clone(self) -> ModuleClone | None:
-        built = self._clone.built
-        changed = None if built is None else built.why_not()
+        changed = self._clone.why_not()
         if changed is not None:
             raise RuntimeError(
                 f"the learner must have its module's own parts to be copied, but {changed}; "
                 "replace it in the new learner, or in the base module"
             )
-        return built
+        return self._clone.built
 
     # --- parameters ---------------------------------------------------------------------------
 

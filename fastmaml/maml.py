@@ -258,6 +258,8 @@ class MAML(BaseLearner):
         signature = module_signature(self.module)
         if self._layout is None or self._layout[0] != signature:
             self._layout = (signature, ParameterLayout(self.module, self.adapt_filter))
+            if not self.programs.serves(self.module):
+                self.programs = ProgramCache(self.module)
         return self._layout[1]
 
     def current_program(self, layout: ParameterLayout, x: Tensor) -> Program:

@@ -215,3 +215,89 @@ def test_steps_of_ones_own_between_adapts(runs: int, net: Net, data) -> None:
     F.cross_entropy(torch.func.functional_call(twin, params, (x,)), y).backward()
     assert relative_error(gradients(net), gradients(twin)) < 1e-10
     torch.testing.assert_close(own.grad, other.grad)
+
+
+class Scaled(nn.Module):
+    """A linear layer with a learned temperature, a parameter without axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 2)
+        self.temperature = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.temperature
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+def test_parameters_without_axes() -> None:
+    torch.manual_seed(0)
+    net = Scaled().double()
+    x, y = torch.randn(3, 4, 5).double(), torch.randn(3, 4, 2).double()
+    batch = l2l.TaskBatch(x, y, x, y)
+    maml = l2l.MAML(net, lr=0.1)
+    for task in range(3):
+        learner = maml.clone()
+        learner.adapt(F.mse_loss(learner(x[task]), y[task]))
+        (F.mse_loss(learner(x[task]), y[task]) / 3).backward()
+    _, expected = sequential_maml(net, batch, 0.1, loss=F.mse_loss)
+    assert relative_error(gradients(net), expected) < 1e-10
+    assert learner.temperature.shape == ()
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_reading_parameters_without_gradients_cuts_no_graph(
+    called: bool, mode, net: Net, data: tuple[Tensor, Tensor]
+) -> None:
+    x, y = data
+    maml = l2l.MAML(net, lr=0.2)
+    maml.clone()(x)
+    expected = []
+    for read in (False, True):
+        net.zero_grad()
+        learner = maml.clone()
+        loss = F.cross_entropy(learner(x), y) if called else None
+        if read:
+            with mode():
+                assert all(p.norm() >= 0 for p in learner.parameters())
+        learner.adapt(F.cross_entropy(learner(x), y) if loss is None else loss)
+        F.cross_entropy(learner(x), y).backward()
+        expected.append(gradients(net))
+    assert relative_error(*expected) < 1e-12
+
+
+def test_a_clones_parameters_are_its_own(net: Net, data: tuple[Tensor, Tensor]) -> None:
+    x, _ = data
+    learner = l2l.MAML(net, lr=0.2, adapt="classifier").clone()
+    twin, before = learner.clone(), learner(x)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.mul_(0.5)
+    torch.testing.assert_close(learner(x), before)
+    assert not torch.allclose(twin(x), before)
+
+
+@pytest.mark.parametrize("call", range(2))
+def test_the_first_learners_parameters_may_be_written(
+    call: int, net: Net, data: tuple[Tensor, Tensor]
+) -> None:
+    x, y = data
+    maml = l2l.MAML(net, lr=0.2)
+    for _ in range(call):
+        maml.clone()(x)
+    learner = maml.clone()
+    learner(x)
+    learner.load_state_dict({k: v * 0.5 for k, v in learner.state_dict().items()})
+    learner.adapt(F.cross_entropy(learner(x), y))
+    F.cross_entropy(learner(x), y).backward()
+
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.mul_(0.5)
+    other = l2l.MAML(twin, lr=0.2).clone()
+    other.adapt(F.cross_entropy(other(x), y))
+    torch.testing.assert_close(learner(x), other(x))
+    F.cross_entropy(other(x), y).backward()  # written without a graph: they are still the base's
+    assert relative_error(gradients(net), gradients(twin)) < 1e-12

@@ -95,7 +95,7 @@ class ParameterLayout:
     @staticmethod
     def _part(slot: Slot, source: Tensor) -> Tensor:
         part = source.narrow(-1, slot.offset, slot.size)
-        return part.view(*source.shape[:-1], *slot.shape)
+        return part.view((*source.shape[:-1], *slot.shape))
 
     def _converted(self, slot: Slot, part: Tensor) -> Tensor:
         if not self.several_dtypes or part.dtype == slot.dtype:

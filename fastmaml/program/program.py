@@ -98,6 +98,10 @@ class ProgramCache:
     def __setstate__(self, state: dict[str, nn.Module]) -> None:
         type(self).__init__(self, **state)
 
+    def serves(self, module: nn.Module) -> bool:
+        """Whether the programs are those of ``module``."""
+        return module is self._module
+
     @property
     def latest(self) -> NativeProgram | None:
         """The native program that ran last."""

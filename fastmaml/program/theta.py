@@ -82,11 +82,14 @@ class Theta:
     ) -> Theta:
         """Tensors like the adapted parameters as one row, packed where ``packing`` can."""
         if packing is None or not packing.takes(tensors) or not tensors:
-            return cls(layout.flat(tensors)[None])
+            # as a view it would be another tensor once a view of it is written to
+            return cls(layout.flat(tensors)[None].clone())
         return _packed(layout, tensors, packing)[1]
 
     def expand(self, tasks: int) -> Theta:
         """One row for each of ``tasks`` tasks."""
+        if tasks == 1 and self.packing is None:
+            return self
         root = self.root.expand(tasks, -1)
         return Theta(root, self.packing, self.root if self.packing and tasks > 1 else None)
 
