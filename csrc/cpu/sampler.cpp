@@ -1,6 +1,5 @@
 // Batches of episodes: the images in one pass from where they are kept to where they are wanted.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -225,14 +224,12 @@ void EpisodeDrawer::draw_as(std::uint64_t seed, std::uint64_t batch, Out* suppor
   const EpisodeSizes sizes{members_.data(), starts_.data(), counts_.data(),
                            spec_.classes,   spec_.ways,     spec_.shots + spec_.queries,
                            spec_.rotations};
-  std::atomic<Index> next{0};
+  const int used = team_count(spec_.tasks, threads);
+  std::vector<TaskWriter<In, Out>> writers(used, {spec_, sizes, support_x, query_x});
   // one thread does not wait for the pool: it may be drawing beside a meta-step
-  ThreadPool::instance().run(static_cast<int>(std::min<Index>(threads, spec_.tasks)), [&](int) {
-    TaskWriter<In, Out> writer(spec_, sizes, support_x, query_x);
-    for (Index task = next++; task < spec_.tasks; task = next++) {
-      const auto place = static_cast<std::uint32_t>(spec_.first_task + task);
-      writer.write(TaskWords(seed, batch, place), task);
-    }
+  ThreadPool::instance().run_units(used, spec_.tasks, [&](int thread, Index task) {
+    const auto place = static_cast<std::uint32_t>(spec_.first_task + task);
+    writers[thread].write(TaskWords(seed, batch, place), task);
   });
 }
 
