@@ -241,6 +241,16 @@ def test_explain(maml: MAML, capsys: pytest.CaptureFixture) -> None:
     assert "native_layer_norm in LayerNorm" in str(plan)
 
 
+@pytest.mark.parametrize("minibatches", [False, True])
+def test_explain_takes_a_batch_of_tasks(minibatches: bool) -> None:
+    x, y = torch.randn(8, 4, 1, 28, 28), torch.zeros(8, 4, dtype=torch.int64)
+    batch = fastmaml.TaskBatch(x, y, x, y)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(26 * 26 * 4, 5))
+    plan = fastmaml.explain(net, batch.split_support(2) if minibatches else batch)
+    assert plan.reason is None
+    assert plan == fastmaml.explain(net, x[0])
+
+
 def test_dtypes_that_kernels_would_misread() -> None:
     net, x = nn.Linear(3, 2).double(), torch.randn(2, 5, 3, dtype=torch.float64)
     y = torch.randn(2, 5, 2, dtype=torch.float64)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from fastmaml.backends.select import FallbackWarning
+from fastmaml.data.task_batch import TaskBatch
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.program import NativeProgram, Program, ProgramCache
 
@@ -43,12 +44,13 @@ class Plan:
         return "\n".join(lines)
 
 
-def explain(model: nn.Module, x: Tensor) -> Plan:
-    """Print and return the plan for ``model`` on a batch ``x [N, ...]``.
+def explain(model: nn.Module, x: Tensor | TaskBatch) -> Plan:
+    """Print and return the plan for ``model`` on the examples of a task.
 
     Args:
         model: a module, or a :class:`fastmaml.MAML` around one.
-        x: a batch of examples; only its per-example shape, dtype and device matter.
+        x: a task's examples ``[N, ...]``, or a batch of tasks; only the shape of an example, its
+            dtype and its device matter.
 
     Raises:
         RuntimeError: ``FASTMAML_BACKEND`` names a backend that cannot run the module.
@@ -57,6 +59,7 @@ def explain(model: nn.Module, x: Tensor) -> Plan:
 
     maml = model if isinstance(model, MAML) else MAML(model, lr=0.0)
     layout = maml.packed()[0]
+    x = x.support(0)[0][0] if isinstance(x, TaskBatch) else x
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FallbackWarning)
         program = ProgramCache(maml.module).find(layout, x, example_axes=1)
