@@ -220,6 +220,9 @@ def test_switched_off(monkeypatch):
         graphs(call(), EXECUTOR.meta_step)
     assert len(graphs) == 0
     assert graphs.describe() == "off, FASTMAML_GRAPHS=0"
+    monkeypatch.setenv("FASTMAML_GRAPHS", "maybe")
+    with pytest.raises(ValueError, match="FASTMAML_GRAPHS must be 0 or 1, got 'maybe'"):
+        graphs.describe()
 
 
 def test_a_form_is_prepared_before_its_first_call():

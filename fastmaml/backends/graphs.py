@@ -193,7 +193,10 @@ class Graphs:
 
 
 def _switched_off() -> bool:
-    return os.environ.get(ENVIRONMENT_VARIABLE) == "0"
+    value = os.environ.get(ENVIRONMENT_VARIABLE) or "1"
+    if value not in ("0", "1"):
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} must be 0 or 1, got {value!r}; 0: no CUDA graphs")
+    return value == "0"
 
 
 def _remember(forms: OrderedDict[Hashable, _Note], form: Hashable, note: _Note) -> None:
