@@ -41,7 +41,7 @@ class Learner(BaseLearner):
     _clone: LazyClone
     _used: set[str]  # by native programs, since the last step
     _views: dict[str, Tensor]  # that others have run all tasks with since
-    _recorders: dict[int, Recorder]
+    _recorders: dict[str, Recorder]  # also of the learners that branched off
     lr: float | Tensor
     tasks: int | None
     first_order: bool
@@ -159,7 +159,8 @@ class Learner(BaseLearner):
 
     def _record(self, program: Program, statistics: Tensor | None) -> None:
         if statistics is not None and self.updates_statistics:
-            recorder = self._recorders.setdefault(id(program), Recorder(program.running))
+            running = program.running
+            recorder = self._recorders.setdefault(running.names, Recorder(running))
             recorder.record(statistics)
 
     # --- adapting -----------------------------------------------------------------------------
@@ -341,6 +342,7 @@ class Learner(BaseLearner):
         learner.lr = self.lr
         learner.steps_taken = self.steps_taken
         learner.moments = self.moments
+        learner.__dict__["_recorders"] = self._recorders
         if built is not None:
             learner._clone.build().set_modes(built.modes())
         return learner

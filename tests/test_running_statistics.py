@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from doors import by_door
-from torch import nn
+from torch import Tensor, nn
 
 import fastmaml
 from fastmaml import TaskBatch, _core
@@ -93,3 +93,37 @@ def test_a_row_must_fit_the_buffers() -> None:
             counts=[],
             momentum=0.1,
         )
+
+
+def _images() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).double()
+
+
+def _steps(learner, support: Tensor, query: Tensor, *, branch: bool) -> None:
+    def loss(outputs: Tensor) -> Tensor:
+        return outputs.square().flatten(-2).mean(-1)
+
+    learner.adapt(loss(learner(support)))
+    other = learner.clone() if branch else learner
+    other(query)
+    learner.adapt(loss(learner(support)))
+    other(query)
+
+
+@pytest.mark.parametrize("side", [8, 6])
+@pytest.mark.parametrize("branch", [False, True])
+def test_calls_of_two_shapes_and_of_two_learners(side: int, branch: bool) -> None:
+    g = torch.Generator().manual_seed(1)
+    support = torch.randn(TASKS, 4, 1, 8, 8, generator=g).double()
+    query = torch.randn(TASKS, 4, 1, side, side, generator=g).double()
+    net = _images()
+    twin, maml = copy.deepcopy(net), fastmaml.MAML(net, lr=0.1)
+    loop = fastmaml.MAML(twin, lr=0.1)
+    for task in range(TASKS):
+        _steps(loop.clone(), support[task], query[task], branch=branch)
+    _steps(maml.clone(tasks=TASKS), support, query, branch=branch)
+    for name, expected in twin.named_buffers():
+        torch.testing.assert_close(net.get_buffer(name), expected)

@@ -71,6 +71,7 @@ class RunningStatistics:
             norm = self._norms.setdefault(item.mean, _Norm(module, item))
             norm.columns.append(slice(column, column + 2 * item.channels))
             column += 2 * item.channels
+        self.names = " ".join(item.mean for item in self.tracked)  # what a row reports, in order
 
     @staticmethod
     def of_graph(graph: Graph) -> list[Tracked]:
