@@ -40,7 +40,8 @@ class ThreadLimit {
   double left_ = kCredit;  // of the credit
 };
 
-// The threads of one call of the core, which is timed for the process's limit.
+// The threads of one call of the core, which is timed for the process's limit. With
+// FASTMAML_FIXED_THREADS=1 in the environment always as many as are wanted.
 class CallThreads {
  public:
   explicit CallThreads(int wanted);

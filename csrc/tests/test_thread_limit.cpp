@@ -1,6 +1,7 @@
 // Fewer threads where others want the cores: what the limit does about calls that waited, and that
 // the pool and its barriers tell what they waited.
 #include <chrono>
+#include <cstdlib>
 #include <thread>
 
 #include "check.h"
@@ -141,7 +142,8 @@ void check_calls_of_the_process() {
       if (index == 1) sleep_for(0.2);
     });
   }
-  check(CallThreads(2).count() == 1, "one thread after the other was late");
+  const int expected = std::getenv("FASTMAML_FIXED_THREADS") == nullptr ? 1 : 2;
+  check(CallThreads(2).count() == expected, "threads after one was late");
 }
 
 }  // namespace
