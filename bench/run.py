@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--budget", type=float, default=1.0, help="seconds per round and contender")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--beside", type=int, default=0, help="so many other processes that want the cores"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--tf32", action="store_true", help="products of float32 on a GPU in TF32, for everybody"
@@ -47,7 +53,8 @@ def main(arguments: argparse.Namespace) -> int:
     cases, contenders = arguments.cases or list(CASES), arguments.against or runnable
     rounds, budget = arguments.rounds, arguments.budget
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    output = arguments.output or RESULTS / f"{'run' if device == 'cpu' else device}-{stamp}.jsonl"
+    kind = "busy" if arguments.beside else "run" if device == "cpu" else device
+    output = arguments.output or RESULTS / f"{kind}-{stamp}.jsonl"
     if arguments.quick:
         cases, contenders = arguments.cases or QUICK_CASES, arguments.against or QUICK_CONTENDERS
         rounds, budget, output = 5, 0.2, arguments.output or RESULTS / "quick.jsonl"
@@ -57,19 +64,33 @@ def main(arguments: argparse.Namespace) -> int:
     print_environment(machine)
     output.parent.mkdir(parents=True, exist_ok=True)
     failed = False
-    with output.open("w") as file:
+    with output.open("w") as file, busy_processes(arguments.beside):
         for case in cases:
             jobs = [
                 Job(name, case, {}, arguments.threads, device=device, tf32=arguments.tf32)
                 for name in contenders
             ]
             for record in measure(jobs, rounds, budget, machine):
-                file.write(json.dumps({"run": stamp, **record, "environment": machine}) + "\n")
+                record = {"run": stamp, "beside": arguments.beside, **record}
+                file.write(json.dumps({**record, "environment": machine}) + "\n")
                 file.flush()
                 ours = CONTENDERS[record["contender"]].ours
                 failed |= ours and record["status"] != "ok"
     print(f"\nwritten to {output}")
     return int(failed)
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Other processes that never wait."""
+    endless = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(endless) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def check_names(names: list[str], known: dict[str, object]) -> None:

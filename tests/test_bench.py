@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ pytest.importorskip("bench", reason="the benchmarks lie outside the package")
 
 from bench import compare, episodes, family, launches, report
 from bench.cases import CASES, oracle, useful_gflop
-from bench.run import percentiles
+from bench.run import busy_processes, percentiles
 from bench.worker import Job, _prepare
 
 SMALL = {"tasks": 2, "support": 5, "query": 5, "steps": 1}
@@ -201,3 +202,15 @@ def test_launches_of_operations(tmp_path):
     cats = {name: found.get("torch cat", 0) for name, found in counts.items()}
     assert cats == {"forward": 1, "backward": 1, "tangent": 0, "backward_tangent": 1}
     assert sum(map(sum, (found.values() for found in counts.values()))) <= 115
+
+
+def test_other_processes_want_the_cores_meanwhile():
+    before = set(children())
+    with busy_processes(2):
+        others = set(children()) - before
+        assert len(others) == 2
+    assert not others & set(children())
+
+
+def children() -> list[str]:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
