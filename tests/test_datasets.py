@@ -31,6 +31,7 @@ from fastmaml.cli.data import DATA_SETS, verify
 from fastmaml.data import MetaDataset, Taskset
 from fastmaml.data.transforms import FusedNWaysKShots, LoadData, RemapLabels
 from fastmaml.vision import benchmarks, datasets
+from fastmaml.vision.benchmarks import parts as parts_of_benchmarks
 from fastmaml.vision.datasets import few_shot
 from fastmaml.vision.datasets.few_shot import chosen_classes, meta_dataset_splits
 
@@ -223,7 +224,7 @@ class Numbers(Dataset):
 
 
 def test_a_seed_draws_the_tasks_of_learn2learns_benchmarks(monkeypatch) -> None:
-    monkeypatch.setattr(benchmarks, "FC100", Numbers)
+    monkeypatch.setattr(parts_of_benchmarks, "FC100", Numbers)
     random.seed(0)
     parts = benchmarks.get_tasksets("fc100", 5, 1, 5, 1)
     assert [[values.tolist() for values in part.sample()] for part in parts] == [
@@ -252,7 +253,7 @@ def test_augmentations(name, augmentation, device, tmp_path) -> None:
 
 def test_omniglot_test_classes_are_held_out(tmp_path, monkeypatch) -> None:
     write_omniglot(tmp_path)
-    monkeypatch.setattr(benchmarks, "SPLIT", (3, 1, 2))
+    monkeypatch.setattr(parts_of_benchmarks, "SPLIT", (3, 1, 2))
     parts = benchmarks.get_tasksets("omniglot", 2, 4, 1, 2, root=tmp_path)
     seen = [set() for _ in parts]
     for part, classes in zip(parts, seen, strict=True):
@@ -269,7 +270,7 @@ def test_omniglot_test_classes_are_held_out(tmp_path, monkeypatch) -> None:
 
 def test_omniglot_is_read_once_for_a_device(tmp_path, monkeypatch) -> None:
     write_omniglot(tmp_path)
-    monkeypatch.setattr(benchmarks, "SPLIT", (3, 1, 2))
+    monkeypatch.setattr(parts_of_benchmarks, "SPLIT", (3, 1, 2))
     random.seed(0)
     read = benchmarks.get_tasksets("omniglot", 2, 4, 1, 2, root=tmp_path)
     random.seed(0)

@@ -21,6 +21,7 @@ from PIL import Image
 
 from fastmaml.files import cache_directory
 from fastmaml.vision.datasets.archives import DAMAGED
+from fastmaml.vision.datasets.fetching import fetch
 from fastmaml.vision.datasets.image_classes import ImageClasses, Split, load_or_make
 
 SIZE = 28
@@ -94,8 +95,6 @@ def fetch_part(folder: Path, part: str, download: bool) -> None:
             f"it comes from {SOURCE}/{archive.name}, and "
             f"`fastmaml data omniglot --root {folder.parent} --download` fetches it"
         )
-    from fastmaml.vision.datasets.fetching import fetch  # which imports torchvision
-
     fetch(f"{SOURCE}/{archive.name}", folder)
 
 
