@@ -3,6 +3,8 @@
 ``import fastmaml as l2l`` keeps learn2learn code as it is.
 """
 
+from fastmaml.cli import loading as _loading  # noqa: F401  (before what takes seconds)
+
 try:
     from fastmaml import _core  # noqa: F401  (first: all the others need it)
 except ImportError as error:
