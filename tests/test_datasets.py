@@ -34,6 +34,7 @@ from fastmaml.vision import benchmarks, datasets
 from fastmaml.vision.benchmarks import parts as parts_of_benchmarks
 from fastmaml.vision.datasets import few_shot
 from fastmaml.vision.datasets.few_shot import chosen_classes, meta_dataset_splits
+from fastmaml.vision.datasets.full_omniglot import OmniglotInPlace
 
 # --- reading them -----------------------------------------------------------------------------
 
@@ -303,10 +304,33 @@ def test_the_command_counts_and_compares(tmp_path, capsys) -> None:
     assert "fc100 train: 3 classes, 6 images: complete" in capsys.readouterr().out
     write_quickdraw(tmp_path)
     assert verify(datasets.Quickdraw(tmp_path), "all", (345, 862))
-    assert {expected.open for expected in DATA_SETS.values()} == set(WRITERS)
+    assert {expected.open.name for expected in DATA_SETS.values()} == {d.name for d in WRITERS}
     assert all(expected.open.name == name for name, expected in DATA_SETS.items())
     assert main(["data", "cifarfs", "--root", str(tmp_path)]) == 1
     assert "cifarfs: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_the_command_writes_nothing(zipped, tmp_path, capsys) -> None:
+    write_omniglot(tmp_path, zipped)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["data", "omniglot", "--root", str(tmp_path), "--every-image"]) == 1
+    assert "omniglot all: 6 classes, 24 images: expected 1623 classes" in capsys.readouterr().out
+    in_place = OmniglotInPlace(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    unpacked = datasets.FullOmniglot(tmp_path)
+    assert in_place.samples == unpacked.samples
+    for (one, label), (other, same) in zip(in_place, unpacked, strict=True):
+        assert one.tobytes() == other.tobytes()
+        assert label == same
+
+
+def test_the_command_names_what_is_damaged_in_an_archive(tmp_path, capsys) -> None:
+    write_omniglot(tmp_path, zipped=True)
+    archive = tmp_path / "omniglot-py" / "images_evaluation.zip"
+    archive.write_bytes(archive.read_bytes()[:-30])
+    assert main(["data", "omniglot", "--root", str(tmp_path)]) == 1
+    assert f"{archive} is damaged" in capsys.readouterr().err
 
 
 def test_the_command_opens_every_image_where_it_is_told_to(tmp_path, capsys) -> None:
