@@ -1,6 +1,6 @@
 """Ctrl-C while the command is loading, which takes seconds: a line instead of a traceback.
 
-To import this is enough; in any process but the command it has no effect.
+To import this is enough; in any process but the command's or an example's it has no effect.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ def loaded() -> None:
 
 
 def _is_the_command() -> bool:
-    """Started by its script, or as `python -m fastmaml`."""
+    """Started by its script, or as `python -m fastmaml`; an example, as such a module."""
     name = os.path.basename(sys.argv[0]) if sys.argv else ""
     if name != "-m":
         return name == "fastmaml"
     words = sys.orig_argv
-    return words[words.index("-m") + 1 :][:1] == ["fastmaml"] if "-m" in words else False
+    module = "".join(words[words.index("-m") + 1 :][:1]) if "-m" in words else ""
+    return module == "fastmaml" or module.startswith("fastmaml.examples.")
 
 
 def _end(number: int, frame: FrameType | None) -> None:
