@@ -256,11 +256,11 @@ def test_stopped_at_once_says_what_there_is(omniglot, capsys, monkeypatch):
             save()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "train", interrupted)
     command = ["train", "omniglot", "--data", str(omniglot), *TINY, "--checkpoint", "run.pt"]
-    assert main(command) == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", interrupted)
+        assert main(command) == 130
     assert "fastmaml: stopped at once; run.pt was not written\n" in capsys.readouterr().err
-    monkeypatch.undo()
     main([*command, "--iterations", "1", "--test-tasks", "1"])
     monkeypatch.setattr(train, "train", interrupted)
     assert main([*command, "--resume"]) == 130

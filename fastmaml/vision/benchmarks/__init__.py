@@ -68,7 +68,8 @@ def get_tasksets(
         train_samples, test_samples: images of each class, support and query together; validation
             tasks are like test tasks.
         num_tasks: see :class:`fastmaml.data.Taskset`.
-        root: the folder of all data.
+        root: the folder of all data. As in learn2learn, archives of Omniglot are unpacked there,
+            and files ``NAME-bookkeeping*.pkl`` of the images' labels are written.
         device: None: images are read when they are asked for; else they are read at once, and kept
             on this device.
         data_augmentation: for the ImageNet ones: None, ``"normalize"`` (values from 0 to 1), or

@@ -29,9 +29,9 @@ class FullOmniglot(FewShotImages):
     """All 1,623 characters of Omniglot, 20 drawings each, as 105x105 grey PIL pictures.
 
     Lake et al. (Science 2015). Read from ``omniglot-py/images_background`` and
-    ``images_evaluation``, folders or zip archives, which are unpacked beside themselves. Classes
-    are numbered in alphabetical order, those of ``images_evaluation`` after the 964 others. It has
-    no modes: see :func:`fastmaml.vision.datasets.split_omniglot` and
+    ``images_evaluation``, folders or zip archives, which are unpacked beside themselves (32,460
+    files). Classes are numbered in alphabetical order, those of ``images_evaluation`` after the 964
+    others. It has no modes: see :func:`fastmaml.vision.datasets.split_omniglot` and
     ``fastmaml.vision.benchmarks`` for splits.
 
     Arguments and errors: see :class:`FewShotImages`.
