@@ -3,8 +3,6 @@
 ``import fastmaml as l2l`` keeps learn2learn code as it is.
 """
 
-from fastmaml.cli import loading as _loading  # noqa: F401  (before what takes seconds)
-
 try:
     from fastmaml import _core  # noqa: F401  (first: all the others need it)
 except ImportError as error:
@@ -14,6 +12,9 @@ except ImportError as error:
         f"({error})"
     ) from error
 
+from fastmaml.cli import loading as _loading  # noqa: F401  (before what takes seconds)
+
+# isort: split
 from fastmaml import algorithms, data, inner, utils, vision
 from fastmaml import nn as nn
 from fastmaml import optim as optim
