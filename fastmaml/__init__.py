@@ -12,7 +12,12 @@ except ImportError as error:
         f"({error})"
     ) from error
 
-from fastmaml import algorithms, data, inner, nn, optim, utils, vision
+from fastmaml.cli import loading as _loading  # noqa: F401  (before what takes seconds)
+
+# isort: split
+from fastmaml import algorithms, data, inner, utils, vision
+from fastmaml import nn as nn
+from fastmaml import optim as optim
 from fastmaml.algorithms import MAML
 from fastmaml.backends.precision import precision
 from fastmaml.backends.select import FallbackWarning
@@ -23,7 +28,7 @@ from fastmaml.utils import *  # noqa: F403  (learn2learn's names live at the top
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # without nn and optim: a star import is not to replace torch's
     "MAML",
     "FallbackWarning",
     "Learner",
@@ -32,8 +37,6 @@ __all__ = [
     "data",
     "explain",
     "inner",
-    "nn",
-    "optim",
     "precision",
     "utils",
     "vision",

@@ -9,10 +9,12 @@ Three doors to one engine, all with the same exact second-order gradients::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -41,8 +43,8 @@ class MAML(BaseLearner):
 
     Args:
         model: any ``nn.Module``; its parameters are the ones a meta-optimizer trains.
-        lr: the inner learning rate, a number or a one-element tensor (which may be learned); None
-            with ``inner``.
+        lr: the inner learning rate, a number of 0 or more or a one-element tensor (which may be
+            learned); None with ``inner``.
         first_order: ignore second derivatives (FOMAML).
         allow_unused: adapt although a loss leaves some parameters unused; None: ``allow_nograd``.
         allow_nograd: accepted as in learn2learn; frozen parameters need no flag here.
@@ -58,8 +60,10 @@ class MAML(BaseLearner):
             first: 96 MiB for each thread.
 
     Raises:
-        TypeError: ``model`` is no module, or ``lr`` no number.
-        ValueError: both ``lr`` and ``inner`` are given, or neither; ``adapt`` names no parameter.
+        TypeError: ``model`` is not a module; ``lr`` is not a number or a tensor; ``inner`` is not
+            an inner optimizer.
+        ValueError: neither or both of ``lr`` and ``inner`` are given; ``lr`` is negative, not
+            finite, or has more than one element; ``adapt`` matches no parameter.
     """
 
     learner_class: type[Learner] = Learner
@@ -81,6 +85,7 @@ class MAML(BaseLearner):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        lr = _as_float(lr, inner)
         checks.one_of_lr_and_inner(lr, inner)
         self.module = model
         self.inner = inner
@@ -116,8 +121,14 @@ class MAML(BaseLearner):
         """A learner that starts from the module's parameters; gradients flow back to them.
 
         Args:
+            first_order: no second derivatives through the learner's steps; None: the wrapper's.
+            allow_unused: see :class:`MAML`; None: the wrapper's.
+            allow_nograd: as in learn2learn, without effect here; None: the wrapper's.
             tasks: None for one task and arguments ``[N, ...]``; T for T tasks at once and
                 arguments ``[T, N, ...]``.
+
+        Raises:
+            ValueError: ``tasks`` is not a positive int.
         """
         if tasks is not None:
             checks.positive_int("tasks", tasks)
@@ -197,16 +208,18 @@ class MAML(BaseLearner):
 
         ``loss.backward()`` on the result fills the gradients of the parameters, exact to second
         order. With a native program and ``F.cross_entropy`` or ``F.mse_loss`` the inner loop and
-        its adjoint are one native call and no graph is kept (differentiable once).
+        its adjoint are one native call and no graph is kept (no higher derivatives of the result).
 
         Args:
             batch: ``[T, N, ...]`` each; support and query may differ in N. The support set may be
                 in mini-batches, one for each step, see :class:`fastmaml.TaskBatch`. Or a sampler,
                 of which it is the next one, on a GPU drawn in the meta-step's own graph.
+            steps: inner steps, 0 or more.
             loss: ``(output, target)`` of one task to a scalar; any PyTorch function.
             first_order: overrides the wrapper's.
             chunk: at most so many tasks at a time, each chunk's gradient worked out before the next
-                runs: memory is that of a chunk. The result is the same (differentiable once).
+                runs: memory is that of a chunk. The result is the same (no higher derivatives of
+                it).
 
         Returns:
             A scalar.
@@ -234,6 +247,9 @@ class MAML(BaseLearner):
 
         Returns:
             The adapted parameters and their predictions.
+
+        Raises:
+            ValueError, TypeError: the batch does not fit together or to the module.
         """
         return fused.adapted(self, batch, steps, loss)
 
@@ -265,6 +281,23 @@ class MAML(BaseLearner):
     def current_program(self, layout: ParameterLayout, x: Tensor) -> Program:
         """The program for ``x [T, N, ...]``; ``layout``: :meth:`layout`'s, just taken."""
         return self.programs.find(layout, x, signature=self.signature)
+
+
+def _as_float(lr: float | Tensor | None, inner: InnerOptimizer | None) -> float | Tensor | None:
+    """``lr``, if it is a real number of any kind (NumPy's too) as a float that is in range."""
+    if lr is None and inner is None:
+        raise ValueError(
+            "lr or inner must be given, got neither; for example lr=0.01, or "
+            "inner=fastmaml.inner.Adam(lr=0.01)"
+        )
+    if isinstance(lr, bool) or not isinstance(lr, Real):
+        return lr
+    if not 0 <= lr < math.inf:
+        raise ValueError(
+            f"lr must be a finite number of 0 or more, got {lr}; to ascend a loss, adapt to its "
+            "negative"
+        )
+    return float(lr)
 
 
 def as_filter(

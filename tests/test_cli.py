@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import zipfile
@@ -15,7 +16,8 @@ from PIL import Image
 
 import fastmaml
 from fastmaml.cli import main, train
-from fastmaml.training import load_checkpoint
+from fastmaml.training import Recipe, load_checkpoint
+from fastmaml.training.recipe import ALGORITHMS
 
 TINY = ["--meta-batch", "2", "--threads", "1"]
 CLASSES = {"images_background": 964, "images_evaluation": 659}
@@ -74,8 +76,18 @@ def test_info_tells_what_is_in_use(capsys, monkeypatch):
     main(["info"])
     output = capsys.readouterr().out
     assert re.search(r"^backend +reference$", output, re.MULTILINE)
-    isa = fastmaml._core.info()["isa"]
+    core = fastmaml._core.info()
+    isa, compiled = core["isa"], "compiled in" if core["cuda"] else "not compiled in"
     assert re.search(rf"^core isa +{isa}$", output, re.MULTILINE)
+    assert re.search(rf"^core cuda +{compiled}$", output, re.MULTILINE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can run it")
+def test_info_says_that_a_backend_cannot_run_here(capsys, monkeypatch):
+    monkeypatch.setenv("FASTMAML_BACKEND", "gpu")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    main(["info"])
+    assert "gpu, as FASTMAML_BACKEND says, which cannot run here" in capsys.readouterr().out
 
 
 def test_demo_repeats_its_figures_and_draws_a_picture(tmp_path, capsys):
@@ -105,11 +117,11 @@ def test_train_resume_and_evaluate_omniglot(omniglot, capsys):
     assert len(accuracies(straight)) == 2
 
     assert main([*command, "--iterations", "2"]) == 0
-    assert load_checkpoint("omniglot-5way-1shot.pt").iteration == 2
+    assert load_checkpoint("omniglot-maml-5way-1shot.pt").iteration == 2
     assert main([*command, "--iterations", "4", "--resume"]) == 0
     resumed = capsys.readouterr().out
     assert accuracies(resumed)[-2:] == accuracies(straight)
-    one, two = load_checkpoint("straight.pt"), load_checkpoint("omniglot-5way-1shot.pt")
+    one, two = load_checkpoint("straight.pt"), load_checkpoint("omniglot-maml-5way-1shot.pt")
     for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -124,7 +136,7 @@ def test_the_options_reach_the_recipe(omniglot):
     flags += ["--inner-optimizer", "adam", "--optimizer", "sgd", "--device", "cpu"]
     command = ["train", "omniglot", "--data", str(omniglot), *TINY, *options.split(), *flags]
     assert main([*command, "--iterations", "1", "--test-tasks", "2"]) == 0
-    trainer = load_checkpoint("omniglot-3way-1shot.pt")
+    trainer = load_checkpoint("omniglot-anil-first-order-3way-1shot.pt")
     assert vars(trainer.recipe) == {
         "dataset": "omniglot",
         "ways": 3,
@@ -160,7 +172,12 @@ def test_interrupted_training_says_how_to_go_on(omniglot, capsys, monkeypatch):
     ("options", "message"),
     [
         (["--iterations", "2"], r"run\.pt exists; add --resume .* or name another file"),
-        (["--resume", "--inner-lr", "0.5"], r"inner_lr must be 0\.4, as in checkpoint .* got 0\.5"),
+        (["--resume", "--inner-lr", "0.5"], r"--inner-lr must be 0\.4, as in run\.pt, got 0\.5"),
+        (
+            ["--resume", "--no-rotations"],
+            r"--no-rotations must not be given, as run\.pt ",
+        ),
+        (["--resume", "--first-order"], r"--first-order must not be given, as run\.pt "),
     ],
 )
 def test_an_old_checkpoint_is_not_overwritten(omniglot, capsys, options, message):
@@ -175,7 +192,12 @@ def test_an_old_checkpoint_is_not_overwritten(omniglot, capsys, options, message
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["train", "omniglot"], "data must name the folder that holds omniglot-py, got none"),
+        (["train", "omniglot"], "--data must name the folder that holds omniglot-py, got none"),
+        (["train", "glyphs", "--data", "nowhere"], "--data nowhere must be left out with glyphs"),
+        (["train", "glyphs", "--download"], "--download must be left out with glyphs"),
+        (["train", "glyphs", "--checkpoint", "no/a.pt"], "got no/a.pt; make no first"),
+        (["demo", "--out", "picture.foo"], "--out must end in .png, got picture.foo"),
+        (["demo", "--out", "no/picture.png"], "got no/picture.png; make no first"),
         (["train", "omniglot", "--data", "nowhere"], "images_background.zip"),
         (["train", "glyphs", "--shots", "20"], "has 20 images, fewer than the 21 that"),
         (
@@ -184,7 +206,7 @@ def test_an_old_checkpoint_is_not_overwritten(omniglot, capsys, options, message
         ),
         (["train", "glyphs", "--inner-batch", "7"], "inner_batch must divide the 5 support"),
         (["train", "glyphs", "--checkpoint", "."], "is a folder; name a file in it"),
-        (["demo", "--out", "/dev/null/demo.png"], "/dev/null/demo.png cannot be written"),
+        (["demo", "--out", "/dev/null/demo.png"], "got /dev/null/demo.png; make /dev/null first"),
         (["evaluate", "none.pt"], "none.pt does not exist"),
     ],
 )
@@ -194,7 +216,74 @@ def test_mistakes_get_one_line(capsys, command, message):
     assert message in error
     assert error.startswith("fastmaml: ")
     assert error.count("\n") == 1
-    assert not list(Path().glob("*.pt"))
+    assert not list(Path().iterdir())
+
+
+def test_algorithms_have_checkpoints_of_their_own():
+    names = {
+        str(train.default_checkpoint(Recipe(algorithm=algorithm, first_order=first_order)))
+        for algorithm in ALGORITHMS
+        for first_order in (False, True)
+    }
+    assert len(names) == 2 * len(ALGORITHMS)
+    assert "omniglot-meta-sgd-first-order-5way-1shot.pt" in names
+
+
+def test_the_folder_itself_is_not_its_parent(omniglot, capsys):
+    for command in (["train", "omniglot", "--data"], ["data", "omniglot", "--download", "--root"]):
+        assert main([*command, str(omniglot / "omniglot-py")]) == 1
+        error = capsys.readouterr().err
+        assert f"must be {omniglot}, which holds omniglot-py, got {omniglot}/omniglot-py" in error
+
+
+def test_a_run_that_is_long_enough_is_only_tested(omniglot, capsys):
+    command = ["train", "omniglot", "--data", str(omniglot), *TINY, "--checkpoint", "run.pt"]
+    command += ["--test-tasks", "2", "--resume", "--iterations"]
+    main([*command, "2"])
+    capsys.readouterr()
+    written = Path("run.pt").stat().st_mtime_ns
+    assert main([*command, "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "nothing to train: run.pt has 2 iterations, --iterations asks for 1 in all" in printed
+    assert len(accuracies(printed)) == 2
+    assert Path("run.pt").stat().st_mtime_ns == written
+
+
+def test_stopped_at_once_says_what_there_is(omniglot, capsys, monkeypatch):
+    def interrupted(trainer, *_, save, **__):
+        trainer.iteration += 1
+        if trainer.iteration == 2:
+            save()
+        raise KeyboardInterrupt
+
+    command = ["train", "omniglot", "--data", str(omniglot), *TINY, "--checkpoint", "run.pt"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", interrupted)
+        assert main(command) == 130
+    assert "fastmaml: stopped at once; run.pt was not written\n" in capsys.readouterr().err
+    main([*command, "--iterations", "1", "--test-tasks", "1"])
+    monkeypatch.setattr(train, "train", interrupted)
+    assert main([*command, "--resume"]) == 130
+    assert "fastmaml: stopped at once; run.pt has 2 iterations\n" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_the_command_loads():
+    heeding = "import os, signal, sys; signal.signal(2, signal.SIG_DFL); os.execv({0!r}, sys.argv)"
+    command = ["-X", "importtime", "-m", "fastmaml", "info"]
+    with subprocess.Popen(
+        [sys.executable, "-c", heeding.format(sys.executable), *command],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        for line in process.stderr:
+            if "fastmaml.cli.loading" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert "fastmaml: interrupted\n" in rest
+    assert "Traceback" not in rest
 
 
 def test_an_instruction_set_that_is_not_there_gets_one_line():
@@ -217,14 +306,33 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [["--ways", "0"], ["--lr", "-1"], ["--model", "vit"], ["--validate-every", "-1"], []],
+    ("options", "message"),
+    [
+        (["--ways", "0"], "argument --ways: must be a whole number of 1 or more, got 0"),
+        (["--ways", "5.5"], "argument --ways: must be a whole number of 1 or more, got 5.5"),
+        (["--seed", "-1"], "argument --seed: must be a whole number of 0 or more, got -1"),
+        (["--lr", "-1"], "argument --lr: must be a number above 0, got -1"),
+        (["--lr", "inf"], "argument --lr: must be a number above 0, got inf"),
+        (["--inner-lr", "fast"], "argument --inner-lr: must be a number above 0, got fast"),
+        (["--model", "vit"], "argument --model: invalid choice"),
+        (["--validate-every", "-1"], "must be a whole number of 0 or more, got -1"),
+        ([], "required: VERB"),
+    ],
 )
-def test_argparse_refuses_bad_values(options):
+def test_argparse_refuses_bad_values(options, message, capsys):
     command = ["train", "omniglot", *options] if options else []
     with pytest.raises(SystemExit) as caught:
         main(command)
     assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_tells_numbers_from_rates(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    printed = capsys.readouterr().out
+    assert "--lr RATE" in printed
+    assert "--ways N " in printed
 
 
 def test_a_device_that_is_not_there(capsys):

@@ -31,8 +31,10 @@ from fastmaml.cli.data import DATA_SETS, verify
 from fastmaml.data import MetaDataset, Taskset
 from fastmaml.data.transforms import FusedNWaysKShots, LoadData, RemapLabels
 from fastmaml.vision import benchmarks, datasets
+from fastmaml.vision.benchmarks import parts as parts_of_benchmarks
 from fastmaml.vision.datasets import few_shot
 from fastmaml.vision.datasets.few_shot import chosen_classes, meta_dataset_splits
+from fastmaml.vision.datasets.full_omniglot import OmniglotInPlace
 
 # --- reading them -----------------------------------------------------------------------------
 
@@ -223,7 +225,7 @@ class Numbers(Dataset):
 
 
 def test_a_seed_draws_the_tasks_of_learn2learns_benchmarks(monkeypatch) -> None:
-    monkeypatch.setattr(benchmarks, "FC100", Numbers)
+    monkeypatch.setattr(parts_of_benchmarks, "FC100", Numbers)
     random.seed(0)
     parts = benchmarks.get_tasksets("fc100", 5, 1, 5, 1)
     assert [[values.tolist() for values in part.sample()] for part in parts] == [
@@ -252,7 +254,7 @@ def test_augmentations(name, augmentation, device, tmp_path) -> None:
 
 def test_omniglot_test_classes_are_held_out(tmp_path, monkeypatch) -> None:
     write_omniglot(tmp_path)
-    monkeypatch.setattr(benchmarks, "SPLIT", (3, 1, 2))
+    monkeypatch.setattr(parts_of_benchmarks, "SPLIT", (3, 1, 2))
     parts = benchmarks.get_tasksets("omniglot", 2, 4, 1, 2, root=tmp_path)
     seen = [set() for _ in parts]
     for part, classes in zip(parts, seen, strict=True):
@@ -269,7 +271,7 @@ def test_omniglot_test_classes_are_held_out(tmp_path, monkeypatch) -> None:
 
 def test_omniglot_is_read_once_for_a_device(tmp_path, monkeypatch) -> None:
     write_omniglot(tmp_path)
-    monkeypatch.setattr(benchmarks, "SPLIT", (3, 1, 2))
+    monkeypatch.setattr(parts_of_benchmarks, "SPLIT", (3, 1, 2))
     random.seed(0)
     read = benchmarks.get_tasksets("omniglot", 2, 4, 1, 2, root=tmp_path)
     random.seed(0)
@@ -302,10 +304,33 @@ def test_the_command_counts_and_compares(tmp_path, capsys) -> None:
     assert "fc100 train: 3 classes, 6 images: complete" in capsys.readouterr().out
     write_quickdraw(tmp_path)
     assert verify(datasets.Quickdraw(tmp_path), "all", (345, 862))
-    assert {expected.open for expected in DATA_SETS.values()} == set(WRITERS)
+    assert {expected.open.name for expected in DATA_SETS.values()} == {d.name for d in WRITERS}
     assert all(expected.open.name == name for name, expected in DATA_SETS.items())
     assert main(["data", "cifarfs", "--root", str(tmp_path)]) == 1
     assert "cifarfs: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_the_command_writes_nothing(zipped, tmp_path, capsys) -> None:
+    write_omniglot(tmp_path, zipped)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["data", "omniglot", "--root", str(tmp_path), "--every-image"]) == 1
+    assert "omniglot all: 6 classes, 24 images: expected 1623 classes" in capsys.readouterr().out
+    in_place = OmniglotInPlace(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    unpacked = datasets.FullOmniglot(tmp_path)
+    assert in_place.samples == unpacked.samples
+    for (one, label), (other, same) in zip(in_place, unpacked, strict=True):
+        assert one.tobytes() == other.tobytes()
+        assert label == same
+
+
+def test_the_command_names_what_is_damaged_in_an_archive(tmp_path, capsys) -> None:
+    write_omniglot(tmp_path, zipped=True)
+    archive = tmp_path / "omniglot-py" / "images_evaluation.zip"
+    archive.write_bytes(archive.read_bytes()[:-30])
+    assert main(["data", "omniglot", "--root", str(tmp_path)]) == 1
+    assert f"{archive} is damaged" in capsys.readouterr().err
 
 
 def test_the_command_opens_every_image_where_it_is_told_to(tmp_path, capsys) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+from numbers import Real
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +15,7 @@ from torch import nn
 
 import fastmaml
 from fastmaml import MAML, FallbackWarning, TaskBatch
+from fastmaml.algorithms import ANIL, MAMLPlusPlus, MetaSGD, Reptile
 
 
 @pytest.fixture
@@ -34,6 +40,33 @@ def test_model_and_rate() -> None:
         MAML(nn.Linear(1, 1), "0.1")
     with pytest.raises(ValueError, match=r"lr must be .* one element, got shape \[2\].*MetaSGD"):
         MAML(nn.Linear(1, 1), torch.ones(2))
+
+
+def test_a_rate_or_an_inner_optimizer_is_needed() -> None:
+    for algorithm in (MAML, ANIL, Reptile):
+        with pytest.raises(ValueError, match=r"lr or inner must be given, got neither; .*inner="):
+            algorithm(nn.ModuleDict({"classifier": nn.Linear(1, 1)}))
+
+
+@pytest.mark.parametrize("rate", [-1, -0.1, math.nan, math.inf, np.float32(math.nan)])
+def test_rates_out_of_range(rate: float) -> None:
+    for algorithm in (MAML, MetaSGD, MAMLPlusPlus):
+        with pytest.raises(
+            ValueError, match=f"lr must be a finite number of 0 or more, got {rate}"
+        ):
+            algorithm(nn.Linear(1, 1), lr=rate)
+
+
+@pytest.mark.parametrize("rate", [np.float32(0.5), np.float64(0.5), np.int64(1), Fraction(1, 2), 1])
+def test_real_numbers_of_any_kind_are_rates(rate: Real) -> None:
+    x, y = torch.randn(2, 5, 3), torch.randint(2, (2, 5))
+    for algorithm in (MAML, MetaSGD, MAMLPlusPlus):
+        net = nn.Linear(3, 2)
+        losses = [
+            algorithm(net, lr=lr).meta_loss(TaskBatch(x, y, x, y), steps=2)
+            for lr in (rate, float(rate))
+        ]
+        assert losses[0] == losses[1]
 
 
 def test_adapt_on_the_wrapper(maml: MAML) -> None:
@@ -192,7 +225,7 @@ def test_losses_and_outputs_of_another_kind(maml: MAML) -> None:
     with pytest.raises(TypeError, match="model must return a tensor, got tuple"):
         recurrent.meta_loss(batch)
     with pytest.raises(TypeError, match=r"query_y must be a tensor .* got NoneType"):
-        fastmaml.algorithms.Reptile(nn.Linear(3, 2), 0.1).meta_loss(batch._replace(query_y=None))
+        Reptile(nn.Linear(3, 2), 0.1).meta_loss(batch._replace(query_y=None))
 
 
 def test_names_that_are_no_parameters() -> None:

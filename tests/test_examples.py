@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -177,10 +178,78 @@ def test_prototypes_of_all_tasks_are_those_of_each(batch) -> None:
     assert_one_gradient(features, values)
 
 
-def test_missing_data_get_one_line(tmp_path, capsys) -> None:
+# --- the command line ---------------------------------------------------------------------------
+
+
+def last_line(run: Callable[[list[str]], object], arguments: str, capsys, status: int) -> str:
     with pytest.raises(SystemExit) as caught:
-        recipe.main(maml.RECIPES, ["omniglot", "--data", str(tmp_path)])
+        run(arguments.split())
+    assert caught.value.code == status
     error = capsys.readouterr().err
-    assert caught.value.code == 1
-    assert "images_background.zip" in error
-    assert error.count("\n") == 1
+    assert status == 2 or error.count("\n") == 1
+    return error.splitlines()[-1]
+
+
+def maml_main(arguments: list[str]) -> float:
+    return recipe.main(maml.RECIPES, arguments)
+
+
+def test_missing_data_get_one_line(tmp_path, capsys) -> None:
+    line = last_line(maml_main, f"omniglot --data {tmp_path}", capsys, 1)
+    assert "images_background.zip" in line
+    line = last_line(meta_mnist.main, f"--data {tmp_path}", capsys, 1)
+    assert line.endswith(f"MNIST is not in {tmp_path}; --download fetches it")
+
+
+@pytest.mark.parametrize(
+    ("run", "arguments", "message"),
+    [
+        (maml_main, "--ways 0", "--ways: must be a whole number of 1 or more, got 0"),
+        (maml_main, "--tasks 0", "--tasks: must be a whole number of 1 or more, got 0"),
+        (maml_main, "--rounds 0.5", "--rounds: must be a whole number of 1 or more, got 0.5"),
+        (few_shot.main, "--tasks -1", "--tasks: must be a whole number of 1 or more, got -1"),
+        (protonet.main, "--test-tasks 0", "--test-tasks: must be a whole number of 1 or more"),
+        (sine.main, "--iterations 0", "--iterations: must be a whole number of 1 or more"),
+        (hypergradient.main, "--seed -1", "--seed: must be a whole number of 0 or more, got -1"),
+        (meta_mnist.main, "--iterations x", "--iterations: must be a whole number of 1 or more"),
+    ],
+)
+def test_numbers_are_checked(run, arguments, message, capsys) -> None:
+    assert message in last_line(run, arguments, capsys, 2)
+
+
+def test_impossible_tasks_get_one_line(capsys) -> None:
+    line = last_line(protonet.main, "--ways 9999", capsys, 1)
+    assert "ways must be at most the number of classes" in line
+    line = last_line(maml_main, f"--shots 30 --data {real_omniglot()}", capsys, 1)
+    assert "has 20 images, fewer than the 31 that shots + queries need" in line
+
+
+def test_ctrl_c_gets_one_line(capsys, monkeypatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hypergradient, "descend", interrupted)
+    assert last_line(hypergradient.main, "", capsys, 130).endswith(": interrupted")
+
+
+def test_help_tells_meanings_and_defaults(capsys) -> None:
+    with pytest.raises(SystemExit):
+        maml_main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--ways N classes in a task (default 5)" in printed
+    assert "--steps N inner steps in training (default 1 for omniglot, 5 for mini" in printed
+
+
+def test_as_many_tasks_are_tested_as_asked_for(tmp_path, capsys) -> None:
+    numbers = {"tasks": 4, "test_tasks": 6, "test_steps": 1, "ways": 3, "shots": 1, "queries": 1}
+    small = replace(maml.RECIPES["cifarfs"], **numbers)
+    write_cifarfs(tmp_path)
+    model = small.algorithm(small.network(3))
+    accuracy = small._test(model, small._tasks(str(tmp_path), False, 0, meta_test=True))
+    again = small._tasks(str(tmp_path), False, 0, meta_test=True)
+    batches = [again.sample(), next(again.sample().chunks(2))]
+    outputs = [model.adapted(b, steps=1).predict().argmax(-1) for b in batches]
+    right = torch.cat([o == b.query_y for o, b in zip(outputs, batches, strict=True)])
+    assert len(right) == 6
+    assert accuracy == pytest.approx(right.double().mean().item())

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from doors import by_door
 from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call
@@ -15,6 +16,7 @@ import fastmaml as l2l
 from fastmaml import MAML, TaskBatch
 from fastmaml.algorithms import ANIL, IMAML, MAMLPlusPlus, MetaSGD, Reptile
 from fastmaml.algorithms.imaml import conjugate_gradients
+from fastmaml.losses import per_task
 
 T = 3
 
@@ -87,6 +89,31 @@ def test_reptile_moves_towards_the_adapted_parameters(steps) -> None:
     for name, p in net.named_parameters():
         expected = p - torch.stack([end[name] for end in ends]).mean(0)
         torch.testing.assert_close(p.grad, 2 * expected.detach(), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("door", [1, 2])
+def test_only_meta_loss_has_the_gradients_of_reptile_and_imaml(door) -> None:
+    """As their docstrings say: clones are for evaluation."""
+    net, tasks = Net().double(), batch()
+
+    def gradient(maml: MAML, door: int, **options: bool) -> Tensor:
+        maml.zero_grad()
+        loss = maml.meta_loss(tasks, 2, **options) if door == 3 else by_door(maml, tasks, 2, door)
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in maml.parameters()])
+
+    reptile, imaml = Reptile(net, lr=0.3), IMAML(net, lr=0.1, strength=2.0)
+    torch.testing.assert_close(gradient(reptile, door), gradient(MAML(net, lr=0.3), 3))
+    assert not torch.allclose(gradient(reptile, door), gradient(reptile, 3))
+    start = (1 - 0.1 * 2.0) ** 2  # what is left of theta_0 after two proximal steps
+    first_order = gradient(imaml, 3, first_order=True)
+    torch.testing.assert_close(gradient(imaml, door), start * first_order)
+    for maml in (reptile, imaml):
+        learner = maml.clone(tasks=T)
+        for _ in range(2):
+            learner.adapt(per_task(F.cross_entropy, learner(tasks.support_x), tasks.support_y))
+        adapted = maml.adapted(tasks, steps=2).predict()
+        torch.testing.assert_close(learner(tasks.query_x).detach(), adapted)
 
 
 def test_conjugate_gradients_solve_each_row() -> None:
@@ -170,7 +197,7 @@ def test_learned_rates_and_a_head_go_together() -> None:
 @pytest.mark.parametrize("algorithm", [Reptile, IMAML, MAMLPlusPlus])
 def test_batches_are_checked(algorithm: type[MAML]) -> None:
     maml, tasks = algorithm(Net().double(), lr=0.3), batch()
-    options = {"step_weights": [1.0]} if algorithm is MAMLPlusPlus else {}
+    options = {"step_weights": [0.2] * 5} if algorithm is MAMLPlusPlus else {}
     assert torch.equal(maml.meta_loss(tuple(tasks), **options), maml.meta_loss(tasks, **options))
     with pytest.raises(TypeError, match=r"query_y must be a tensor \[T, N, ...\], got NoneType"):
         maml.meta_loss(tasks._replace(query_y=None), **options)

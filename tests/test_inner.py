@@ -347,7 +347,7 @@ def test_an_optimizer_belongs_to_one_wrapper() -> None:
     theirs = torch.optim.Adam(mlp().parameters())
     with pytest.raises(TypeError, match=r"inner must be an optimizer of fastmaml\.inner, got Adam"):
         fastmaml.MAML(mlp(), inner=theirs)
-    with pytest.raises(TypeError, match="lr must be a number or a tensor, got NoneType"):
+    with pytest.raises(ValueError, match="lr or inner must be given, got neither"):
         fastmaml.MAML(mlp())
 
 

@@ -114,3 +114,18 @@ def test_adapted_parameters_use_the_rates() -> None:
         torch.testing.assert_close(value, expected[name].detach())
     unadapted = maml.adapted(tasks, steps=0).parameters()["4.bias"]
     torch.testing.assert_close(unadapted[1], maml.module[4].bias.detach())
+
+
+def test_as_many_steps_are_taken_as_have_rates() -> None:
+    maml, tasks = maml_of(3), batch()
+    losses = [maml.meta_loss(tasks, *steps) for steps in ((), (3,), (1,))]
+    assert losses[0] == losses[1] != losses[2]
+    losses[0].backward()
+    assert maml.lrs.grad.abs().sum(1).all()
+    weights = [0.2, 0.3, 0.5]
+    assert maml.meta_loss(tasks, step_weights=weights) == maml.meta_loss(
+        tasks, 3, step_weights=weights
+    )
+    assert maml.meta_loss(tasks, chunk=T) == losses[1]
+    by_default, by_number = (maml.adapted(tasks, *steps).predict() for steps in ((), (3,)))
+    assert torch.equal(by_default, by_number)

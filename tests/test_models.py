@@ -273,7 +273,7 @@ def test_pretrained_weights_are_fetched_where_they_are_asked_for(tmp_path, monke
         folder.mkdir(parents=True)
         torch.save(CNN4Backbone().state_dict(), folder / name)
 
-    monkeypatch.setattr("fastmaml.vision.datasets.fetching.fetch", fetch)
+    monkeypatch.setattr("fastmaml.vision.models.pretrained.fetch", fetch)
     with pytest.raises(FileNotFoundError, match=r"cnn4\.pth is missing; it comes from https://zen"):
         get_pretrained_backbone("cnn4", "cifar-fs", root=tmp_path)
     for _ in range(2):

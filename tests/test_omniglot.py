@@ -148,7 +148,7 @@ def test_download_fetches_only_what_is_missing(root, monkeypatch):
             drawing(1, 1).save(Path(folder) / "one.png")
             archive.write(Path(folder) / "one.png", "images_evaluation/Angelic/character01/a.png")
 
-    monkeypatch.setattr("fastmaml.vision.datasets.fetching.download_url", fake)
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", fake)
     load_omniglot(root, download=True)
     assert calls == []
 

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from fastmaml import TaskBatch
 from fastmaml.algorithms import Annealing, MAMLPlusPlus, multi_step_weights
 from fastmaml.losses import per_task
+from fastmaml.vision.models import OmniglotCNN
 
 T = 3
 NORM = ("1.weight", "1.bias")
@@ -47,22 +48,27 @@ def maml_of(module: nn.Module, steps: int) -> MAMLPlusPlus:
 
 
 class Oracle:
-    """The sequential loop, with a row of norms for each step."""
+    """The sequential loop, with a row of norms for each step; ``body``: the part that runs."""
 
-    def __init__(self, maml: MAMLPlusPlus, rows: int) -> None:
+    def __init__(
+        self, maml: MAMLPlusPlus, rows: int, norms: tuple[str, ...] = NORM, body: str = ""
+    ) -> None:
         self.maml = maml
-        buffers = dict(maml.module.named_buffers())
+        self.norms = norms
+        self.body = body
+        self.module = maml.module.get_submodule(body)
+        buffers = dict(self.module.named_buffers())
         self.buffers = [{n: b.clone() for n, b in buffers.items()} for _ in range(rows)]
 
     def call(self, weights: dict[str, Tensor], x: Tensor, k: int) -> Tensor:
         k = min(k, len(self.buffers) - 1)
-        own = dict(zip(NORM, self.maml.norms.affine[k].split(3), strict=True))
-        return functional_call(self.maml.module, weights | own | self.buffers[k], (x,))
+        own = dict(zip(self.norms, self.maml.norms.affine[k].split(3), strict=True))
+        return functional_call(self.module, weights | own | self.buffers[k], (x,))
 
     def total(self, tasks: TaskBatch, importance: list[float]) -> Tensor:
-        named = dict(self.maml.module.named_parameters())
+        named = dict(self.module.named_parameters())
         rates = dict(zip(named, self.maml.lrs.unbind(1), strict=True))
-        start = {n: p for n, p in named.items() if n not in NORM}
+        start = {n: p for n, p in named.items() if n not in self.norms}
         total = torch.zeros((), dtype=torch.float64)
         for sx, sy, qx, qy in zip(*tasks, strict=True):
             weights = dict(start)
@@ -81,13 +87,15 @@ class Oracle:
 
     def check(self, total: Tensor) -> None:
         maml = self.maml
-        learned = [p for n, p in maml.named_parameters() if n not in {f"module.{m}" for m in NORM}]
+        norms = {self.module.get_parameter(name) for name in self.norms}
+        learned = [p for p in maml.parameters() if p not in norms]
         for p, want in zip(
             learned, torch.autograd.grad(total, learned, retain_graph=True), strict=True
         ):
             torch.testing.assert_close(p.grad, want, rtol=1e-8, atol=1e-10)
         for name in self.buffers[0]:
-            rows = maml.norms.get_buffer(name.replace(".", "_"))
+            key = f"{self.body}/{name}" if self.body else name
+            rows = maml.norms.get_buffer(key.replace(".", "_"))
             torch.testing.assert_close(rows, torch.stack([b[name] for b in self.buffers]))
 
 
@@ -113,6 +121,40 @@ def test_modules_without_a_native_program(door) -> None:
     total = oracle.total(tasks, [0.0, 1.0])
     by_door(maml, tasks, 2, door).backward()
     oracle.check(total)
+
+
+class Twice(nn.Module):
+    """Its body has two names, as that of ``OmniglotCNN``; a scale belongs to two norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = net()
+        self.body[2] = nn.BatchNorm2d(3).double()
+        self.body[2].weight = self.body[1].weight
+        self.all = nn.Sequential(nn.Identity(), self.body)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.all(x)
+
+
+@pytest.mark.parametrize("door", [1, 2, 3])
+def test_norms_of_several_names(door) -> None:
+    tasks, maml = batch(), maml_of(Twice(), steps=2)
+    assert maml.norms.affine.shape == (3, 9)
+    assert maml.layout().adapted_names == ("body.0.weight", "body.4.weight", "body.4.bias")
+    oracle = Oracle(maml, 3, (*NORM, "2.bias"), body="body")
+    total = oracle.total(tasks, [0.0, 1.0])
+    value = by_door(maml, tasks, 2, door)
+    value.backward()
+    torch.testing.assert_close(value, total, rtol=1e-10, atol=1e-12)
+    oracle.check(total)
+
+
+def test_the_network_for_omniglot() -> None:
+    x, y = torch.rand(T, 5, 1, 28, 28), torch.arange(5).expand(T, 5)
+    maml = MAMLPlusPlus(OmniglotCNN(5, hidden_size=4), lr=0.1, steps=2, per_step_norms=True)
+    maml.meta_loss(TaskBatch(x, y, x, y), steps=2).backward()
+    assert maml.norms.affine.grad.abs().sum(1).all()
 
 
 def test_given_statistics_are_those_of_the_step() -> None:

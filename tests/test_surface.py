@@ -5,9 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import fastmaml
 
 UTILITIES = """
     accuracy(preds, targets)
@@ -190,6 +195,24 @@ def test_the_names_are_where_else_learn2learn_has_them(module: str) -> None:
     main = ".".join(module.split(".")[:depth])
     for name in ELSEWHERE[module].split():
         assert here(module, name) is here(main, name)
+
+
+def test_a_star_import_leaves_torchs_nn_and_optim_alone() -> None:
+    names: dict[str, object] = {}
+    exec("from torch import nn, optim\nfrom fastmaml import *", names)
+    assert names["nn"] is torch.nn
+    assert names["optim"] is torch.optim
+    assert names["MAML"] is fastmaml.MAML
+    assert fastmaml.nn.Scale
+    assert fastmaml.optim.LearnableOptimizer
+
+
+def test_nothing_that_takes_seconds_is_imported_unasked() -> None:
+    code = "import sys, fastmaml, fastmaml.training; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torchvision", "matplotlib", "triton", "pytorch_lightning"} & set(
+        run.stdout.split()
+    )
 
 
 def test_every_name_is_tested() -> None:

@@ -128,3 +128,13 @@ def test_random_pictures_are_not_frozen() -> None:
     data = MetaDataset(Noisy(*pictures().dataset.tensors))
     taskset = Taskset(data, [FusedNWaysKShots(data, 2, 2), LoadData(data), RemapLabels(data)])
     assert taskset.explain().endswith("the examples are transformed at random")
+
+
+@pytest.mark.parametrize("tasks", [0, -1, 2.0])
+def test_batches_of_no_tasks(tasks: float) -> None:
+    data = pictures()
+    steps = [NWays(data, 2), KShots(data, 4), LoadData(data), RemapLabels(data)]
+    for transforms in (steps, [*steps, lambda task: task]):
+        for count in (-1, 3):
+            with pytest.raises(ValueError, match=f"tasks must be a positive int, got {tasks}"):
+                Taskset(data, transforms, num_tasks=count).batches(tasks=tasks)

@@ -1,5 +1,6 @@
 """The meta-training loop: it learns, it resumes bit for bit, it never loses a run."""
 
+import contextlib
 import os
 import random
 import signal
@@ -158,6 +159,23 @@ def heeded():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.usefixtures("heeded")
+def test_signals_wait_for_a_checkpoint_to_be_whole(tmp_path, trainer, signals):
+    path = tmp_path / "run.pt"
+
+    def save():
+        for _ in range(0 if path.exists() else signals):
+            os.kill(os.getpid(), signal.SIGINT)
+        save_checkpoint(path, trainer)
+
+    stop = pytest.raises(KeyboardInterrupt) if signals == 2 else contextlib.nullcontext()
+    with stop:
+        assert train(trainer, 9, save=save, save_every=2, progress=False) == signal.SIGINT
+    assert load_checkpoint(path).iteration == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

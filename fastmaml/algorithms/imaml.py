@@ -31,11 +31,17 @@ class IMAML(MAML):
     grow with the steps. The gradient is exact where the inner loop has converged and the conjugate
     gradients too.
 
+    Only :meth:`meta_loss` computes the implicit gradient. ``clone()`` and ``adapt()`` take the same
+    inner steps, but the gradient through them is of first order; use them for evaluation only.
+
     Args:
         module: any ``nn.Module``.
         lr: the inner learning rate.
         strength: of the proximal term; H / strength should be well above -1.
         cg_steps: conjugate gradient iterations.
+
+    Raises:
+        TypeError, ValueError: see :class:`fastmaml.MAML`; ``strength`` is not above 0.
     """
 
     def __init__(
@@ -72,6 +78,10 @@ class IMAML(MAML):
         Args:
             batch, steps, loss, chunk: see :meth:`fastmaml.MAML.meta_loss`.
             first_order: True: without the Hessian, which is FOMAML's gradient.
+
+        Raises:
+            ValueError, TypeError, FloatingPointError: see :meth:`fastmaml.MAML.meta_loss`; the
+                support set is in mini-batches.
         """
         if chunk is not None:
             part_loss = partial(self.meta_loss, steps=steps, loss=loss, first_order=first_order)

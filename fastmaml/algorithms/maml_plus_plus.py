@@ -23,7 +23,7 @@ from fastmaml.algorithms.per_step_norms import (
 from fastmaml.chunks import in_chunks
 from fastmaml.data.episodes import EpisodeSampler, next_batch
 from fastmaml.data.task_batch import TaskBatch
-from fastmaml.fused import FusedRates
+from fastmaml.fused import Adapted, FusedRates
 from fastmaml.learner import Learner
 from fastmaml.losses import TaskLoss, per_task
 from fastmaml.maml import MAML
@@ -48,12 +48,14 @@ class MAMLPlusPlus(MAML):
     Args:
         module: any ``nn.Module``.
         lr: what all rates start from.
-        steps: inner steps that have rates of their own; later ones use those of the last.
+        steps: inner steps that have rates of their own; later ones use those of the last. As many
+            are taken where :meth:`meta_loss` and :meth:`adapted` are not told otherwise.
         first_order: ignore second derivatives.
         adapt: see :class:`fastmaml.MAML`.
         per_step_norms: batch norms with statistics and parameters for each step.
 
     Attributes:
+        steps: as given.
         norms: the batch norms' parameters and statistics by step, or None.
         lrs: ``[steps, parameters]``, in the order of ``module.parameters()``.
     """
@@ -71,14 +73,14 @@ class MAMLPlusPlus(MAML):
         per_step_norms: bool = False,
     ) -> None:
         super().__init__(module, lr, first_order, adapt=adapt)
-        checks.steps_count(steps)
+        self.steps = checks.steps_count(steps)
         self.norms: PerStepNorms | None = None
         if per_step_norms:
             self.adapt_filter = Without(frozenset(affine_names(module)), self.adapt_filter)
             self.norms = PerStepNorms(module, self.layout(), steps)
         count = sum(1 for _ in module.parameters())
         like = next(module.parameters(), torch.empty(0))
-        self.lrs = nn.Parameter(like.new_full((max(steps, 1), count), lr))
+        self.lrs = nn.Parameter(like.new_full((max(steps, 1), count), float(lr)))
 
     def clone(self, *args: Any, **kwargs: Any) -> Learner:
         """See :meth:`fastmaml.MAML.clone`."""
@@ -111,7 +113,7 @@ class MAMLPlusPlus(MAML):
     def meta_loss(
         self,
         batch: TaskBatch | EpisodeSampler,
-        steps: int = 1,
+        steps: int | None = None,
         loss: TaskLoss = F.cross_entropy,
         first_order: bool | None = None,
         *,
@@ -121,13 +123,15 @@ class MAMLPlusPlus(MAML):
         """See :meth:`fastmaml.MAML.meta_loss`.
 
         Args:
-            batch, steps, loss, first_order, chunk: as there.
+            batch, loss, first_order, chunk: as there.
+            steps: inner steps, 0 or more; None: as many as have rates of their own.
             step_weights: weights of the query losses after 1, 2, ... ``steps`` inner steps, the
                 multi-step loss; None: the last alone, in one native call.
 
         Raises:
             ValueError: there are not ``steps`` weights.
         """
+        steps = self.steps if steps is None else steps
         if step_weights is None:
             return super().meta_loss(batch, steps, loss, first_order, chunk=chunk)
         if len(step_weights) != steps or steps < 1:
@@ -155,6 +159,12 @@ class MAMLPlusPlus(MAML):
             total = value * weight + total.to(value)
         checks.finite_loss(total)
         return total
+
+    def adapted(
+        self, batch: TaskBatch, steps: int | None = None, loss: TaskLoss = F.cross_entropy
+    ) -> Adapted:
+        """See :meth:`fastmaml.MAML.adapted`; ``steps`` as in :meth:`meta_loss`."""
+        return super().adapted(batch, self.steps if steps is None else steps, loss)
 
 
 def multi_step_weights(steps: int, epoch: int, epochs: int) -> list[float]:

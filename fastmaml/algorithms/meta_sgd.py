@@ -60,7 +60,7 @@ class MetaSGD(MAML):
         super().__init__(model, lr, first_order, adapt=adapt)
         parameters = list(model.parameters())
         if lrs is None:
-            lrs = [nn.Parameter(torch.full_like(p, lr)) for p in parameters]
+            lrs = [nn.Parameter(torch.full_like(p, float(lr))) for p in parameters]
         self.lrs = lrs if isinstance(lrs, nn.ParameterList) else nn.ParameterList(lrs)
         shapes = [list(p.shape) for p in parameters]
         if [list(rate.shape) for rate in self.lrs] != shapes:

@@ -37,8 +37,7 @@ class PerStepNorms(nn.Module):
                 f"{type(module).__name__}"
             )
         self.rows = steps + 1
-        names = affine_names(module)
-        self._slots = {layout.aliases[name]: None for name in names}  # tied ones once, in order
+        self._slots = {layout.aliases[name]: None for name in affine_names(module)}  # in order
         parameters = dict(module.named_parameters())
         flat = [parameters[name].detach().reshape(-1) for name in self._slots]
         start = torch.cat(flat) if flat else torch.empty(0)
@@ -128,12 +127,10 @@ class Without:
 
 
 def affine_names(module: nn.Module) -> list[str]:
-    """The names of all batch norms' parameters."""
-    return [
-        f"{path}.{name}" if path else name
-        for path, norm in _norms(module).items()
-        for name, _ in norm.named_parameters(recurse=False)
-    ]
+    """All names of all batch norms' parameters: a module may be registered in several places."""
+    affine = {p for norm in _norms(module).values() for p in norm.parameters(recurse=False)}
+    named = module.named_parameters(remove_duplicate=False)
+    return [name for name, parameter in named if parameter in affine]
 
 
 def _norms(module: nn.Module) -> dict[str, _BatchNorm]:

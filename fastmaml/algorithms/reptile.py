@@ -18,12 +18,15 @@ from fastmaml.program.autograd import GivenGradients
 
 
 class Reptile(MAML):
-    """Moves the initialisation towards where the tasks' inner loops end.
+    """Moves the initialisation towards the parameters where each task's inner loop ends.
 
-    ``meta_loss(...).backward()`` fills the gradients of the parameters with the mean over tasks of
-    theta_0 - theta_K, so that plain SGD with learning rate epsilon is the paper's update, and any
-    other optimizer works too. There are no second derivatives. Arguments: see
-    :class:`fastmaml.MAML`; parameters that are not adapted get no gradient.
+    Use :meth:`meta_loss`, whose ``backward()`` fills ``.grad`` with the mean over tasks of
+    theta_0 - theta_K. Plain SGD with learning rate epsilon is then the paper's update, and any
+    other optimizer works too. There are no second derivatives, and parameters that are not adapted
+    get no gradient.
+
+    The gradient through ``clone()`` and ``adapt()`` is MAML's instead; use them for evaluation
+    only. Arguments and errors: see :class:`fastmaml.MAML`.
     """
 
     def meta_loss(
@@ -38,9 +41,13 @@ class Reptile(MAML):
         """The mean query loss after ``steps`` inner steps, with Reptile's gradient.
 
         Args:
-            batch, steps, loss, chunk: see :meth:`fastmaml.MAML.meta_loss`; at least 2 steps make it
-                more than the average gradient.
-            first_order: there is nothing else.
+            batch, loss, chunk: see :meth:`fastmaml.MAML.meta_loss`.
+            steps: inner steps; with 1 the gradient is only that of the mean support loss, times the
+                inner learning rate.
+            first_order: without effect, as there are no second derivatives.
+
+        Raises:
+            ValueError, TypeError, FloatingPointError: see :meth:`fastmaml.MAML.meta_loss`.
         """
         if chunk is not None:
             return in_chunks(self, batch, chunk, partial(self.meta_loss, steps=steps, loss=loss))

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from fastmaml.cli.options import Verbs
 from fastmaml.vision import datasets
 from fastmaml.vision.datasets import FewShotImages
+from fastmaml.vision.datasets.full_omniglot import OmniglotInPlace
 
 
 class Expected(NamedTuple):
@@ -21,7 +22,7 @@ class Expected(NamedTuple):
 
 
 DATA_SETS = {
-    "omniglot": Expected(datasets.FullOmniglot, {"all": (1623, 32460)}),
+    "omniglot": Expected(OmniglotInPlace, {"all": (1623, 32460)}),
     "mini-imagenet": Expected(
         datasets.MiniImagenet,
         {"train": (64, 38400), "validation": (16, 9600), "test": (20, 12000)},
@@ -52,7 +53,8 @@ def add_parser(verbs: Verbs) -> None:
         "data",
         help="fetch a data set, or check the one that is there",
         description="Fetch a data set with --download, then count its classes and images, compare "
-        "with the published numbers, and open some of the images, or every one.",
+        "with the published numbers, and open some of the images, or every one. Without --download "
+        "nothing is written.",
     )
     parser.add_argument("name", choices=sorted(DATA_SETS))
     parser.add_argument("--root", required=True, help="the folder of all data")
@@ -68,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     expected = DATA_SETS[arguments.name]
     complete = True
     for mode, size in expected.sizes.items():
-        named = {} if expected.open is datasets.FullOmniglot else {"mode": mode}
+        named = {} if expected.open is OmniglotInPlace else {"mode": mode}
         data = expected.open(arguments.root, download=arguments.download, **named)
         complete &= verify(data, mode, size, arguments.every_image)
     return 0 if complete else 1

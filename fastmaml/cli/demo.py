@@ -7,9 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastmaml.cli.evaluate import report
-from fastmaml.cli.options import Verbs, add_threads, positive, positive_float, set_threads
+from fastmaml.cli.options import (
+    Verbs,
+    add_test_tasks,
+    add_threads,
+    not_negative,
+    positive,
+    positive_float,
+    require_place,
+    set_threads,
+)
 from fastmaml.figure import draw_figure
-from fastmaml.files import require_writable
 from fastmaml.training import Evaluation, Recipe, Trainer, load_data, train
 
 ITERATIONS = 2400
@@ -23,17 +31,32 @@ def add_parser(verbs: Verbs) -> None:
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
-        "--iterations", type=positive, default=ITERATIONS, help=f"(default {ITERATIONS})"
+        "--iterations",
+        type=positive,
+        default=ITERATIONS,
+        metavar="N",
+        help=f"meta-updates (default {ITERATIONS})",
     )
     length.add_argument(
         "--seconds",
         type=positive_float,
+        metavar="S",
         help="train for this long instead; the figures then depend on the machine's speed",
     )
-    parser.add_argument("--tasks", type=positive, default=600, help="test tasks (default 600)")
-    parser.add_argument("--seed", type=int, default=0)
+    add_test_tasks(parser)
     parser.add_argument(
-        "--out", type=Path, default=Path("fastmaml-demo.png"), help="(default fastmaml-demo.png)"
+        "--seed",
+        type=not_negative,
+        default=0,
+        metavar="N",
+        help="of the parameters and the tasks (default 0)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("fastmaml-demo.png"),
+        metavar="PATH",
+        help="the picture, a .png (default fastmaml-demo.png)",
     )
     add_threads(parser)
     parser.set_defaults(run=run)
@@ -41,7 +64,9 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     set_threads(arguments)
-    require_writable(arguments.out)
+    if arguments.out.suffix.lower() != ".png":
+        raise ValueError(f"--out must end in .png, got {arguments.out}")
+    require_place("--out", arguments.out)
     recipe = Recipe(dataset="glyphs", seed=arguments.seed)
     print("drawing the characters (once; they are cached)", flush=True)
     data, split = load_data("glyphs", arguments.seed)

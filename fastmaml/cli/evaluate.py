@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastmaml.cli.options import Verbs, add_threads, positive, set_threads
+from fastmaml.cli.options import (
+    Verbs,
+    add_test_tasks,
+    add_threads,
+    check_data_options,
+    set_threads,
+)
 from fastmaml.training import Evaluation, Trainer, load_checkpoint
 
 
@@ -13,10 +19,15 @@ def add_parser(verbs: Verbs) -> None:
     parser = verbs.add_parser(
         "evaluate", help="few-shot accuracy of a checkpoint on classes never trained on"
     )
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--tasks", type=positive, default=600, help="test tasks (default 600)")
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder of the data (default: where it was)"
+        "checkpoint", type=Path, metavar="PATH", help="a file that `fastmaml train` has written"
+    )
+    add_test_tasks(parser)
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="the folder that holds omniglot-py (default: where it was in training)",
     )
     add_threads(parser)
     parser.set_defaults(run=run)
@@ -25,6 +36,7 @@ def add_parser(verbs: Verbs) -> None:
 def run(arguments: argparse.Namespace) -> int:
     set_threads(arguments)
     trainer = load_checkpoint(arguments.checkpoint, arguments.data)
+    check_data_options(trainer.recipe.dataset, arguments.data)
     print(f"{arguments.checkpoint}: {trainer.iteration} iterations")
     report(trainer, trainer.test(arguments.tasks))
     return 0

@@ -10,7 +10,7 @@ import torch
 
 import fastmaml
 from fastmaml import _core
-from fastmaml.backends.select import forced_backend
+from fastmaml.backends.select import ENVIRONMENT_VARIABLE, forced_backend
 from fastmaml.cli.options import Verbs
 
 
@@ -28,15 +28,26 @@ def run(arguments: argparse.Namespace) -> int:
         "torch": torch.__version__,
         "system": f"{platform.system()} {platform.machine()}",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
-        "backend": forced_backend() or ("cpu, gpu" if torch.cuda.is_available() else "cpu"),
-        **{f"core {name}": _text(value) for name, value in _core.info().items()},
+        "backend": _backend(),
+        **{f"core {name}": _text(name, value) for name, value in _core.info().items()},
     }
     for name, value in rows.items():
         print(f"{name:<14} {value}")
     return 0
 
 
-def _text(value: object) -> str:
+def _backend() -> str:
+    forced, device = forced_backend(), torch.cuda.is_available()
+    if forced is None:
+        return "cpu, gpu" if device else "cpu"
+    if forced == "gpu" and not device and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"gpu, as {ENVIRONMENT_VARIABLE} says, which cannot run here: no CUDA device"
+    return forced
+
+
+def _text(name: str, value: object) -> str:
+    if name == "cuda":
+        return f"{'' if value else 'not '}compiled in"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):

@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 import argparse
+import math
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
 
 from fastmaml.errors import first_line
+from fastmaml.files import require_writable
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def positive(text: str) -> int:
     """An int of 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
-    return value
+    return _whole(text, 1)
 
 
 def not_negative(text: str) -> int:
     """An int of 0 or more."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of {least} or more, got {text}")
     return value
 
 
 def positive_float(text: str) -> float:
-    """A number above 0."""
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
     return value
 
 
@@ -46,10 +56,35 @@ def device(name: str) -> torch.device:
         ) from error
 
 
+def require_place(option: str, path: Path) -> None:
+    """Raise an OSError now where a file could not be written later."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{option} must be in a folder that is there, got {path}; make {path.parent} first"
+        )
+    require_writable(path)
+
+
+def check_data_options(dataset: str, data: Path | None, download: bool = False) -> None:
+    """`--data` and `--download` are for Omniglot."""
+    if dataset != "omniglot" and (data is not None or download):
+        option = f"--data {data}" if data is not None else "--download"
+        raise ValueError(
+            f"{option} must be left out with {dataset}, which are drawn from matplotlib's fonts"
+        )
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """`--device`: where images, parameters and meta-steps are."""
     parser.add_argument(
         "--device", type=device, default="cpu", metavar="NAME", help="cpu or cuda (default cpu)"
+    )
+
+
+def add_test_tasks(parser: argparse.ArgumentParser, option: str = "--tasks") -> None:
+    """The number of test tasks."""
+    parser.add_argument(
+        option, type=positive, default=600, metavar="N", help="test tasks (default 600)"
     )
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision import transforms as images
 
 from fastmaml.data.episodes import EpisodeSampler, Rotations
 from fastmaml.data.packed import pack
@@ -138,12 +137,13 @@ def _omniglot_part(root: Path, part: str, download: bool) -> tuple[Any, list[Any
 
 
 def _mode(
-    name: str, transform: Callable[[Any], Any] | None = None
+    name: str, make_transform: Callable[[], Callable[[Any], Any]] | None = None
 ) -> Callable[[Path, str, bool], tuple[Any, None]]:
     def open_part(root: Path, part: str, download: bool) -> tuple[Any, None]:
         from fastmaml.vision import datasets
 
         kind = getattr(datasets, name)
+        transform = None if make_transform is None else make_transform()
         return pack(kind(root, mode=part, transform=transform, download=download)), None
 
     return open_part
@@ -153,7 +153,11 @@ def _as_bytes(x: Tensor) -> Tensor:
     return x.byte()  # MiniImagenet gives the bytes as floats
 
 
-_SQUARE = images.Compose([images.Resize(84), images.CenterCrop(84)])
+def _square() -> Callable[[Any], Any]:
+    from torchvision import transforms as images  # takes seconds: when it is needed
+
+    return images.Compose([images.Resize(84), images.CenterCrop(84)])
+
 
 omniglot = _helper(
     "Omniglot, 28x28: 1100 / 100 / 423 characters, each in four orientations a class of its own.",
@@ -161,18 +165,18 @@ omniglot = _helper(
     rotations="classes",
 )
 mini_imagenet = _helper(
-    "mini-ImageNet, 84x84: 64 / 16 / 20 classes.", _mode("MiniImagenet", _as_bytes)
+    "mini-ImageNet, 84x84: 64 / 16 / 20 classes.", _mode("MiniImagenet", lambda: _as_bytes)
 )
 tiered_imagenet = _helper(
     "tiered-ImageNet, 84x84: 351 / 97 / 160 classes.", _mode("TieredImagenet")
 )
 cifarfs = _helper("CIFAR-FS, 32x32: 64 / 16 / 20 classes.", _mode("CIFARFS"))
 fc100 = _helper("FC100, 32x32: 60 / 20 / 20 classes.", _mode("FC100"))
-cub = _helper("Caltech-UCSD Birds, 84x84: 140 / 30 / 30 species.", _mode("CUBirds200", _SQUARE))
-aircraft = _helper("FGVC Aircraft, 84x84: 70 / 15 / 15 variants.", _mode("FGVCAircraft", _SQUARE))
+cub = _helper("Caltech-UCSD Birds, 84x84: 140 / 30 / 30 species.", _mode("CUBirds200", _square))
+aircraft = _helper("FGVC Aircraft, 84x84: 70 / 15 / 15 variants.", _mode("FGVCAircraft", _square))
 textures = _helper(
-    "Describable Textures, 84x84: 33 / 7 / 7 kinds.", _mode("DescribableTextures", _SQUARE)
+    "Describable Textures, 84x84: 33 / 7 / 7 kinds.", _mode("DescribableTextures", _square)
 )
-flowers = _helper("VGG Flowers, 84x84: 71 / 15 / 16 kinds.", _mode("VGGFlower102", _SQUARE))
-fungi = _helper("FGVC Fungi, 84x84: 994 / 200 / 200 species.", _mode("FGVCFungi", _SQUARE))
+flowers = _helper("VGG Flowers, 84x84: 71 / 15 / 16 kinds.", _mode("VGGFlower102", _square))
+fungi = _helper("FGVC Fungi, 84x84: 994 / 200 / 200 species.", _mode("FGVCFungi", _square))
 quickdraw = _helper("Quick, Draw!, 28x28: 241 / 52 / 52 things.", _mode("Quickdraw"))

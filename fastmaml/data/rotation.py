@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
-from torchvision.transforms import functional as F
 
 from fastmaml.data.transforms import ClassTransform, TaskDescription
 
@@ -44,5 +43,7 @@ class _Rotation:
         self._degrees = degrees
 
     def __call__(self, data: Sequence[Any]) -> tuple[Any, ...]:
+        from torchvision.transforms import functional as F  # takes seconds: when it is needed
+
         x, *rest = data
         return (F.rotate(x, self._degrees), *rest)

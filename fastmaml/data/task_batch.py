@@ -12,9 +12,9 @@ from torch import Tensor
 class TaskBatch(NamedTuple):
     """T tasks side by side, each with its support and its query set.
 
-    support_x: ``[T, N, ...]``, support_y: ``[T, N]`` class labels (or ``[T, N, ...]`` targets);
-    query_x and query_y likewise, with an N of their own. ``query_y`` may be None where only
-    predictions are wanted.
+    support_x: ``[T, N, ...]``, support_y: int64 class labels ``[T, N]`` (or float targets
+    ``[T, N, ...]``); query_x and query_y likewise, with an N of their own. ``query_y`` may be None
+    where only predictions are wanted.
 
     For an inner loop over mini-batches support_x is ``[B, T, N, ...]`` and support_y ``[B, T, N]``:
     inner step k takes batch k modulo B. See :meth:`split_support`.

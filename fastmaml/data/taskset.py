@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from fastmaml import checks
 from fastmaml.data.examples import check_alike, shape_of
 from fastmaml.data.meta_dataset import MetaDataset, as_meta_dataset
 from fastmaml.data.recognition import Episodes, check_possible, recognise
@@ -166,7 +167,11 @@ class Taskset(Dataset):
             device: None: where the data are.
             seed: of the native sampler; None: drawn from ``random``, or for a fixed number of tasks
                 from the state of ``random`` when the taskset was made.
+
+        Raises:
+            ValueError: ``tasks`` is not a positive int, or tasks cannot be split so.
         """
+        checks.positive_int("tasks", tasks)
         episodes = recognise(self)
         if isinstance(episodes, str):
             return self._as_written(tasks, shots, device)

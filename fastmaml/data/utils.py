@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
-from torchvision.datasets.utils import download_url
 
 from fastmaml.data.examples import (
     check_alike,
@@ -131,6 +130,8 @@ def download_file(
     source: str, destination: str | os.PathLike[str], size: int | None = None
 ) -> None:
     """Download ``source``; ``size`` is accepted for learn2learn's sake and not needed."""
+    from torchvision.datasets.utils import download_url  # takes seconds: when it is needed
+
     path = Path(destination)
     download_url(source, str(path.parent), path.name)
 

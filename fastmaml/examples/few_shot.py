@@ -16,6 +16,7 @@ from torch import nn
 import fastmaml
 from fastmaml.algorithms import ANIL, IMAML, MAML, MetaSGD, Reptile
 from fastmaml.data import EpisodeSampler
+from fastmaml.examples.command import add_number, add_seed, run_command
 from fastmaml.examples.loops import compare
 from fastmaml.training.recipe import load_data
 from fastmaml.vision.models import OmniglotCNN
@@ -35,12 +36,18 @@ COMPARABLE = ("maml", "fomaml", "anil", "metasgd")  # whose gradient a loop over
 def main(argv: list[str] | None = None) -> float:
     """Returns the accuracy on held-out classes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--algorithm", choices=ALGORITHMS, default="maml")
-    parser.add_argument("--iterations", type=int, default=500)
-    parser.add_argument("--tasks", type=int, default=16, help="tasks in a meta-batch")
-    parser.add_argument("--test-tasks", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
+    parser.add_argument(
+        "--algorithm", choices=ALGORITHMS, default="maml", help="what is trained (default maml)"
+    )
+    add_number(parser, "--iterations", 500, "meta-updates")
+    add_number(parser, "--tasks", 16, "tasks in a meta-batch")
+    add_number(parser, "--test-tasks", 200, "tasks of the test")
+    add_seed(parser)
+    return run_command(parser, argv, run)
+
+
+def run(arguments: argparse.Namespace) -> float:
+    """Train, test and compare."""
     torch.manual_seed(arguments.seed)
     data, split = load_data("glyphs", arguments.seed)
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastmaml.examples.command import add_number, add_seed, run_command
 from fastmaml.nn import Scale
 from fastmaml.optim import LearnableOptimizer
 
@@ -18,9 +19,13 @@ from fastmaml.optim import LearnableOptimizer
 def main(argv: list[str] | None = None) -> tuple[float, float]:
     """Returns the last error with fixed and with learned rates."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
+    add_number(parser, "--steps", 200, "steps of each descent")
+    add_seed(parser)
+    return run_command(parser, argv, run)
+
+
+def run(arguments: argparse.Namespace) -> tuple[float, float]:
+    """Descend twice."""
     errors = [descend(arguments.steps, arguments.seed, rate) for rate in (0.0, 2.0)]
     print(f"error after {arguments.steps} steps with fixed rates: {errors[0]:.2e}")
     print(f"with learned rates: {errors[1]:.2e}")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,13 @@ from torchvision import transforms
 from torchvision.datasets import MNIST
 
 import fastmaml as l2l
+from fastmaml.examples.command import (
+    add_data,
+    add_drop_in,
+    add_number,
+    add_seed,
+    run_command,
+)
 from fastmaml.examples.loops import compare
 
 TRAIN, TEST = [0, 1, 4, 6, 8, 9], [2, 3, 5, 7]
@@ -24,14 +32,17 @@ WAYS, SHOTS, STEPS, TASKS = 3, 1, 5, 32
 def main(argv: list[str] | None = None) -> float:
     """Returns the accuracy on digits never trained on."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default="~/data", help="the folder of all data")
-    parser.add_argument("--download", action="store_true", help="fetch MNIST if it is missing")
-    parser.add_argument("--drop-in", action="store_true", help="train as in 2019")
-    parser.add_argument("--iterations", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
+    add_data(parser)
+    add_drop_in(parser, "train as in 2019")
+    add_number(parser, "--iterations", 1000, "meta-updates")
+    add_seed(parser)
+    return run_command(parser, argv, run)
+
+
+def run(arguments: argparse.Namespace) -> float:
+    """Train, test and compare."""
     torch.manual_seed(arguments.seed)
-    digits = MNIST(arguments.data, transform=transforms.ToTensor(), download=arguments.download)
+    digits = open_mnist(arguments.data, arguments.download)
 
     maml = l2l.algorithms.MAML(l2l.vision.models.OmniglotCNN(WAYS, hidden_size=32), lr=0.1)
     optimizer = torch.optim.Adam(maml.parameters(), lr=0.005)
@@ -54,6 +65,22 @@ def main(argv: list[str] | None = None) -> float:
     print(f"accuracy on {test.tasks} tasks of the digits {TEST}: {accuracy:.1%}")
     compare(maml, sampler.sample(), STEPS)
     return accuracy
+
+
+def open_mnist(root: str, download: bool) -> MNIST:
+    """The training images of MNIST.
+
+    Raises:
+        FileNotFoundError: it is not there, or cannot be fetched.
+    """
+    try:
+        return MNIST(root, transform=transforms.ToTensor(), download=download)
+    except RuntimeError as error:  # whose advice is for Python code
+        if download:
+            raise FileNotFoundError(f"MNIST cannot be fetched: {error}") from error
+        raise FileNotFoundError(
+            f"MNIST is not in {Path(root).expanduser()}; --download fetches it"
+        ) from error
 
 
 def query_loss(maml: l2l.MAML, generator: l2l.data.TaskGenerator) -> Tensor:

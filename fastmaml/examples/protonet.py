@@ -13,6 +13,13 @@ from torch import Tensor, nn
 import fastmaml
 from fastmaml import MAML, TaskBatch
 from fastmaml.data import EpisodeSampler
+from fastmaml.examples.command import (
+    add_data,
+    add_drop_in,
+    add_number,
+    add_seed,
+    run_command,
+)
 from fastmaml.examples.loops import compare_times
 from fastmaml.nn import Flatten, PrototypicalClassifier
 from fastmaml.training.recipe import DATASETS, load_data
@@ -22,16 +29,25 @@ from fastmaml.vision.models import ConvBase
 def main(argv: list[str] | None = None) -> float:
     """Returns the accuracy on held-out classes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", nargs="?", choices=DATASETS, default="glyphs", help="the data set")
-    parser.add_argument("--data", default="~/data", help="the folder of all data")
-    parser.add_argument("--download", action="store_true", help="fetch what is missing there")
-    parser.add_argument("--drop-in", action="store_true", help="train by the loop over tasks")
-    parser.add_argument("--iterations", type=int, default=400)
-    parser.add_argument("--ways", type=int, default=5)
-    parser.add_argument("--tasks", type=int, default=4, help="in a meta-batch")
-    parser.add_argument("--test-tasks", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
+    parser.add_argument(
+        "name",
+        nargs="?",
+        choices=DATASETS,
+        default="glyphs",
+        help="the data set: glyphs, which are drawn here (the default), or omniglot from --data",
+    )
+    add_data(parser)
+    add_drop_in(parser)
+    add_number(parser, "--iterations", 400, "updates")
+    add_number(parser, "--ways", 5, "classes in a task")
+    add_number(parser, "--tasks", 4, "tasks in a batch")
+    add_number(parser, "--test-tasks", 200, "tasks of the test")
+    add_seed(parser)
+    return run_command(parser, argv, run)
+
+
+def run(arguments: argparse.Namespace) -> float:
+    """Train, test and compare."""
     torch.manual_seed(arguments.seed)
     data, split = load_data(arguments.name, arguments.seed, arguments.data, arguments.download)
     features = MAML(nn.Sequential(ConvBase(64, channels=1, max_pool=True), Flatten()), lr=1.0)

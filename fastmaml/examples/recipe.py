@@ -5,16 +5,30 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import torch
 from torch import nn
 
-import fastmaml
 from fastmaml.algorithms import MAML
+from fastmaml.cli.options import positive
 from fastmaml.data.few_shot import FewShot
+from fastmaml.examples.command import add_data, add_drop_in, add_seed, run_command
 from fastmaml.examples.loops import DOORS, Way, compare
+from fastmaml.training.evaluation import accuracies
+
+NUMBERS = {
+    "ways": "classes in a task",
+    "shots": "support images of each class",
+    "queries": "query images of each class",
+    "steps": "inner steps in training",
+    "test_steps": "inner steps in the test",
+    "tasks": "tasks in a meta-batch",
+    "iterations": "meta-updates",
+    "test_tasks": "tasks of the test",
+    "rounds": "how often each way is timed",
+}
 
 
 @dataclass(frozen=True)
@@ -86,30 +100,47 @@ class Recipe:
                 print(f"{iteration:6d}  query loss {loss.item():.3f}", flush=True)
 
     def _test(self, maml: MAML, test: FewShot) -> float:
-        right = tested = 0.0
+        found = []
         for batch in islice(test, -(-self.test_tasks // self.tasks)):
             outputs = maml.adapted(batch, steps=self.test_steps).predict()
-            right += float(fastmaml.accuracy(outputs.flatten(0, 1), batch.query_y.flatten()))
-            tested += 1
-        return right / tested
+            found.append(accuracies(outputs, batch.query_y))
+        return torch.cat(found)[: self.test_tasks].mean().item()
 
 
 def main(recipes: Mapping[str, Recipe], argv: list[str] | None = None) -> float:
     """Run one of the recipes, named by data set, as the command line says."""
     names = list(recipes)
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
-    parser.add_argument("name", nargs="?", choices=names, default=names[0], help="the data set")
-    parser.add_argument("--data", default="~/data", help="the folder of all data")
-    parser.add_argument("--download", action="store_true", help="fetch what is missing there")
-    parser.add_argument("--drop-in", action="store_true", help="train by the loop over tasks")
-    parser.add_argument("--seed", type=int, default=0)
-    numbers = [f.name for f in fields(Recipe) if isinstance(f.default, int)]
-    for name in numbers:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="as in the recipe")
-    arguments = parser.parse_args(argv)
-    given = {name: value for name in numbers if (value := getattr(arguments, name)) is not None}
-    recipe = replace(recipes[arguments.name], **given)
-    try:
+    parser.add_argument(
+        "name",
+        nargs="?",
+        choices=names,
+        default=names[0],
+        help=f"the data set (default {names[0]})",
+    )
+    add_data(parser)
+    add_drop_in(parser)
+    add_seed(parser)
+    for name, text in NUMBERS.items():
+        defaults = {key: getattr(recipe, name) for key, recipe in recipes.items()}
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=positive,
+            metavar="N",
+            help=f"{text} ({_told(defaults)})",
+        )
+
+    def run(arguments: argparse.Namespace) -> float:
+        given = {name: value for name in NUMBERS if (value := getattr(arguments, name)) is not None}
+        recipe = replace(recipes[arguments.name], **given)
         return recipe.run(arguments.data, arguments.download, arguments.seed, arguments.drop_in)
-    except FileNotFoundError as error:  # which says what to fetch and how
-        parser.exit(1, f"{parser.prog}: {error}\n")
+
+    return run_command(parser, argv, run)
+
+
+def _told(defaults: Mapping[str, int]) -> str:
+    """Defaults by data set."""
+    values = list(defaults.values())
+    if len(set(values)) == 1:
+        return f"default {values[0]}"
+    return "default " + ", ".join(f"{value} for {name}" for name, value in defaults.items())

@@ -10,16 +10,21 @@ from torch import nn
 
 from fastmaml import MAML
 from fastmaml.data import Sinusoid
+from fastmaml.examples.command import add_drop_in, add_number, add_seed, run_command
 from fastmaml.examples.loops import DOORS, compare
 
 
 def main(argv: list[str] | None = None) -> tuple[float, float]:
     """Returns the mean squared error on new sines before and after adaptation."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--iterations", type=int, default=15_000)
-    parser.add_argument("--drop-in", action="store_true", help="train by the loop over tasks")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
+    add_number(parser, "--iterations", 15_000, "meta-updates")
+    add_drop_in(parser)
+    add_seed(parser)
+    return run_command(parser, argv, run)
+
+
+def run(arguments: argparse.Namespace) -> tuple[float, float]:
+    """Train, test and compare."""
     torch.manual_seed(arguments.seed)
     model = nn.Sequential(
         nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1)

@@ -6,15 +6,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from tqdm import tqdm
 
 from fastmaml.training.trainer import DivergedError, Trainer
 
 MEASURE_EVERY = 20
+Handler = Any  # of a signal: a function or a number
 
 
 class StopRequest:
@@ -38,7 +40,7 @@ def train(
 
     `save` is called every `save_every` updates, at the end, on Ctrl-C, SIGTERM and on a crash that
     leaves the trainer whole and further than it was. Ctrl-C and SIGTERM let the update in hand
-    finish; a second one stops at once and keeps the last checkpoint.
+    finish; a second one stops at once and keeps the last checkpoint. Both wait while `save` runs.
 
     Args:
         trainer: the run; its history gets a point at each validation.
@@ -55,7 +57,9 @@ def train(
 
     Raises:
         DivergedError: the meta-loss is infinite or NaN; the last checkpoint is kept.
+        KeyboardInterrupt: Ctrl-C was pressed a second time.
     """
+    save = None if save is None else _undisturbed(save)
     start = trainer.iteration
     deadline = time.monotonic() + seconds if seconds is not None else float("inf")
     with _catch_signals() as stop, _Bar(trainer, iterations, progress) as bar:
@@ -82,28 +86,49 @@ def train(
 
 @contextmanager
 def _catch_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request, unless the process ignores that signal."""
+    """Turn the first SIGINT or SIGTERM into a request."""
     stop = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    previous = {name: old for name, old in handlers.items() if old not in (None, signal.SIG_IGN)}
-
-    def restore() -> None:
-        for name, handler in previous.items():
-            signal.signal(name, handler)
 
     def request(number: int, frame: FrameType | None) -> None:
         stop.signal = number
-        restore()
+        _set_handlers(previous)
 
-    for name in previous:
-        signal.signal(name, request)
+    previous = _heeded()
+    _set_handlers(dict.fromkeys(previous, request))
     try:
         yield stop
     finally:
-        restore()
+        _set_handlers(previous)
+
+
+def _undisturbed(save: Callable[[], None]) -> Callable[[], None]:
+    """``save``, during which signals wait: an interrupted one would be lost, and fail in torch."""
+
+    def whole() -> None:
+        waiting: list[int] = []
+        previous = _heeded()
+        _set_handlers(dict.fromkeys(previous, lambda number, _: waiting.append(number)))
+        try:
+            save()
+        finally:
+            _set_handlers(previous)
+            for number in waiting:
+                signal.raise_signal(number)
+
+    return whole
+
+
+def _heeded() -> dict[signal.Signals, Handler]:
+    """The handlers of SIGINT and SIGTERM, unless the process ignores them or a thread asks."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    return {n: old for n, old in handlers.items() if old not in (None, signal.SIG_IGN)}
+
+
+def _set_handlers(handlers: Mapping[signal.Signals, Handler]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 class _Bar:

@@ -172,6 +172,6 @@ def load_data(
         data = load_glyphs()
         return data, split_glyphs(data)
     if root is None:
-        raise ValueError("data must name the folder that holds omniglot-py, got none")
+        raise ValueError("root must name the folder that holds omniglot-py, got None")
     data = load_omniglot(root, download)
     return data, split_omniglot(data, seed)

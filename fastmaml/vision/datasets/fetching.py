@@ -11,8 +11,6 @@ from tempfile import TemporaryDirectory
 from urllib.parse import unquote
 from urllib.request import urlopen
 
-from torchvision.datasets.utils import check_integrity, download_url
-
 from fastmaml.vision.datasets.archives import DAMAGED
 
 ZENODO = "https://zenodo.org/record/7978538/files"  # learn2learn's copies
@@ -36,6 +34,8 @@ def fetch(source: str, folder: Path, name: str | None = None) -> Path:
         FileNotFoundError: it cannot be fetched.
         ValueError: what came has another checksum.
     """
+    from torchvision.datasets.utils import check_integrity, download_url  # takes seconds to import
+
     target = folder / (name or _file_name(source))
     try:
         md5 = published_md5(source)

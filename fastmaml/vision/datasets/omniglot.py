@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from PIL import Image
 
 from fastmaml.files import cache_directory
 from fastmaml.vision.datasets.archives import DAMAGED
+from fastmaml.vision.datasets.fetching import fetch
 from fastmaml.vision.datasets.image_classes import ImageClasses, Split, load_or_make
 
 SIZE = 28
@@ -52,7 +54,7 @@ def load_omniglot(root: str | Path, download: bool = False) -> ImageClasses:
     """
     folder = Path(root).expanduser() / FOLDER
     for part in PARTS:
-        if not (_archive(folder, part).is_file() or (folder / part).is_dir()):
+        if not _holds(folder, part):
             fetch_part(folder, part, download)
     key = _fingerprint(folder)
     places = [folder / "fastmaml-28x28.npz", cache_directory() / f"omniglot-{key[:16]}.npz"]
@@ -85,17 +87,25 @@ def _archive(folder: Path, part: str) -> Path:
     return folder / f"{part}.zip"
 
 
+def _holds(folder: Path, part: str) -> bool:
+    return _archive(folder, part).is_file() or (folder / part).is_dir()
+
+
 def fetch_part(folder: Path, part: str, download: bool) -> None:
     """Download the archive of `images_background` or `images_evaluation`; see `load_omniglot`."""
     archive = _archive(folder, part)
+    given = folder.parent.resolve()
+    if given.name == FOLDER and _holds(given, part):
+        raise FileNotFoundError(
+            f"Omniglot: the folder of the data must be {given.parent}, which holds {FOLDER}, got "
+            f"{given} itself"
+        )
     if not download:
         raise FileNotFoundError(
             f"Omniglot: neither {archive.name} nor the folder {part} is in {folder.resolve()}; "
             f"it comes from {SOURCE}/{archive.name}, and "
             f"`fastmaml data omniglot --root {folder.parent} --download` fetches it"
         )
-    from fastmaml.vision.datasets.fetching import fetch  # which imports torchvision
-
     fetch(f"{SOURCE}/{archive.name}", folder)
 
 
@@ -110,23 +120,33 @@ def _open(folder: Path, part: str) -> Iterator[tuple[Files, Callable[[str], int]
         with zipfile.ZipFile(archive) as opened:
             yield _open_zip(opened)
     except DAMAGED as error:
-        raise ValueError(
-            f"{archive} is damaged ({error}); delete it and fetch it again with "
-            f"`fastmaml data omniglot --root {folder.parent} --download`"
-        ) from error
+        raise damaged(archive, error) from error
+
+
+def damaged(archive: Path, error: Exception) -> ValueError:
+    """What to do about an archive that cannot be read."""
+    return ValueError(
+        f"{archive} is damaged ({error}); delete it and fetch it again with "
+        f"`fastmaml data omniglot --root {archive.parents[1]} --download`"
+    )
 
 
 def _open_zip(opened: zipfile.ZipFile) -> tuple[Files, Callable[[str], int]]:
-    entries = {_inner(info.filename): info for info in opened.infolist() if _is_image(info)}
-    files: Files = {
-        name: (lambda info=info: opened.read(info))  # type: ignore[misc]
-        for name, info in entries.items()
+    entries = _drawings(opened)
+    return members_of(opened), lambda name: entries[name].CRC
+
+
+def members_of(opened: zipfile.ZipFile) -> Files:
+    """The drawings in an archive, which must stay open."""
+    return {name: partial(opened.read, info) for name, info in _drawings(opened).items()}
+
+
+def _drawings(opened: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    return {
+        _inner(info.filename): info
+        for info in opened.infolist()
+        if info.filename.endswith(".png") and not info.filename.startswith("__MACOSX")
     }
-    return files, lambda name: entries[name].CRC
-
-
-def _is_image(info: zipfile.ZipInfo) -> bool:
-    return info.filename.endswith(".png") and not info.filename.startswith("__MACOSX")
 
 
 def _inner(name: str) -> str:

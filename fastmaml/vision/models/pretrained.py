@@ -10,6 +10,7 @@ from pickle import UnpicklingError
 import torch
 from torch import nn
 
+from fastmaml.vision.datasets.fetching import fetch
 from fastmaml.vision.models.cnn4 import CNN4Backbone
 from fastmaml.vision.models.resnet12 import ResNet12Backbone
 from fastmaml.vision.models.wrn28 import WRN28Backbone
@@ -64,8 +65,6 @@ def get_pretrained_backbone(
             raise FileNotFoundError(
                 f"{path} is missing; it comes from {source}, and download=True fetches it"
             )
-        from fastmaml.vision.datasets.fetching import fetch  # which imports torchvision
-
         fetch(source, path.parent, path.name)
     backbone = _BACKBONES[model]()
     try:
