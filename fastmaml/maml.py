@@ -43,8 +43,8 @@ class MAML(BaseLearner):
 
     Args:
         model: any ``nn.Module``; its parameters are the ones a meta-optimizer trains.
-        lr: the inner learning rate, a number of 0 or more or a one-element tensor (which may be
-            learned); None with ``inner``.
+        lr: the inner learning rate, a number or a one-element tensor (which may be learned); None
+            with ``inner``.
         first_order: ignore second derivatives (FOMAML).
         allow_unused: adapt although a loss leaves some parameters unused; None: ``allow_nograd``.
         allow_nograd: accepted as in learn2learn; frozen parameters need no flag here.
@@ -62,8 +62,8 @@ class MAML(BaseLearner):
     Raises:
         TypeError: ``model`` is not a module; ``lr`` is not a number or a tensor; ``inner`` is not
             an inner optimizer.
-        ValueError: neither or both of ``lr`` and ``inner`` are given; ``lr`` is negative, not
-            finite, or has more than one element; ``adapt`` matches no parameter.
+        ValueError: neither or both of ``lr`` and ``inner`` are given; ``lr`` is not finite, or
+            has more than one element; ``adapt`` matches no parameter.
     """
 
     learner_class: type[Learner] = Learner
@@ -284,7 +284,7 @@ class MAML(BaseLearner):
 
 
 def _as_float(lr: float | Tensor | None, inner: InnerOptimizer | None) -> float | Tensor | None:
-    """``lr``, if it is a real number of any kind (NumPy's too) as a float that is in range."""
+    """``lr``, if it is a real number of any kind (NumPy's too) as a float."""
     if lr is None and inner is None:
         raise ValueError(
             "lr or inner must be given, got neither; for example lr=0.01, or "
@@ -292,11 +292,8 @@ def _as_float(lr: float | Tensor | None, inner: InnerOptimizer | None) -> float 
         )
     if isinstance(lr, bool) or not isinstance(lr, Real):
         return lr
-    if not 0 <= lr < math.inf:
-        raise ValueError(
-            f"lr must be a finite number of 0 or more, got {lr}; to ascend a loss, adapt to its "
-            "negative"
-        )
+    if not math.isfinite(lr):
+        raise ValueError(f"lr must be a finite number, got {lr}")
     return float(lr)
 
 

@@ -48,16 +48,16 @@ def test_a_rate_or_an_inner_optimizer_is_needed() -> None:
             algorithm(nn.ModuleDict({"classifier": nn.Linear(1, 1)}))
 
 
-@pytest.mark.parametrize("rate", [-1, -0.1, math.nan, math.inf, np.float32(math.nan)])
-def test_rates_out_of_range(rate: float) -> None:
+@pytest.mark.parametrize("rate", [math.nan, math.inf, -math.inf, np.float32(math.nan)])
+def test_rates_that_are_not_finite(rate: float) -> None:
     for algorithm in (MAML, MetaSGD, MAMLPlusPlus):
-        with pytest.raises(
-            ValueError, match=f"lr must be a finite number of 0 or more, got {rate}"
-        ):
+        with pytest.raises(ValueError, match=f"lr must be a finite number, got {rate}"):
             algorithm(nn.Linear(1, 1), lr=rate)
 
 
-@pytest.mark.parametrize("rate", [np.float32(0.5), np.float64(0.5), np.int64(1), Fraction(1, 2), 1])
+@pytest.mark.parametrize(
+    "rate", [np.float32(0.5), np.float64(0.5), np.int64(1), Fraction(1, 2), 1, -0.5]
+)
 def test_real_numbers_of_any_kind_are_rates(rate: Real) -> None:
     x, y = torch.randn(2, 5, 3), torch.randint(2, (2, 5))
     for algorithm in (MAML, MetaSGD, MAMLPlusPlus):
