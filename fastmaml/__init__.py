@@ -12,9 +12,6 @@ except ImportError as error:
         f"({error})"
     ) from error
 
-from fastmaml.cli import loading as _loading  # noqa: F401  (before what takes seconds)
-
-# isort: split
 from fastmaml import algorithms, data, inner, utils, vision
 from fastmaml import nn as nn
 from fastmaml import optim as optim

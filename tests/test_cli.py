@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import signal
 import subprocess
 import sys
 import zipfile
@@ -265,25 +264,6 @@ def test_stopped_at_once_says_what_there_is(omniglot, capsys, monkeypatch):
     monkeypatch.setattr(train, "train", interrupted)
     assert main([*command, "--resume"]) == 130
     assert "fastmaml: stopped at once; run.pt has 2 iterations\n" in capsys.readouterr().err
-
-
-def test_ctrl_c_while_the_command_loads():
-    heeding = "import os, signal, sys; signal.signal(2, signal.SIG_DFL); os.execv({0!r}, sys.argv)"
-    command = ["-X", "importtime", "-m", "fastmaml", "info"]
-    with subprocess.Popen(
-        [sys.executable, "-c", heeding.format(sys.executable), *command],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        for line in process.stderr:
-            if "fastmaml.cli.loading" in line:
-                process.send_signal(signal.SIGINT)
-                break
-        rest = process.stderr.read()
-    assert process.returncode == 130
-    assert "fastmaml: interrupted\n" in rest
-    assert "Traceback" not in rest
 
 
 def test_an_instruction_set_that_is_not_there_gets_one_line():

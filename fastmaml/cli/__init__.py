@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Sequence
+
+import fastmaml
+from fastmaml.cli import data, demo, evaluate, info, train
+from fastmaml.training import DivergedError
+
+VERBS = (demo, train, evaluate, data, info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the process's exit status."""
-    from fastmaml.cli.command import run  # fastmaml itself imports this package first
-
-    return run(argv)
+    parser = argparse.ArgumentParser(
+        prog="fastmaml", description="MAML for PyTorch at the speed of the machine."
+    )
+    parser.add_argument("--version", action="version", version=f"fastmaml {fastmaml.__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for verb in VERBS:
+        verb.add_parser(verbs)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (OSError, ValueError, DivergedError) as error:
+        print(f"fastmaml: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fastmaml: interrupted", file=sys.stderr)
+        return 130

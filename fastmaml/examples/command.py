@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from fastmaml.cli.loading import loaded
 from fastmaml.cli.options import not_negative, positive
 
 T = TypeVar("T")
@@ -49,7 +48,6 @@ def run_command(
     run: Callable[[argparse.Namespace], T],
 ) -> T:
     """``run`` on the parsed arguments; what a user can mend, and Ctrl-C, end with one line."""
-    loaded()
     try:
         return run(parser.parse_args(argv))
     except (OSError, ValueError, FloatingPointError) as error:
