@@ -78,7 +78,7 @@ def test_a_parameter_that_is_held_elsewhere_is_not_the_learner_s() -> None:
     [
         (OrderedDict(), lambda m, y: m.kept.update(h=y)),
         (defaultdict(list), lambda m, y: m.kept["h"].append(y)),
-        (Counter(), lambda m, y: m.kept.update(calls=1)),
+        (Counter(calls=2), lambda m, y: m.kept.update(calls=1)),
         (deque([1, 2], maxlen=2), lambda m, y: m.kept.append(y)),
         ({1}, lambda m, y: m.kept.add(y)),
         (Listed([1]), lambda m, y: m.kept.append(y)),

@@ -33,7 +33,7 @@ class Attributes:
         self._keep = keep
 
     def __enter__(self) -> Attributes:
-        self._start = self._settled = self._state()
+        self._start = self._settled = self._state(values=True)
         return self
 
     def __exit__(
@@ -58,9 +58,9 @@ class Attributes:
                 if before is None or not _same(held, before.items.get(name)):
                     raise NotCovered(f"a forward that sets {type(part).__name__}.{name}")
 
-    def _state(self) -> dict[nn.Module, _Held]:
-        met: set[int] = set()
-        return {part: _attributes(part, met) for part in self._module.modules()}
+    def _state(self, *, values: bool = False) -> dict[nn.Module, _Held]:
+        look = _Look(values)
+        return {part: look.attributes(part) for part in self._module.modules()}
 
 
 @dataclass
@@ -82,7 +82,8 @@ class _Held:
         if isinstance(self.container, dict):
             for key in now.keys() - items.keys():
                 del self.container[key]
-            self.container.update(items)
+            for key, item in items.items():  # update() may add to what is there
+                self.container[key] = item
             return
         self.container.clear()
         if isinstance(self.container, set):
@@ -93,36 +94,42 @@ class _Held:
 
 @dataclass
 class _Written:
-    """A tensor, by how often it was written to."""
+    """A tensor, by how often it was written to; ``value`` before that, where it is to be had."""
 
     tensor: Tensor
     version: int
-    value: Tensor
+    value: Tensor | None
 
     def put_back(self) -> None:
-        if self.tensor._version != self.version:
+        if self.value is not None and self.tensor._version != self.version:
             self.tensor.data.copy_(self.value)
 
 
-def _attributes(part: nn.Module, met: set[int]) -> _Held:
-    """Those of one module; its parameters and buffers are only looked at for which they are."""
-    own = vars(part)
-    items = {}
-    for name, value in own.items():
-        tensors = name in ("_parameters", "_buffers") and isinstance(value, dict)
-        items[name] = _Held(value, dict(value)) if tensors else _held(value, met)
-    return _Held(own, items)
+class _Look:
+    """One look at all attributes; ``values``: tensors are copied, so that they can be put back."""
 
+    def __init__(self, values: bool) -> None:
+        self._values = values
+        self._met: set[int] = set()  # containers that are recorded in another place
 
-def _held(value: Any, met: set[int]) -> Any:
-    """``met``: containers that are recorded in another place."""
-    if isinstance(value, _CONTAINERS) and id(value) not in met:
-        if not isinstance(value, tuple):  # which cannot hold itself
-            met.add(id(value))
-        return _Held(value, {key: _held(item, met) for key, item in _by_key(value).items()})
-    if isinstance(value, Tensor) and not value.is_inference():
-        return _Written(value, value._version, value.detach().clone())
-    return value
+    def attributes(self, part: nn.Module) -> _Held:
+        """Those of one module; its parameters and buffers only by which they are."""
+        own = vars(part)
+        items = {}
+        for name, value in own.items():
+            tensors = name in ("_parameters", "_buffers") and isinstance(value, dict)
+            items[name] = _Held(value, dict(value)) if tensors else self._held(value)
+        return _Held(own, items)
+
+    def _held(self, value: Any) -> Any:
+        if isinstance(value, _CONTAINERS) and id(value) not in self._met:
+            if not isinstance(value, tuple):  # which cannot hold itself
+                self._met.add(id(value))
+            return _Held(value, {key: self._held(item) for key, item in _by_key(value).items()})
+        if isinstance(value, Tensor) and not value.is_inference():
+            copy = value.detach().clone() if self._values else None
+            return _Written(value, value._version, copy)
+        return value
 
 
 def _by_key(container: Any) -> dict[Any, Any]:
