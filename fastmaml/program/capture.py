@@ -158,7 +158,7 @@ def _trace(module: nn.Module, sample: _Sample) -> Graph:
         # saving for itself: a caller that counts what is saved shall not meet this
         with saved_tensors_hooks(_same, _same), trace:
             output = _run(module, parameters | buffers, rows)
-    trace.refuse_tensor_hooks()
+    trace.check()
     return _graph(trace, output)
 
 

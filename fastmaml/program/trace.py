@@ -76,6 +76,7 @@ class Trace(TorchDispatchMode):
         self._gradients = gradients
         self._known: dict[int, Known] = {}
         self._alive: list[Tensor] = []  # an id is only unique while its tensor lives
+        self._refusal: str | None = None  # which a forward may have caught
         self._refused: dict[int, str] = {}  # why an op that reads this tensor is not covered
         for name, tensor in parameters.items():
             self._know(tensor, Read(name, is_buffer=False))
@@ -185,8 +186,10 @@ class Trace(TorchDispatchMode):
         self._know(result, self._known[id(source)])
         self.refuse(result, self._refused.get(id(source), "a detached tensor"))
 
-    def refuse_tensor_hooks(self) -> None:
-        """Hooks on values would not run with the program."""
+    def check(self) -> None:
+        """Raise NotCovered where an op was refused, or a value has hooks, which would not run."""
+        if self._refusal is not None:
+            raise NotCovered(self._refusal)
         for tensor in self._alive:
             watched = tensor._backward_hooks or tensor.retains_grad
             if watched and isinstance(self._known[id(tensor)], Value):
@@ -205,7 +208,8 @@ class Trace(TorchDispatchMode):
             self._record(name, arguments, result)
         except NotCovered as reason:
             detail = f" ({reason})" if str(reason) else ""
-            raise NotCovered(f"aten.{name}{detail}{_whereabouts()}") from None
+            self._refusal = f"aten.{name}{detail}{_whereabouts()}"
+            raise NotCovered(self._refusal) from None
         return result
 
     def _refuse_before(self, func: Any, name: str, arguments: Mapping[str, Any]) -> None:
