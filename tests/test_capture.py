@@ -208,6 +208,17 @@ def test_gradients_are_never_lost(f, reason: str, mode: type) -> None:
         capture(WithTensors(f), torch.randn(4, 3))
 
 
+def test_a_refusal_is_not_caught() -> None:
+    def f(x: Tensor) -> Tensor:
+        try:
+            return torch.cumsum(x, 1)
+        except Exception:
+            return torch.tanh(x)
+
+    with pytest.raises(NotCovered, match=r"aten\.cumsum in Lambda"):
+        capture(Lambda(f), torch.randn(3, 4))
+
+
 def test_a_view_changed_in_place_is_not_used_again() -> None:
     def f(x: Tensor) -> Tensor:
         h = torch.tanh(x)

@@ -97,7 +97,7 @@ def test_parameters_converted_after_the_first_call(maml: MAML) -> None:
     x = torch.randn(2, 5, 3)
     maml.clone(tasks=2)(x)
     maml.double()
-    with pytest.warns(FallbackWarning, match="got Float and Double"), pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="dtype"):
         maml.clone(tasks=2)(x)
     assert maml.clone(tasks=2)(x.double()).dtype == torch.float64
 
@@ -297,3 +297,24 @@ def test_dtypes_that_kernels_would_misread() -> None:
     maml.float()
     with pytest.raises(ValueError, match=r"x must have the parameters' dtype torch.float64, got"):
         learner(x[0].float())
+
+
+def test_only_the_module_s_own_error_tells_of_examples_that_it_cannot_take(maml: MAML) -> None:
+    x, y = torch.randn(2, 5, 9), torch.randint(2, (2, 5))
+    for learner, examples in ((maml.clone(), x[0]), (maml.clone(tasks=2), x)):
+        with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied|size"):
+            learner(examples)
+    with pytest.raises(ValueError, match="support_x must be tasks of examples"):
+        maml.meta_loss(TaskBatch(x, y, x, y))
+
+
+class Pairs(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.unflatten(0, (-1, 2))).flatten(0, 1)
+
+
+def test_a_sample_may_be_at_fault() -> None:
+    maml, x = MAML(Pairs(3, 2), lr=0.1), torch.randn(4, 3)
+    with pytest.warns(FallbackWarning, match="a forward that fails on a sample"):
+        y = maml.clone()(x)
+    assert torch.equal(y, maml.module(x))

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from doors import by_door
 from torch import Tensor, nn
 
@@ -127,3 +128,69 @@ def test_calls_of_two_shapes_and_of_two_learners(side: int, branch: bool) -> Non
     _steps(maml.clone(tasks=TASKS), support, query, branch=branch)
     for name, expected in twin.named_buffers():
         torch.testing.assert_close(net.get_buffer(name), expected)
+
+
+class Complement(nn.Module):
+    """Its ``momentum`` is what stays of the old value, as in Keras."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.momentum = 0.75
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("variance", torch.ones(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        momentum = 1 - self.momentum
+        return F.batch_norm(x, self.mean, self.variance, training=True, momentum=momentum)
+
+
+class Fixed(nn.BatchNorm1d):
+    """Does not count, and passes a momentum of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        running = self.running_mean, self.running_var
+        return F.batch_norm(x, *running, self.weight, self.bias, training=True, momentum=0.3)
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+@pytest.mark.parametrize("door", [1, 2, 3])
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("norm", [Complement, Fixed, lambda n: Fixed(n, momentum=None)])
+def test_the_momentum_is_the_one_that_is_passed(norm, native: bool, door: int) -> None:
+    net = nn.Sequential(nn.Linear(4, 6), norm(6), nn.Tanh(), nn.Linear(6, 5))
+    if not native:
+        net.append(nn.LayerNorm(5))
+    twin = copy.deepcopy(net)
+    sequential_maml(twin, _batch(), 0.1, STEPS)
+    maml = fastmaml.MAML(net, lr=0.1)
+    by_door(maml, _batch(), STEPS, door)
+    assert (maml.programs.latest is not None) == native
+    for name, expected in twin.named_buffers():
+        torch.testing.assert_close(net.get_buffer(name), expected, rtol=1e-4, atol=1e-6)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 5)
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_batches_tracked += 1
+        return self.linear(x)
+
+
+class Warming(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.num_batches_tracked.item() > 2 else 0.5 * y
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+@pytest.mark.parametrize("make", [Counting, lambda: Warming(4)])
+def test_counts_of_a_module_s_own(make) -> None:
+    net = make()
+    twin, learner, x = copy.deepcopy(net), fastmaml.MAML(net, lr=0.1).clone(), torch.randn(8, 4)
+    for _ in range(4):
+        torch.testing.assert_close(learner(x), twin(x))
+    assert net.num_batches_tracked == twin.num_batches_tracked == 4

@@ -1,26 +1,39 @@
-"""Attributes that a module's ``forward`` sets. A program, which does not run it, would not."""
+"""What a module's ``forward`` leaves behind: attributes that it sets, random numbers drawn.
+
+A program, which does not run it, would leave nothing.
+"""
 
 from __future__ import annotations
 
+import pickle
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from fastmaml.program.trace import NotCovered
 
-_Contents = list[Any] | dict[Any, Any] | None
-_State = dict[nn.Module, dict[str, tuple[Any, _Contents]]]
+_CONTAINERS = (list, dict, set, deque, tuple)
+_PLAIN = (bool, int, float, complex, str, bytes)
 
 
 class Attributes:
-    """Those of all parts of a module; an error puts them back as they were."""
+    """Those of all parts of a module; ``keep=False``, or an error, puts them back as they were."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, keep: bool = True) -> None:
         self._module = module
+        self._keep = keep
 
     def __enter__(self) -> Attributes:
-        self._start = self._settled = self._state()
+        self._start = self._settled = self._state(values=True)
         return self
 
     def __exit__(
@@ -29,8 +42,9 @@ class Attributes:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        if error is not None:
-            self._put_back()
+        if error is not None or not self._keep:
+            for attributes in self._start.values():
+                attributes.put_back()
 
     def settle(self) -> None:
         """What a first run has set may stay, if a second run would set the same."""
@@ -39,50 +53,159 @@ class Attributes:
     def check(self) -> None:
         """Raise NotCovered where anything has changed since then."""
         for part, attributes in self._state().items():
-            before = self._settled.get(part, {})
-            for name, (value, contents) in attributes.items():
-                old, old_contents = before.get(name, (None, None))
-                if not (_same(value, old) and _same_contents(contents, old_contents)):
+            before = self._settled.get(part)
+            for name, held in attributes.items.items():
+                if before is None or not _same(held, before.items.get(name)):
                     raise NotCovered(f"a forward that sets {type(part).__name__}.{name}")
 
-    def _state(self) -> _State:
-        return {
-            part: {name: (value, _contents(value)) for name, value in vars(part).items()}
-            for part in self._module.modules()
-        }
-
-    def _put_back(self) -> None:
-        for part, attributes in self._start.items():
-            own = vars(part)
-            for name in own.keys() - attributes.keys():
-                del own[name]
-            for name, (value, contents) in attributes.items():
-                own[name] = value
-                if not _same_contents(contents, _contents(value)):
-                    value.clear()
-                    if isinstance(contents, list):
-                        value.extend(contents)
-                    elif contents is not None:
-                        value.update(contents)
+    def _state(self, *, values: bool = False) -> dict[nn.Module, _Held]:
+        look = _Look(values)
+        return {part: look.attributes(part) for part in self._module.modules()}
 
 
-def _contents(value: Any) -> _Contents:
-    return type(value)(value) if type(value) in (list, dict) else None
+@dataclass
+class _Held:
+    """A container and what it held, in which containers and tensors are such records as well."""
+
+    container: Any
+    items: dict[Any, Any]  # by key, or by place
+
+    def put_back(self) -> None:
+        """Give it the very objects that it held, as they were."""
+        for item in self.items.values():
+            if isinstance(item, (_Held, _Written)):
+                item.put_back()
+        items = {key: _itself(item) for key, item in self.items.items()}
+        now = _by_key(self.container)
+        if now.keys() == items.keys() and all(now[key] is items[key] for key in items):
+            return
+        if isinstance(self.container, dict):
+            for key in now.keys() - items.keys():
+                del self.container[key]
+            for key, item in items.items():  # update() may add to what is there
+                self.container[key] = item
+            return
+        self.container.clear()
+        if isinstance(self.container, set):
+            self.container.update(items)
+        else:
+            self.container.extend(items.values())
 
 
-def _same_contents(a: _Contents, b: _Contents) -> bool:
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return a is b
+@dataclass
+class _Written:
+    """A tensor, by how often it was written to; ``value`` before that, where it is to be had."""
+
+    tensor: Tensor
+    version: int
+    value: Tensor | None
+
+    def put_back(self) -> None:
+        if self.value is not None and self.tensor._version != self.version:
+            self.tensor.data.copy_(self.value)
+
+
+class _Look:
+    """One look at all attributes; ``values``: tensors are copied, so that they can be put back."""
+
+    def __init__(self, values: bool) -> None:
+        self._values = values
+        self._met: set[int] = set()  # containers that are recorded in another place
+
+    def attributes(self, part: nn.Module) -> _Held:
+        """Those of one module; its parameters and buffers only by which they are."""
+        own = vars(part)
+        items = {}
+        for name, value in own.items():
+            tensors = name in ("_parameters", "_buffers") and isinstance(value, dict)
+            items[name] = _Held(value, dict(value)) if tensors else self._held(value)
+        return _Held(own, items)
+
+    def _held(self, value: Any) -> Any:
+        if isinstance(value, _CONTAINERS) and id(value) not in self._met:
+            if not isinstance(value, tuple):  # which cannot hold itself
+                self._met.add(id(value))
+            return _Held(value, {key: self._held(item) for key, item in _by_key(value).items()})
+        if isinstance(value, Tensor) and not value.is_inference():
+            copy = value.detach().clone() if self._values else None
+            return _Written(value, value._version, copy)
+        return value
+
+
+def _by_key(container: Any) -> dict[Any, Any]:
+    if isinstance(container, dict):
+        return dict(container)
+    return dict.fromkeys(container) if isinstance(container, set) else dict(enumerate(container))
+
+
+def _itself(item: Any) -> Any:
+    if isinstance(item, _Held):
+        return item.container
+    return item.tensor if isinstance(item, _Written) else item
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether they are one object, or lists and plain values alike."""
-    if a is b or (type(a) is type(b) and type(a) in (list, dict)):
-        return True  # whose contents are compared
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    plain = (bool, int, float, complex, str, bytes)
-    return type(a) is type(b) and isinstance(a, plain) and bool(a == b)
+    """Whether they are one object as it was, or containers and plain values alike."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, _Held):
+        alike = type(a.container) is type(b.container) and a.items.keys() == b.items.keys()
+        return alike and all(_same(a.items[key], b.items[key]) for key in a.items)
+    if isinstance(a, _Written):
+        return a.tensor is b.tensor and a.version == b.version
+    return a is b or (isinstance(a, _PLAIN) and bool(a == b))
+
+
+@contextmanager
+def random_states(device: torch.device) -> Iterator[None]:
+    """Those of Python, NumPy and PyTorch, put back; NotCovered where they have moved."""
+    generators = _generators(device)
+    before = [generator.read() for generator in generators]
+    moved = []
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            if generator.read() != state:
+                generator.write(state)
+                moved.append(generator.owner)
+    if moved:
+        raise NotCovered(f"random numbers of {' and '.join(moved)}")
+
+
+@dataclass(frozen=True)
+class _Generator:
+    owner: str
+    read: Callable[[], Any]
+    write: Callable[[Any], None]
+
+
+def _generators(device: torch.device) -> list[_Generator]:
+    generators = [
+        _Generator("Python", random.getstate, random.setstate),
+        _Generator("NumPy", _numpy_state, lambda state: np.random.set_state(pickle.loads(state))),
+        _Generator("PyTorch", lambda: _bytes(torch.get_rng_state()), _set_torch_state),
+    ]
+    if device.type == "cuda":
+        read = partial(torch.cuda.get_rng_state, device)
+        write = partial(torch.cuda.set_rng_state, device=device)
+        generators.append(
+            _Generator("CUDA", lambda: _bytes(read()), lambda state: write(_tensor(state)))
+        )
+    return generators
+
+
+def _numpy_state() -> bytes:
+    return pickle.dumps(np.random.get_state(legacy=False))
+
+
+def _set_torch_state(state: bytes) -> None:
+    torch.set_rng_state(_tensor(state))
+
+
+def _bytes(state: Tensor) -> bytes:
+    return state.numpy().tobytes()
+
+
+def _tensor(state: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)

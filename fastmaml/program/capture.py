@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastmaml.backends.native import DTYPES
-from fastmaml.program.attributes import Attributes
+from fastmaml.program.attributes import Attributes, random_states
 from fastmaml.program.ir import Graph, Op
 from fastmaml.program.lowering import TABLE
 from fastmaml.program.substitute import call_with
 from fastmaml.program.trace import NotCovered, Trace
 
 FAILS_ON_A_SAMPLE = "a forward that fails on a sample"  # how that reason begins
-_TRACED_EXAMPLES = (3, 5)  # two runs: a program must not depend on how many examples there are
+_VARIES = (
+    "a program that depends on the number of examples or their values, "
+    "or on what gradients are asked for"
+)
+_FEW, _MORE = 3, 5  # a program must not depend on how many examples there are
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -30,48 +36,139 @@ def capture(module: nn.Module, x: Tensor) -> Graph:
     """The ops that ``module`` applies to one batch of examples.
 
     Args:
-        module: any module of one tensor argument. It is run twice on a few rows of ``x``, with
-            copies of its buffers and the random state put back, so that nothing changes.
-        x: a batch ``[N, ...]`` such as the module will be called with; N does not matter.
+        module: any module of one tensor argument. It is run on a few rows of ``x``, with copies of
+            its parameters and buffers and the random states put back, so that nothing changes.
+        x: a batch ``[N, ...]`` such as the module will be called with; N does not matter, see
+            :func:`require_same`.
 
     Raises:
         NotCovered: the module does something no rule covers; the message says what and where.
     """
     if x.dtype not in DTYPES:
         raise NotCovered(f"an input of dtype {x.dtype}")
+    _refuse_hooks(module)
+    with Attributes(module) as attributes:
+        graph = _trace(module, _Sample(x, _FEW))
+        attributes.settle()  # what depends on shapes alone is now as it will always be
+        _compare(module, graph, _Sample(x, _MORE))
+        attributes.check()
+    return graph
+
+
+def require_same(module: nn.Module, graph: Graph, x: Tensor, examples: int) -> None:
+    """Raise NotCovered unless ``module`` is ``graph`` for so many examples like those of ``x``,
+    whether gradients are asked for or not.
+
+    That takes no values; only what cannot do without them runs for real.
+    """
+    try:
+        _compare_twice(module, graph, x, examples, blank=True)
+    except NotCovered:
+        _compare_twice(module, graph, x, examples, blank=False)
+
+
+def fails(module: nn.Module, x: Tensor) -> bool:
+    """Whether ``module`` itself cannot take ``x [N, ...]``."""
+    sample = _Sample(x, len(x), gradients=False)
+    parameters, buffers = sample.copies(module)
+    try:
+        with Attributes(module, keep=False), torch.no_grad(), random_states(x.device):
+            _run(module, parameters | buffers, sample.rows())
+    except NotCovered as reason:
+        return str(reason).startswith(FAILS_ON_A_SAMPLE)
+    return False
+
+
+def _refuse_hooks(module: nn.Module) -> None:
+    if _has_any_global_hook():
+        raise NotCovered("forward or backward hooks on all modules")
     for submodule in module.modules():
         if any(getattr(submodule, hooks, None) for hooks in _HOOKS):
             raise NotCovered(f"forward or backward hooks on {type(submodule).__name__}")
-    with Attributes(module) as attributes:
-        first = _trace(module, x, _TRACED_EXAMPLES[0])
-        attributes.settle()  # what depends on shapes alone is now as it will always be
-        second = _trace(module, x, _TRACED_EXAMPLES[1])
+
+
+def _compare_twice(
+    module: nn.Module, graph: Graph, x: Tensor, examples: int, *, blank: bool
+) -> None:
+    with Attributes(module, keep=False) as attributes:
+        _compare(module, graph, _Sample(x, examples, learned=True, blank=blank))
+        attributes.settle()
+        _compare(module, graph, _Sample(x, examples, gradients=False, blank=blank))
         attributes.check()
-    if first != second:
-        raise NotCovered("a program that depends on the number of examples or their values")
-    return first
+
+
+def _compare(module: nn.Module, graph: Graph, sample: _Sample) -> None:
+    if _trace(module, sample) != graph:
+        raise NotCovered(_VARIES)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """``examples`` like those of ``x [N, ...]``, and how the module is run on them.
+
+    ``gradients``: in that mode; ``learned``: the examples require some as well; ``blank``: shapes
+    without values.
+    """
+
+    x: Tensor
+    examples: int
+    gradients: bool = True
+    learned: bool = False
+    blank: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module runs."""
+        return torch.device("meta") if self.blank else self.x.device
+
+    def rows(self) -> Tensor:
+        """Other values for each number of examples: nothing may be read off them."""
+        shape = (self.examples, *self.x.shape[1:])
+        if self.blank:
+            rows = torch.empty(shape, dtype=self.x.dtype, device=self.device)
+        elif len(self.x):
+            places = torch.arange(self.examples, device=self.x.device) * self.examples
+            rows = self.x.detach()[places % len(self.x)]
+        else:
+            rows = self.x.new_zeros(shape)
+        return rows.requires_grad_(self.learned) * (1 + 1 / max(self.examples, 1))
+
+    def copies(self, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Parameters and buffers by name, for the module to do with as it likes."""
+        parameters: dict[str, Tensor] = {
+            name: nn.Parameter(self._copy(p), p.requires_grad)
+            for name, p in module.named_parameters()
+        }
+        return parameters, {name: self._copy(b) for name, b in module.named_buffers()}
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if self.blank and tensor.is_floating_point():  # a count is read off its tensor
+            return torch.empty_like(tensor, device=self.device)
+        return tensor.detach().clone()
 
 
 @torch.inference_mode(False)  # under it composite calls would not come apart
-def _trace(module: nn.Module, x: Tensor, examples: int) -> Graph:
-    parameters = dict(module.named_parameters())
-    buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
-    rows = (torch.arange(examples, device=x.device) * examples) % max(len(x), 1)
-    sample = x.detach()[rows] if len(x) else x.new_zeros(examples, *x.shape[1:])
-    sample = sample * (1 + 1 / examples)  # other values too: nothing may be read off them
-    devices = [x.device] if x.device.type == "cuda" else []
-    trace = Trace(examples, parameters, buffers, TABLE)
-    trace.add_input(sample)
+def _trace(module: nn.Module, sample: _Sample) -> Graph:
     # gradients on: a forward that switches them off, or detaches, is then seen to do so
-    with torch.random.fork_rng(devices), torch.enable_grad(), trace:
-        output = _run(module, parameters | buffers, sample)
-    trace.refuse_tensor_hooks()
+    with torch.set_grad_enabled(sample.gradients), random_states(sample.device):
+        rows, (parameters, buffers) = sample.rows(), sample.copies(module)
+        trace = Trace(sample.examples, parameters, buffers, TABLE, gradients=sample.gradients)
+        trace.add_input(rows)
+        trace.refuse_originals(module)
+        # saving for itself: a caller that counts what is saved shall not meet this
+        with saved_tensors_hooks(_same, _same), trace:
+            output = _run(module, parameters | buffers, rows)
+    trace.check()
     return _graph(trace, output)
 
 
-def _run(module: nn.Module, tensors: dict[str, Tensor], sample: Tensor) -> Any:
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _run(module: nn.Module, tensors: dict[str, Tensor], rows: Tensor) -> Any:
     try:
-        return call_with(module, tensors, (sample,))
+        return call_with(module, tensors, (rows,))
     except NotCovered:
         raise
     except Exception as error:  # the module's own failure: it will be shown by the real call

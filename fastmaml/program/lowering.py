@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastmaml.program.trace import Lowering, NotCovered, Read, Trace, Value
+from fastmaml.program.trace import Lowering, NotCovered, Read, Trace, Value, in_batch_norm
 
 Arguments = Mapping[str, Any]
 
@@ -81,15 +81,14 @@ def _batch_norm(trace: Trace, a: Arguments, result: Any, *, training: bool | Non
         training=training,
         tracking=tracking,
         running=tuple(trace.buffer_name(b) for b in running if b is not None) if tracking else None,
-        momentum=float(momentum),
+        momentum=None if not tracking or in_batch_norm() else float(momentum),
         eps=float(a.get("eps", a.get("epsilon"))),
     )
 
 
 def _count_batches(trace: Trace, a: Arguments, result: Any) -> None:
     """``num_batches_tracked += 1`` and its ``item()``: the running statistics' own business."""
-    known = trace.lookup(a["self"])
-    if not (isinstance(known, Read) and known.name.endswith("num_batches_tracked")):
+    if not in_batch_norm():
         raise NotCovered("a buffer or parameter used as an operand")
 
 

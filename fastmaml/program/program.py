@@ -7,13 +7,14 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastmaml import _core, checks
 from fastmaml.backends.base import Executor
 from fastmaml.backends.reference import ReferenceExecutor
 from fastmaml.backends.select import forced_backend, make_executor, report_fallback
 from fastmaml.program.autograd import ProgramForward, Run
-from fastmaml.program.capture import capture
+from fastmaml.program.capture import FAILS_ON_A_SAMPLE, capture, fails, require_same
 from fastmaml.program.functional import FunctionalProgram
 from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
@@ -26,10 +27,19 @@ _CACHED_PROGRAMS = 16  # per module: modes, input shapes, dtypes
 
 
 class NativeProgram:
-    """A captured graph on an executor; serves any T and N."""
+    """A captured graph on an executor; serves any T, and any N that :meth:`why_not` has passed.
+
+    ``x [N, ...]``: examples such as it was captured for; ``modes`` where not as the module is.
+    """
 
     def __init__(
-        self, module: nn.Module, graph: Graph, layout: ParameterLayout, executor: Executor
+        self,
+        module: nn.Module,
+        graph: Graph,
+        layout: ParameterLayout,
+        executor: Executor,
+        x: Tensor,
+        modes: Modes | None = None,
     ) -> None:
         self.graph = graph
         self.layout = layout
@@ -37,6 +47,9 @@ class NativeProgram:
         self.running = RunningStatistics(module, RunningStatistics.of_graph(graph))
         self.used = {layout.aliases[name] for name in graph.parameters}
         self._module = module
+        self._modes = modes
+        self._example = x[:1].clone()
+        self._reasons: dict[int, str | None] = {0: None}  # by the number of examples
         self._reference = ReferenceExecutor(graph, layout)
         self._rows = [
             prod(graph.values[op.inputs[0]][1:])
@@ -52,9 +65,35 @@ class NativeProgram:
         """The module's buffers that the graph reads, as they are now."""
         return [self._module.get_buffer(name) for name in self.graph.buffers]
 
+    def why_not(self, examples: int) -> str | None:
+        """Why the module is another program for so many examples; None where it is this one."""
+        if examples not in self._reasons:
+            self._reasons[examples] = self._compare(examples)
+        return self._reasons[examples]
+
+    def _compare(self, examples: int) -> str | None:
+        try:
+            with modes_set(self._module, self._modes):
+                require_same(self._module, self.graph, self._example, examples)
+        except NotCovered as reason:
+            if self._starves(examples) and str(reason).startswith(FAILS_ON_A_SAMPLE):
+                return None  # check_examples says it better
+            return str(reason)
+        return None
+
+    def _starves(self, examples: int) -> bool:
+        return bool(self._rows) and examples * min(self._rows) <= 1
+
     def check_examples(self, examples: int, argument: str) -> None:
-        """Raise ValueError where a batch norm would have one value per channel."""
-        if self._rows and examples * min(self._rows) <= 1:
+        """Raise ValueError where a batch norm would have one value per channel, or the module is
+        another program.
+        """
+        if (reason := self.why_not(examples)) is not None:
+            raise ValueError(
+                f"{argument} must be as many examples as the model does the same with as with "
+                f"others, got {examples} per task ({reason}); use clone() and adapt()"
+            )
+        if self._starves(examples):
             raise ValueError(
                 f"{argument} must give batch norm more than one value per channel in training "
                 f"mode, got {examples} example(s) per task; add examples or call eval()"
@@ -139,45 +178,62 @@ class ProgramCache:
         key: Signature = (layout.adapted_names, state, modes)
         if not isinstance(x, Tensor) or why_not:
             reason = why_not or "it is not called with one tensor"
-            return self._functional((*key, reason), reason, modes)
+            return self._functional((*key, reason), reason, modes, None)
         key = (*key, x.shape[example_axes:], x.dtype, x.device, forced_backend())
-        found = self._programs.get(key)
-        if found is not None:
-            self._programs.move_to_end(key)
-            self._remember(found[0])
-            return found[0]
-        try:
-            with modes_set(self._module, modes):
-                program: Program = self._capture(layout, x, example_axes)
-        except NotCovered as reason:
-            return self._functional(key, str(reason), modes)
-        self._keep(key, program)
-        self._remember(program)
+        program = self._cached(key)
+        if program is None:
+            try:
+                with modes_set(self._module, modes):
+                    program = self._capture(layout, x, example_axes, modes)
+            except NotCovered as refusal:
+                task = _one_task(x, example_axes)
+                return self._functional(key, str(refusal), modes, task)
+            self._keep(key, program)
+        if isinstance(program, NativeProgram):
+            refused = program.why_not(x.shape[example_axes - 1])
+            if refused is not None:
+                task = _one_task(x, example_axes)
+                return self._functional((*key, refused), refused, modes, task)
+            self._latest = program
         return program
 
-    def _remember(self, program: Program) -> None:
-        if isinstance(program, NativeProgram):
-            self._latest = program
+    def _cached(self, key: Signature) -> Program | None:
+        found = self._programs.get(key)
+        if found is None:
+            return None
+        self._programs.move_to_end(key)
+        return found[0]
 
-    def _capture(self, layout: ParameterLayout, x: Tensor, example_axes: int) -> NativeProgram:
+    def _capture(
+        self, layout: ParameterLayout, x: Tensor, example_axes: int, modes: Modes | None
+    ) -> NativeProgram:
         sample = x.detach().flatten(0, example_axes - 1)
         graph = capture(self._module, sample)
         for name, p in zip(layout.slots, layout.parameters, strict=True):
             if p.dtype != x.dtype or p.device != x.device:
                 came = f"{x.dtype} on {x.device}"
                 raise NotCovered(f"parameter {name} is {p.dtype} on {p.device}, x is {came}")
-        return NativeProgram(self._module, graph, layout, make_executor(graph, layout, x))
+        executor = make_executor(graph, layout, x)
+        return NativeProgram(self._module, graph, layout, executor, sample, modes)
 
-    def _functional(self, key: Signature, reason: str, modes: Modes | None) -> Program:
-        found = self._programs.get(key)
-        if found is not None:
-            return found[0]
-        if reason not in self._warned:
-            report_fallback(self._module, reason)
-            self._warned.add(reason)
-        program = FunctionalProgram(self._module, reason, modes)
-        self._keep(key, program)
+    def _functional(
+        self, key: Signature, reason: str, modes: Modes | None, task: Tensor | None
+    ) -> Program:
+        program = self._cached(key)
+        if program is None:
+            if reason not in self._warned and not self._fails(task, reason, modes):
+                report_fallback(self._module, reason)
+                self._warned.add(reason)
+            program = FunctionalProgram(self._module, reason, modes)
+            self._keep(key, program)
         return program
+
+    def _fails(self, task: Tensor | None, reason: str, modes: Modes | None) -> bool:
+        """Whether the module itself refuses the examples, and will say so."""
+        if task is None or forced_backend() or not reason.startswith(FAILS_ON_A_SAMPLE):
+            return False
+        with modes_set(self._module, modes):
+            return fails(self._module, task)
 
     def _keep(self, key: Signature, program: Program) -> None:
         # the modules are kept too: an id in a key must not come to mean another module
@@ -186,7 +242,11 @@ class ProgramCache:
             self._programs.popitem(last=False)
 
 
+def _one_task(x: Tensor, example_axes: int) -> Tensor:
+    return x.detach().flatten(0, example_axes - 1)[: x.shape[example_axes - 1]]
+
+
 def module_signature(module: nn.Module) -> Signature:
     """Changes with ``train()``/``eval()``, ``requires_grad_``, swapped parts and hooks."""
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-    return autocast, _core.module_signature(module)
+    return autocast, bool(_has_any_global_hook()), _core.module_signature(module)

@@ -9,7 +9,8 @@ number of calls becomes one weighted sum, in the loop's order: all of task 0's c
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fastmaml import _core
 from fastmaml.backends.native import DTYPES, dtype_name
 from fastmaml.program.ir import Graph
+from fastmaml.program.trace import in_batch_norm
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Tracked:
     mean: str
     variance: str
     channels: int
-    momentum: float = 0.1  # used where the owner of the buffers has no attribute of that name
+    momentum: float | None
+    # PyTorch's own batch norm is what runs: it counts, and has the momentum that counts
+    own: bool = field(default_factory=in_batch_norm)
 
 
 @dataclass(frozen=True)
@@ -44,20 +48,19 @@ class _Norm:
         path, _, self._mean = tracked.mean.rpartition(".")
         self._variance = tracked.variance.rpartition(".")[2]
         self._momentum = tracked.momentum
-        self._owner = module.get_submodule(path)
-        # PyTorch's instance norms count no batches, and take a momentum of None for zero
-        self._counts = not isinstance(self._owner, nn.modules.instancenorm._InstanceNorm)
+        self._owner: Any = module.get_submodule(path)
+        self._own = tracked.own
         self.columns: list[slice] = []
 
     def momentum(self) -> float | None:
-        """As the module has it now; None: the cumulative average."""
-        return getattr(self._owner, "momentum", self._momentum) if self._counts else self._momentum
+        """As it is now; None: the cumulative average."""
+        return self._owner.momentum if self._own else self._momentum
 
     def buffers(self) -> list[Tensor]:
         return [getattr(self._owner, self._mean), getattr(self._owner, self._variance)]
 
     def count(self) -> Tensor | None:
-        return getattr(self._owner, "num_batches_tracked", None) if self._counts else None
+        return getattr(self._owner, "num_batches_tracked", None) if self._own else None
 
 
 class RunningStatistics:
@@ -77,9 +80,9 @@ class RunningStatistics:
     def of_graph(graph: Graph) -> list[Tracked]:
         """What the tracking ops of ``graph`` report, in order."""
         return [
-            Tracked(mean, variance, graph.values[op.inputs[0]][0], op.attrs["momentum"])
+            Tracked(mean, variance, graph.values[op.inputs[0]][0], momentum, own=momentum is None)
             for op in graph.tracking_ops()
-            for mean, variance in [op.attrs["running"]]
+            for (mean, variance), momentum in [(op.attrs["running"], op.attrs["momentum"])]
         ]
 
     def _buffers(self) -> list[Tensor]:

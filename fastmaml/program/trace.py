@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -44,9 +45,17 @@ class Read:
 Known = Value | Read
 Lowering = Callable[["Trace", Mapping[str, Any], Any], Any]
 
+_NORM_FORWARDS = {
+    nn.modules.batchnorm._BatchNorm.forward.__code__,
+    nn.SyncBatchNorm.forward.__code__,
+}
+
 
 class Trace(TorchDispatchMode):
-    """Records ``ops`` while active. ``examples`` is the length of dim 0 of the input."""
+    """Records ``ops`` while active. ``examples`` is the length of dim 0 of the input.
+
+    ``gradients``: whether the module is called with gradients, which it must then not cut.
+    """
 
     def __init__(
         self,
@@ -54,6 +63,8 @@ class Trace(TorchDispatchMode):
         parameters: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
         table: Mapping[str, Lowering],
+        *,
+        gradients: bool = True,
     ) -> None:
         super().__init__()
         self.examples = examples
@@ -62,8 +73,10 @@ class Trace(TorchDispatchMode):
         self.parameters: list[str] = []
         self.buffers: list[str] = []
         self._table = table
+        self._gradients = gradients
         self._known: dict[int, Known] = {}
         self._alive: list[Tensor] = []  # an id is only unique while its tensor lives
+        self._refusal: str | None = None  # which a forward may have caught
         self._refused: dict[int, str] = {}  # why an op that reads this tensor is not covered
         for name, tensor in parameters.items():
             self._know(tensor, Read(name, is_buffer=False))
@@ -158,6 +171,13 @@ class Trace(TorchDispatchMode):
         """No op may read ``tensor``, which is known, from here on."""
         self._refused[id(tensor)] = reason
 
+    def refuse_originals(self, module: nn.Module) -> None:
+        """What the module reaches by another way than the copies that stand in its place."""
+        for tensor in (*module.parameters(), *module.buffers()):
+            if id(tensor) not in self._known:
+                self._know(tensor, Read("", is_buffer=False))
+                self.refuse(tensor, "a parameter or buffer that is held in another place as well")
+
     def detach(self, result: Tensor, source: Tensor) -> None:
         """Autograd detaches what it saves: only a use of ``result`` tells of a cut gradient.
 
@@ -166,8 +186,10 @@ class Trace(TorchDispatchMode):
         self._know(result, self._known[id(source)])
         self.refuse(result, self._refused.get(id(source), "a detached tensor"))
 
-    def refuse_tensor_hooks(self) -> None:
-        """Hooks on values would not run with the program."""
+    def check(self) -> None:
+        """Raise NotCovered where an op was refused, or a value has hooks, which would not run."""
+        if self._refusal is not None:
+            raise NotCovered(self._refusal)
         for tensor in self._alive:
             watched = tensor._backward_hooks or tensor.retains_grad
             if watched and isinstance(self._known[id(tensor)], Value):
@@ -178,15 +200,26 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
         arguments = bind(func, args, kwargs or {})
         name = func._overloadpacket.__name__
         try:
+            self._refuse_before(func, name, arguments)
+            result = func(*args, **(kwargs or {}))
             self._record(name, arguments, result)
         except NotCovered as reason:
             detail = f" ({reason})" if str(reason) else ""
-            raise NotCovered(f"aten.{name}{detail}{_whereabouts()}") from None
+            self._refusal = f"aten.{name}{detail}{_whereabouts()}"
+            raise NotCovered(self._refusal) from None
         return result
+
+    def _refuse_before(self, func: Any, name: str, arguments: Mapping[str, Any]) -> None:
+        """What must not even be tried, or could not be seen by what comes of it."""
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise NotCovered("random numbers")
+        if name == "_local_scalar_dense" and not in_batch_norm():
+            raise NotCovered("a value that is read off a tensor")
+        if func._schema.is_mutable:
+            self._require_readable(_written(func, arguments))
 
     def _record(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
         if not self._touches_known(arguments):
@@ -196,7 +229,7 @@ class Trace(TorchDispatchMode):
         lowering = self._table.get(name.removesuffix("_"))
         if lowering is None:
             raise NotCovered
-        if not torch.is_grad_enabled():
+        if self._gradients and not torch.is_grad_enabled():
             raise NotCovered("without gradient: under torch.no_grad() or in an autograd.Function")
         if name.endswith("_"):
             self._change_in_place(arguments["self"])
@@ -219,6 +252,14 @@ class Trace(TorchDispatchMode):
                 raise NotCovered("the network's input changed in place")
             if shares and other is not target:
                 self.refuse(other, "a view that was changed in place through another")
+
+
+def _written(func: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        argument.name: arguments[argument.name]
+        for argument in func._schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    }
 
 
 def _flat(arguments: Mapping[str, Any]) -> Iterator[Any]:
@@ -244,12 +285,21 @@ def bind(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[st
     return bound
 
 
+def _innermost() -> FrameType | None:
+    """The innermost call on the Python stack of a module's method."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), nn.Module):
+        frame = frame.f_back
+    return frame
+
+
+def in_batch_norm() -> bool:
+    """Whether PyTorch's own batch norm is what runs."""
+    frame = _innermost()
+    return frame is not None and frame.f_code in _NORM_FORWARDS
+
+
 def _whereabouts() -> str:
-    """The innermost module whose forward is on the Python stack, for messages."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module):
-            return f" in {type(owner).__name__}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
+    """The innermost module that runs, for messages."""
+    frame = _innermost()
+    return "" if frame is None else f" in {type(frame.f_locals['self']).__name__}"
