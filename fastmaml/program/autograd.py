@@ -11,8 +11,9 @@ directional derivative waits there, for one pass works out both (``backward_tang
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -44,8 +45,14 @@ class Run:
     waiting: dict[int, list[tuple[Any, Any]]] = field(default_factory=dict)
 
     def wait(self, gradient: Any, tangent: Any) -> None:
-        """Leave a directional derivative to this run's ``ProgramForward``."""
-        self.waiting.setdefault(_backward_pass(), []).append((gradient, tangent))
+        """Leave a directional derivative to this run's ``ProgramForward``, which this pass may
+        never come to: what is wanted may hang on the loss alone.
+        """
+        number = _backward_pass()
+        if number not in self.waiting:
+            self.waiting[number] = []
+            _at_the_end_of_the_pass(partial(self.waiting.pop, number, None))
+        self.waiting[number].append((gradient, tangent))
 
     def waited(
         self, gy: Tensor | None, *, sum_theta: bool, want_phi: bool, want_x: bool
@@ -146,8 +153,9 @@ class ProgramBackward(Function):
         token: Tensor,
     ) -> Wanted:
         want_phi, want_x, keep = wants
+        # what waits in ``run`` holds gy, whose graph leads back to ``run``
         gtheta, gphi, gx, gradient = run.executor.backward(
-            run.state, run.by_task(gy), want_phi=want_phi, want_x=want_x, keep=keep
+            run.state, run.by_task(gy.detach()), want_phi=want_phi, want_x=want_x, keep=keep
         )
         ctx.run, ctx.gradient = run, gradient
         ctx.save_for_backward(theta, phi, x, gy)
@@ -190,6 +198,10 @@ def _backward_pass() -> int:
     """A number for the backward pass that is running."""
     number: int = torch._C._current_graph_task_id()
     return number
+
+
+def _at_the_end_of_the_pass(call: Callable[[], object]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
 def _recompute(run: Run, theta: Tensor, phi: Tensor, x: Tensor, gy: Tensor) -> tuple[Any, Any]:
