@@ -200,7 +200,7 @@ def _backward_pass() -> int:
     return number
 
 
-def _at_the_end_of_the_pass(call: Callable[[], object]) -> None:
+def _at_the_end_of_the_pass(call: Callable[[], Any]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
