@@ -111,12 +111,11 @@ class ProgramForward(Function):
     def apply(
         cls, run: Run, theta: Tensor, phi: Tensor, x: Tensor, start: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The node's outputs; where a transform is at work, those of plain PyTorch."""
-        return (
-            _by_rules(run, theta, phi, x)
-            if transformed()
-            else super().apply(run, theta, phi, x, start)
-        )
+        """The node's outputs; under a transform, or of no examples, those of plain PyTorch."""
+        if transformed() or x.numel() == 0:
+            return _by_rules(run, theta, phi, x)
+        outputs: tuple[Tensor, Tensor] = super().apply(run, theta, phi, x, start)
+        return outputs
 
     @staticmethod
     def forward(

@@ -27,17 +27,18 @@ def transformed() -> bool:
 
 def is_batched(cotangents: Sequence[Tensor | None]) -> bool:
     """Whether some of them are several in one."""
-    for t in cotangents:  # a loop of its own: it runs in every backward
-        if t is not None and (_older(t) or _batched(t)):
-            return True
-    return False
+    return any(map(_is_batched, cotangents))
+
+
+def _is_batched(t: Tensor | None) -> bool:
+    return t is not None and (_older(t) or _batched(t))
 
 
 def one_by_one(
     backward: Callable[..., Gradients], cotangents: Sequence[Tensor | None]
 ) -> Gradients:
     """``backward(*cotangents)`` of cotangents of which some are batched, as batched gradients."""
-    batch = _Batch(next(t for t in cotangents if is_batched([t])))
+    batch = _Batch(next(filter(_is_batched, cotangents)))
     rows = [None if t is None else batch.rows(t) for t in cotangents]
     with batch.outside():
         found = [backward(*(None if r is None else r[i] for r in rows)) for i in range(batch.size)]
@@ -68,7 +69,7 @@ class _Batch:
 
     def rows(self, tensor: Tensor) -> Sequence[Tensor]:
         """One for each of the batch; of a tensor that is not batched, itself."""
-        return self._unwrapped(tensor).unbind() if is_batched([tensor]) else [tensor] * self.size
+        return self._unwrapped(tensor).unbind() if _is_batched(tensor) else [tensor] * self.size
 
     def wrapped(self, tensor: Tensor) -> Tensor:
         """``tensor [B, ...]`` as one of the batch's."""
