@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fastmaml.data.task_batch import TaskBatch
 
+LABEL_DTYPES = (torch.int64, torch.uint8)  # that F.cross_entropy takes
 _BATCH_FIELDS = ("support_x", "support_y", "query_x", "query_y")
 
 
@@ -99,10 +101,11 @@ def batch(
             several_dtypes=several_dtypes,
         )
         return TaskBatch(*value)
+    tasks = _tasks(value)
     for name, tensor in zip(_BATCH_FIELDS, value, strict=True):
         if tensor is None and name == "query_y" and not labels_needed:
             continue
-        _field(name, tensor, value[0], like, any_dtype=several_dtypes or name.endswith("_y"))
+        _field(name, tensor, tasks, like, any_dtype=several_dtypes or name.endswith("_y"))
     if value[0].shape[2:] != value[2].shape[2:]:
         raise ValueError(
             f"query_x must have the examples' shape of support_x, {list(value[0].shape[2:])}, "
@@ -124,11 +127,18 @@ def batch(
     return value if isinstance(value, TaskBatch) else TaskBatch(*value)
 
 
+def _tasks(value: tuple[object, ...]) -> int:
+    """T, as most of the tensors have it: one of them may lack the axis."""
+    lengths = [len(t) for t in value if isinstance(t, Tensor) and t.ndim]
+    return max(lengths, key=lengths.count, default=1)
+
+
 def _in_minibatches(value: tuple[object, ...]) -> bool:
-    x, query_x = value[0], value[2]
+    x, y, query_x = value[:3]
     if not (isinstance(x, Tensor) and isinstance(query_x, Tensor)):
         return False
-    return x.ndim == query_x.ndim + 1
+    one_set = isinstance(y, Tensor) and y.ndim == 2 and y.shape == x.shape[:2]
+    return x.ndim == query_x.ndim + 1 and not one_set  # else query_x lacks an axis
 
 
 def _minibatches(x: Tensor, y: object) -> None:
@@ -164,13 +174,13 @@ def form(batch: object) -> tuple[object, ...]:
     ]
 
 
-def _field(name: str, tensor: object, support_x: Tensor, like: Tensor, *, any_dtype: bool) -> None:
+def _field(name: str, tensor: object, tasks: int, like: Tensor, *, any_dtype: bool) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor [T, N, ...], got {type(tensor).__name__}")
-    if tensor.ndim < 2 or tensor.shape[0] != support_x.shape[0] or 0 in tensor.shape[:2]:
+    if tensor.ndim < 2 or tensor.shape[0] != tasks or 0 in tensor.shape[:2]:
         hint = "; a single task is T = 1: unsqueeze(0)" if tensor.ndim < 2 else ""
         raise ValueError(
-            f"{name} must have shape [T, N, ...] with T = {support_x.shape[0]} >= 1 tasks and "
+            f"{name} must have shape [T, N, ...] with T = {tasks} >= 1 tasks and "
             f"N >= 1 examples, got {list(tensor.shape)}{hint}"
         )
     placed_like(name, tensor, like, any_dtype=any_dtype)
@@ -207,12 +217,31 @@ def known_loss_targets(
                 f"convert it with .to({dtype})"
             )
         return
-    if y.dtype != torch.int64 or y.ndim != 2 or len(output_shape) != 1:
+    if y.dtype not in LABEL_DTYPES or y.ndim != 2 or len(output_shape) != 1:
         raise ValueError(
             f"{name} must be int64 labels of shape [T, N] for cross_entropy with outputs "
             f"[T, N, classes], got {list(y.shape)} of {y.dtype} and outputs "
             f"[T, N, {', '.join(map(str, output_shape))}]"
         )
+
+
+def class_targets(name: str, y: Tensor, outputs: Tensor) -> None:
+    """Targets that ``F.cross_entropy`` takes: labels, or class probabilities like the outputs."""
+    if y.dtype in LABEL_DTYPES or (y.is_floating_point() and y.shape == outputs.shape):
+        return
+    raise ValueError(
+        f"{name} must be int64 labels, or class probabilities of the outputs' shape "
+        f"{list(outputs.shape)}, for cross_entropy, got {list(y.shape)} of {y.dtype}; convert "
+        "labels with .long()"
+    )
+
+
+def some_left_out(ignored: int, targets: Sequence[Tensor], classes: int) -> bool:
+    """Whether there are labels ``ignored`` among class indices, all on the CPU."""
+    labels = torch.cat([y.flatten() for y in targets])
+    kept = labels[labels != ignored]
+    left_out = len(kept) < len(labels)
+    return left_out and bool(((kept >= 0) & (kept < classes)).all())
 
 
 def labels_in_range(name: str, y: Tensor, classes: int) -> None:

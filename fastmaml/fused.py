@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from fastmaml.backends.select import forced_backend
 from fastmaml.data.episodes import EpisodeSampler
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.learner import Learner
-from fastmaml.losses import TaskLoss, built_in, per_task
+from fastmaml.losses import IGNORED_LABEL, TaskLoss, built_in, per_task
 from fastmaml.program.autograd import fused_meta_loss
 from fastmaml.program.capture import FAILS_ON_A_SAMPLE
 from fastmaml.program.program import NativeProgram, Program
@@ -60,13 +60,19 @@ def meta_loss(
         learned = call.rates_gradient or any(call.coefficients_gradient)
         call.gradient = layout.requires_grad or learned
         call.shared_gradient = layout.shared_requires_grad
-    value, result = fused_meta_loss(program.executor, layout, call, start)
+    try:
+        value, result = fused_meta_loss(program.executor, layout, call, start)
+    except ValueError:
+        if not _leaves_labels_out(program, call):
+            raise
+        return _by_autograd(maml, batch, steps, loss, order)
     checks.finite_loss(value)
     if result.statistics is not None:
         program.running.fold(result.statistics)
     return value
 
 
+Labels = TypeVar("Labels", Tensor, Tensor | None)
 FusedRates = tuple[float, Tensor | None]  # a factor, and factors [P] or [steps, P] on it
 
 
@@ -104,11 +110,20 @@ def _by_autograd(
     learner = maml.learner_for(batch, first_order)
     for step in range(steps):
         x, y = batch.support(step)
-        learner.adapt(per_task(loss, _outputs(maml, learner, "support_x", x), y))
-    outputs = _outputs(maml, learner, "query_x", batch.query_x)
-    value = per_task(loss, outputs, batch.query_y).mean()
+        learner.adapt(_losses(maml, learner, "support", x, y, loss))
+    value = _losses(maml, learner, "query", batch.query_x, batch.query_y, loss).mean()
     checks.finite_loss(value)
     return value
+
+
+def _losses(
+    maml: MAML, learner: Learner, part: str, x: Tensor, y: Tensor, loss: TaskLoss
+) -> Tensor:
+    """The losses ``[T]`` of a support or query set."""
+    outputs = _outputs(maml, learner, f"{part}_x", x)
+    if built_in(loss) == "cross_entropy":
+        checks.class_targets(f"{part}_y", y, outputs)
+    return per_task(loss, outputs, y)
 
 
 def _outputs(maml: MAML, learner: Learner, name: str, x: Tensor) -> Tensor:
@@ -149,9 +164,9 @@ def _call(
         phi=phi,
         buffers=program.buffers(),
         support_x=batch.support_x,
-        support_y=batch.support_y,
+        support_y=_labels(batch.support_y),
         query_x=batch.query_x,
-        query_y=batch.query_y,
+        query_y=_labels(batch.query_y),
         minibatches=batch.minibatches is not None,
         steps=steps,
         loss=kind,
@@ -161,6 +176,19 @@ def _call(
         first_order=first_order,
         gradient=False,
     )
+
+
+def _labels(y: Labels) -> Labels:
+    return y.long() if y is not None and y.dtype is torch.uint8 else y
+
+
+def _leaves_labels_out(program: NativeProgram, call: MetaStep) -> bool:
+    """Whether labels were refused that cross-entropy leaves out: there are no kernels for that."""
+    targets = [y for y in (call.support_y, call.query_y) if y is not None]
+    if call.loss != "cross_entropy" or not all(y.is_cpu for y in targets):
+        return False
+    classes = program.graph.values[program.graph.output][0]
+    return checks.some_left_out(IGNORED_LABEL, targets, classes)
 
 
 def _native(program: Program, batch: TaskBatch, kind: str) -> NativeProgram | None:
@@ -225,15 +253,20 @@ def adapted(maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss) -> Adapted
         theta = theta if start is None else start
         call = _call(program, batch, steps, kind, theta, phi, rates)
         call.query_y = None
-        result = program.executor.meta_step(call)
-        assert result.adapted is not None  # it comes with every call without a gradient
-        learner.set_theta(result.adapted)
-        return Adapted(learner, batch, result.predictions)
+        try:
+            result = program.executor.meta_step(call)
+        except ValueError:
+            if not _leaves_labels_out(program, call):
+                raise
+        else:
+            assert result.adapted is not None  # it comes with every call without a gradient
+            learner.set_theta(result.adapted)
+            return Adapted(learner, batch, result.predictions)
     for step in range(steps):
         x, y = batch.support(step)
         with torch.enable_grad():
             learner.set_theta(learner.theta.detach().requires_grad_())
-            learner.adapt(per_task(loss, _outputs(maml, learner, "support_x", x), y))
+            learner.adapt(_losses(maml, learner, "support", x, y, loss))
         learner.detach_parameters()
     return Adapted(learner, batch, None)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmaml.rules import LOSSES
 
+IGNORED_LABEL = -100  # F.cross_entropy's default
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -40,6 +41,8 @@ def per_task(loss: TaskLoss, output: Tensor, target: Tensor) -> Tensor:
         )
     kind = built_in(loss)
     if kind is not None and _one_row_each(kind, output, target):
+        if kind == "cross_entropy":
+            return _cross_entropy(output, target)
         return LOSSES[kind].value(output, target)
     losses = [loss(o, t) for o, t in zip(output, target, strict=True)]
     for value in losses:
@@ -49,8 +52,15 @@ def per_task(loss: TaskLoss, output: Tensor, target: Tensor) -> Tensor:
     return torch.stack(losses)
 
 
+def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    """The rule's value, but for labels that PyTorch leaves out of the mean."""
+    target = target.long()  # bytes too are labels
+    rows = F.cross_entropy(output.flatten(0, 1), target.flatten(), reduction="none")
+    return rows.view(target.shape).sum(1) / (target != IGNORED_LABEL).sum(1)
+
+
 def _one_row_each(kind: str, output: Tensor, target: Tensor) -> bool:
     """Whether these are the shapes that the rule of a built-in loss is made for."""
     if kind == "cross_entropy":
-        return output.ndim == 3 and target.ndim == 2
+        return output.ndim == 3 and target.ndim == 2 and not target.is_floating_point()
     return output.shape == target.shape

@@ -143,6 +143,8 @@ def test_task_axes(maml: MAML) -> None:
         ({"support_x": torch.randn(3)}, ValueError, r"support_x must have shape \[T, N, \.\.\.\]"),
         ({"support_y": torch.ones(2).long()}, ValueError, r"got \[2\]; a single task is T = 1"),
         ({"query_x": torch.randn(3, 4, 3)}, ValueError, r"query_x must .* T = 2 .*got \[3, 4, 3\]"),
+        ({"support_x": torch.randn(5, 3)}, ValueError, r"support_x must .* T = 2 .*got \[5, 3\]"),
+        ({"query_x": torch.randn(4, 3)}, ValueError, r"query_x must .* T = 2 .*got \[4, 3\]"),
         ({"query_x": torch.randn(2, 4, 7)}, ValueError, r"query_x must have the examples' shape"),
         ({"support_y": torch.zeros(2, 4).long()}, ValueError, r"support_y must start with .*2, 5"),
         ({"support_x": torch.randn(2, 0, 3)}, ValueError, r"N >= 1 examples, got \[2, 0, 3\]"),

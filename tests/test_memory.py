@@ -12,6 +12,7 @@ from doors import by_door
 import fastmaml
 from fastmaml import TaskBatch
 from fastmaml.backends.native import empty, is_large
+from fastmaml.program.autograd import Run
 from fastmaml.program.gradient_step import NumberStep
 from fastmaml.testing import relative_error, sequential_maml
 
@@ -83,3 +84,25 @@ def test_gradients_of_a_net_with_large_tensors(door: int) -> None:
         by_door(fastmaml.MAML(net, 0.1), batch, 2, door).backward()
         found = {name: p.grad for name, p in net.named_parameters()}
         assert relative_error(found, expected) < 1e-12
+
+
+def runs_in_memory() -> list[Run]:
+    gc.collect()
+    return [found for found in gc.get_objects() if type(found) is Run]
+
+
+@pytest.mark.parametrize("tasks", [None, 2])
+def test_a_gradient_that_ends_at_the_loss_leaves_nothing_behind(tasks: int | None) -> None:
+    """What it works out for the learner's parameters on its way is never fetched."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+    maml, before = fastmaml.MAML(net, 0.1), len(runs_in_memory())
+    shape = (5,) if tasks is None else (tasks, 5)
+    x, labels = torch.randn(*shape, 4), torch.randn(*shape, 3, requires_grad=True)
+    learner = maml.clone(tasks=tasks)
+    learner.adapt(F.mse_loss(learner(x), labels))
+    loss = learner(x).square().mean()
+    first, second = (torch.autograd.grad(loss, labels, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert all(not run.waiting for run in runs_in_memory())
+    del learner, loss
+    assert len(runs_in_memory()) == before

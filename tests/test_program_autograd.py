@@ -119,3 +119,17 @@ def test_the_output_may_be_written_to(
     parameters = list(net.parameters())
     expected = gradients((learner(x) * 0.5).pow(3).mean(), parameters)
     assert_same(gradients(learner(x).mul_(0.5).pow(3).mean(), parameters), expected)
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 6, 6)])
+def test_no_examples_have_no_outputs(shape: tuple[int, ...], backend: None) -> None:
+    parts = (nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
+    net = nn.Sequential(*parts) if len(shape) > 1 else nn.Linear(5, 2)
+    learner = fastmaml.MAML(net, 0.1).clone()
+    before = [p.clone() for p in learner.parameters()]
+    for x in (torch.zeros(0, *shape), torch.ones(4, *shape)[:0]):
+        y = learner(x)
+        assert y.shape == (0, 2)
+        learner.adapt(y.sum())
+    for parameter, expected in zip(learner.parameters(), before, strict=True):
+        assert torch.equal(parameter, expected)

@@ -11,8 +11,9 @@ directional derivative waits there, for one pass works out both (``backward_tang
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from fastmaml.backends.base import Executor, MetaStep, MetaStepResult
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.theta import Pack, Unpack
+from fastmaml.program.transforms import Gradients, is_batched, one_by_one, outside, transformed
 
 Data = TypeVar("Data", Tensor, Tensor | None)
 Wanted = tuple[Tensor | None, Tensor | None, Tensor | None]  # gradients: gtheta, gphi, gx
@@ -44,8 +46,14 @@ class Run:
     waiting: dict[int, list[tuple[Any, Any]]] = field(default_factory=dict)
 
     def wait(self, gradient: Any, tangent: Any) -> None:
-        """Leave a directional derivative to this run's ``ProgramForward``."""
-        self.waiting.setdefault(_backward_pass(), []).append((gradient, tangent))
+        """Leave a directional derivative to this run's ``ProgramForward``, which this pass may
+        never come to: what is wanted may hang on the loss alone.
+        """
+        number = _backward_pass()
+        if number not in self.waiting:
+            self.waiting[number] = []
+            _at_the_end_of_the_pass(partial(self.waiting.pop, number, None))
+        self.waiting[number].append((gradient, tangent))
 
     def waited(
         self, gy: Tensor | None, *, sum_theta: bool, want_phi: bool, want_x: bool
@@ -99,6 +107,16 @@ class ProgramForward(Function):
     back to it, summed over tasks, instead of to theta.
     """
 
+    @classmethod
+    def apply(
+        cls, run: Run, theta: Tensor, phi: Tensor, x: Tensor, start: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The node's outputs; under a transform, or of no examples, those of plain PyTorch."""
+        if transformed() or x.numel() == 0:
+            return _by_rules(run, theta, phi, x)
+        outputs: tuple[Tensor, Tensor] = super().apply(run, theta, phi, x, start)
+        return outputs
+
     @staticmethod
     def forward(
         ctx: Any, run: Run, theta: Tensor, phi: Tensor, x: Tensor, start: Tensor | None
@@ -114,7 +132,9 @@ class ProgramForward(Function):
         return y, token
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gy: Tensor | None, token: Tensor | None) -> Gradients:
+        if is_batched([gy]):
+            return one_by_one(partial(ProgramForward.backward, ctx), [gy, token])
         run: Run = ctx.run
         _, want_theta, want_phi, want_x, want_start = ctx.needs_input_grad
         gradients = run.waited(gy, sum_theta=want_start, want_phi=want_phi, want_x=want_x)
@@ -124,9 +144,9 @@ class ProgramForward(Function):
         if gradients is None:
             if gy is None:
                 return None, None, None, None, None
-            theta, phi, x, token = ctx.saved_tensors
+            theta, phi, x, kept_token = ctx.saved_tensors
             wants = (want_phi, want_x, torch.is_grad_enabled())
-            gradients = ProgramBackward.apply(run, wants, theta, phi, x, gy, token)
+            gradients = ProgramBackward.apply(run, wants, theta, phi, x, gy, kept_token)
         gtheta, gphi, gx = gradients
         return None, gtheta if want_theta else None, gphi, gx, None
 
@@ -146,8 +166,9 @@ class ProgramBackward(Function):
         token: Tensor,
     ) -> Wanted:
         want_phi, want_x, keep = wants
+        # what waits in ``run`` holds gy, whose graph leads back to ``run``
         gtheta, gphi, gx, gradient = run.executor.backward(
-            run.state, run.by_task(gy), want_phi=want_phi, want_x=want_x, keep=keep
+            run.state, run.by_task(gy.detach()), want_phi=want_phi, want_x=want_x, keep=keep
         )
         ctx.run, ctx.gradient = run, gradient
         ctx.save_for_backward(theta, phi, x, gy)
@@ -155,9 +176,16 @@ class ProgramBackward(Function):
         return gtheta, gphi, run.as_given(gx)
 
     @staticmethod
-    def backward(
-        ctx: Any, v: Tensor | None, u: Tensor | None, w: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, v: Tensor | None, u: Tensor | None, w: Tensor | None) -> Gradients:
+        if is_batched([v, u, w]):
+            alone = partial(ProgramBackward._backward, ctx, wait=False)
+            return one_by_one(alone, [v, u, w])
+        return ProgramBackward._backward(ctx, v, u, w, wait=True)
+
+    @staticmethod
+    def _backward(
+        ctx: Any, v: Tensor | None, u: Tensor | None, w: Tensor | None, *, wait: bool
+    ) -> Gradients:
         theta, phi, x, gy = ctx.saved_tensors
         _, _, want_theta, want_phi, want_x, want_gy, _ = ctx.needs_input_grad
         if v is None and u is None and w is None:
@@ -166,8 +194,14 @@ class ProgramBackward(Function):
         v, w = torch.zeros_like(theta) if v is None else v, run.by_task(w)
         if not torch.is_grad_enabled():
             dy, tangent = run.executor.tangent(run.state, v, u, w)
-            run.wait(ctx.gradient, tangent)
-            return None, None, None, None, None, run.as_given(dy) if want_gy else None, None
+            ggy = run.as_given(dy) if want_gy else None
+            if wait:
+                run.wait(ctx.gradient, tangent)
+                return None, None, None, None, None, ggy, None
+            gtheta, gphi, gx = run.executor.backward_tangent(
+                run.state, ctx.gradient, tangent, None, want_phi=want_phi, want_x=want_x
+            )
+            return None, None, gtheta, gphi, run.as_given(gx), ggy, None
         # a third derivative was asked for: the rules are differentiable themselves
         executor, v = run.reference, run.unpacked(v)
         state, gradient = _recompute(run, run.unpacked(theta), phi, x, gy)
@@ -175,8 +209,17 @@ class ProgramBackward(Function):
         rows, gphi, gx = executor.backward_tangent(
             state, gradient, tangent, None, want_phi=want_phi, want_x=want_x
         )
-        gtheta, dy = run.packed(rows) if want_theta else None, run.as_given(dy)
-        return None, None, gtheta, gphi, run.as_given(gx), dy if want_gy else None, None
+        packed, dy = run.packed(rows) if want_theta else None, run.as_given(dy)
+        return None, None, packed, gphi, run.as_given(gx), dy if want_gy else None, None
+
+
+def _by_rules(run: Run, theta: Tensor, phi: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The outputs of ``ProgramForward`` by the reference rules, without a node of our own."""
+    with outside():
+        rows = run.unpacked(theta)
+    executor = run.reference
+    y, _, _ = executor.forward(rows, phi, run.buffers, run.by_task(x), keep=True)
+    return run.as_given(y), y.new_empty(0)
 
 
 def _added(a: Wanted, b: Wanted) -> Wanted:
@@ -190,6 +233,10 @@ def _backward_pass() -> int:
     """A number for the backward pass that is running."""
     number: int = torch._C._current_graph_task_id()
     return number
+
+
+def _at_the_end_of_the_pass(call: Callable[[], Any]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
 def _recompute(run: Run, theta: Tensor, phi: Tensor, x: Tensor, gy: Tensor) -> tuple[Any, Any]:

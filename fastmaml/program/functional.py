@@ -3,15 +3,22 @@
 Two things stand between vmap and exact second derivatives, and both are arranged here: PyTorch's
 fused batch norm gives a wrong second derivative under vmap, so norms over the batch are written
 out in primitive operations; and the fused attention kernels have no second derivative, so the
-math kernel is chosen. Where vmap itself refuses a module, tasks run one after the other.
+math kernel is chosen. Where vmap itself refuses a module, or would leave other traces in it than
+a loop, tasks run one after the other.
+
+Each task's call is that of a copy of the module, as in a clone of learn2learn's: attributes that
+``forward`` sets end with it, and threads do not meet. A forward that gets hold of the module itself
+(by a closure, or a list of parts) runs in the module, one thread at a time.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from operator import itemgetter
+from threading import Lock
 from typing import Any
 
 import torch
@@ -24,8 +31,37 @@ from torch.utils import _pytree as pytree
 
 from fastmaml.backends.select import FallbackWarning
 from fastmaml.errors import first_line
+from fastmaml.program.attributes import Attributes
+from fastmaml.program.shared import unchanged
 from fastmaml.program.statistics import RunningStatistics, Tracked
-from fastmaml.program.substitute import Modes, call_with, modes_set
+from fastmaml.program.substitute import Modes, call_with, copy_with, modes_set
+from fastmaml.program.trace import NotCovered
+
+
+class _Setting:
+    """A setting of the whole process, made as long as any thread is within."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._make = make
+        self._lock = Lock()
+        self._within = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._within == 0:
+                self._made = self._make()
+                self._made.__enter__()
+            self._within += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._within -= 1
+            if self._within == 0:
+                self._made.__exit__(None, None, None)
+
+
+_MATH_ATTENTION = _Setting(lambda: sdpa_kernel(SDPBackend.MATH))
+_NO_CUDNN = _Setting(lambda: torch.backends.cudnn.flags(enabled=False))
 
 
 @contextmanager
@@ -33,9 +69,13 @@ def twice_differentiable(module: nn.Module) -> Iterator[None]:
     """Kernels that autograd can differentiate twice, where PyTorch has a choice."""
     with ExitStack() as stack:
         if torch.cuda.is_available() and any(isinstance(m, nn.RNNBase) for m in module.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(_NO_CUDNN)
+        stack.enter_context(_MATH_ATTENTION)
         yield
+
+
+class _PastTheCopy(Exception):
+    """A copy's forward has met a parameter of the module itself."""
 
 
 class PrimitiveNorm(TorchFunctionMode):
@@ -43,11 +83,13 @@ class PrimitiveNorm(TorchFunctionMode):
 
     Batch statistics that would update running ones are kept in ``statistics`` instead (mean,
     unbiased variance, mean, ...), and ``tracked`` says whose they are; ``names`` knows the buffers.
+    ``foreign``: the ids of tensors that are not to be met.
     """
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, names: Mapping[int, str], foreign: Container[int]) -> None:
         super().__init__()
         self._names = names
+        self._foreign = foreign
         self.tracked: list[Tracked] = []
         self.statistics: list[Tensor] = []
 
@@ -55,6 +97,7 @@ class PrimitiveNorm(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        self._look_for_foreign(args, kwargs.values())
         if func is F.batch_norm:
             return self._batch_norm(*args, **kwargs)
         if func is F.instance_norm:
@@ -62,6 +105,14 @@ class PrimitiveNorm(TorchFunctionMode):
         if func is F.embedding:
             return _embedding(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _look_for_foreign(self, *groups: Iterable[Any]) -> None:
+        for group in groups:
+            for item in group:
+                if isinstance(item, (list, tuple)):
+                    self._look_for_foreign(item)
+                elif id(item) in self._foreign:
+                    raise _PastTheCopy
 
     def _batch_norm(
         self,
@@ -170,8 +221,14 @@ class FunctionalProgram:
         self._modes = modes
         self.running = RunningStatistics(module, ())
         self._module = module
-        self._met: list[Tracked] = []  # of the latest task
-        self._refusal: str | None = None  # vmap's
+        self._foreign = {id(parameter) for parameter in module.parameters()}
+        self._norms = [
+            (path, part)
+            for path, part in module.named_modules()
+            if isinstance(part, nn.modules.batchnorm._NormBase)
+        ]
+        self._in_place = False  # runs in the module itself
+        self._refusal: str | None = None  # why tasks run one after the other
         self._warned = False
 
     def run(
@@ -181,17 +238,39 @@ class FunctionalProgram:
 
         Differentiable any number of times. ``statistics`` is what ``self.running`` folds.
         """
-        with twice_differentiable(self._module), modes_set(self._module, self._modes):
-            refusal = self._refusal
-            if refusal is None:
+        with twice_differentiable(self._module):
+            if not self._in_place:
                 try:
-                    return self._report(*self._run_vmap(parameters, args, kwargs))
-                except (RuntimeError, NotImplementedError, ValueError) as error:
-                    refusal = first_line(error)
-            result = self._report(*self._run_loop(parameters, args, kwargs))
+                    return self._run(parameters, args, kwargs)
+                except _PastTheCopy:
+                    self._in_place = True
+            with modes_set(self._module, self._modes):
+                return self._run(parameters, args, kwargs)
+
+    def _run(self, *inputs: Any) -> tuple[Any, Tensor | None]:
+        refusal = self._refusal
+        if refusal is None:
+            try:
+                with unchanged(self._module), self._attributes_kept():
+                    return self._run_vmap(*inputs)
+            except NotCovered as error:
+                refusal = f"torch.func.vmap cannot stand for {error}"
+            except (RuntimeError, NotImplementedError, ValueError) as error:
+                refusal = f"torch.func.vmap refuses it ({first_line(error)})"
+        result = self._run_loop(*inputs)
         self._refusal = refusal  # only now: an error of the module's own is none
-        self._warn_of_loop(_tasks((parameters, args, kwargs)), refusal)
+        self._warn_of_loop(_tasks(inputs), refusal)
         return result
+
+    @contextmanager
+    def _attributes_kept(self) -> Iterator[None]:
+        """Raise NotCovered where the module's own attributes are set."""
+        if not self._in_place:
+            yield
+            return
+        with Attributes(self._module) as attributes:
+            yield
+            attributes.check()
 
     def _warn_of_loop(self, tasks: int, refusal: str) -> None:
         if tasks == 1 or self._warned:
@@ -199,38 +278,52 @@ class FunctionalProgram:
         self._warned = True
         warnings.warn(
             f"{type(self._module).__name__} runs one task after the other: the same gradients, "
-            f"slower. torch.func.vmap refuses it ({refusal}).",
+            f"slower. {refusal}.",
             FallbackWarning,
             stacklevel=2,
         )
 
-    def _one_task(self, parameters: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
-        """One task's outputs and the batch statistics it met, in order."""
+    def _one_task(
+        self, met: list[Tracked], parameters: Mapping[str, Tensor], args: Any, kwargs: Any
+    ) -> Any:
+        """One task's outputs and the batch statistics it met, in order; ``met``: whose they are."""
+        module = self._module
         buffers = {
             f"{path}.{name}" if path else name: buffer.clone()
-            for path, m in self._module.named_modules()
-            if isinstance(m, nn.modules.batchnorm._NormBase)
-            for name, buffer in m.named_buffers(recurse=False)
+            for path, norm in self._norms
+            for name, buffer in norm.named_buffers(recurse=False)
         }
-        names = {id(b): name for name, b in self._module.named_buffers(remove_duplicate=False)}
-        with PrimitiveNorm(names | {id(b): name for name, b in buffers.items()}) as norm:
-            output = call_with(self._module, {**parameters, **buffers}, args, kwargs)
-        self._met = norm.tracked
-        return output, norm.statistics
+        names = {id(b): name for name, b in module.named_buffers(remove_duplicate=False)}
+        foreign = () if self._in_place else self._foreign
+        tensors = {**parameters, **buffers}
+        with PrimitiveNorm(names | {id(b): name for name, b in buffers.items()}, foreign) as mode:
+            if self._in_place:
+                output = call_with(module, tensors, args, kwargs)
+            else:
+                output = copy_with(module, tensors, self._modes)(*args, **kwargs)
+        met[:] = mode.tracked
+        return output, mode.statistics
 
-    def _run_vmap(self, *inputs: Any) -> Any:
-        return vmap(self._one_task, randomness="different")(*inputs)
+    def _run_vmap(self, *inputs: Any) -> tuple[Any, Tensor | None]:
+        met: list[Tracked] = []
+        run = vmap(partial(self._one_task, met), randomness="different")
+        outputs, statistics = run(*inputs)
+        return self._report(outputs, statistics, met)
 
-    def _run_loop(self, *inputs: Any) -> Any:
-        outputs = [
-            self._one_task(*pytree.tree_map_only(Tensor, itemgetter(t), inputs))
+    def _run_loop(self, *inputs: Any) -> tuple[Any, Tensor | None]:
+        met: list[Tracked] = []
+        found = [
+            self._one_task(met, *pytree.tree_map_only(Tensor, itemgetter(t), inputs))
             for t in range(_tasks(inputs))
         ]
-        return pytree.tree_map(_stacked, *outputs)
+        outputs, statistics = pytree.tree_map(_stacked, *found)
+        return self._report(outputs, statistics, met)
 
-    def _report(self, outputs: Any, statistics: list[Tensor]) -> tuple[Any, Tensor | None]:
+    def _report(
+        self, outputs: Any, statistics: list[Tensor], met: list[Tracked]
+    ) -> tuple[Any, Tensor | None]:
         if not statistics:
             return outputs, None
-        if self.running.tracked != tuple(self._met):
-            self.running = RunningStatistics(self._module, self._met)
+        if self.running.tracked != tuple(met):
+            self.running = RunningStatistics(self._module, met)
         return outputs, torch.cat(statistics, 1)

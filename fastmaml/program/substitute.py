@@ -6,14 +6,18 @@ substitutes in place (checked on torch 2.14), and learn2learn's networks are bui
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 from torch import Tensor, nn
 
 Modes = tuple[bool, ...]
 _Place = tuple[dict[str, Any], str, Any]
+
+LOCK = RLock()  # held while a module that other threads may use is not as it was
 
 
 def call_with(
@@ -22,25 +26,88 @@ def call_with(
     """``module(*args, **kwargs)`` with ``tensors``, by the names of ``named_parameters()`` and
     ``named_buffers()``; a tied parameter is replaced in every place.
     """
-    with _substituted(module, tensors):
+    with LOCK, _substituted(module, tensors):
         return module(*args, **(kwargs or {}))
+
+
+def copy_with(
+    module: nn.Module, tensors: Mapping[str, Tensor], modes: Modes | None = None
+) -> nn.Module:
+    """A copy of ``module`` that has ``tensors`` instead, and ``modes`` as its parts' ``training``.
+
+    It has parts of its own, whose other attributes are the same objects as the module's.
+    """
+    with LOCK:
+        copies = _Copies(_by_identity(module, tensors))
+        copy = copies.of(module)
+        if modes is not None:
+            for part, training in zip(module.modules(), modes, strict=True):
+                copies.of(part).training = training
+    return copy
+
+
+class _Copies:
+    """Shallow copies of modules, one for each, with other tensors."""
+
+    def __init__(self, replacement: Mapping[int, Tensor]) -> None:
+        self._replacement = replacement
+        self._made: dict[int, nn.Module] = {}
+
+    def of(self, module: nn.Module) -> nn.Module:
+        made = self._made.get(id(module))
+        if made is None:
+            made = self._made[id(module)] = self._copy(module)
+        return made
+
+    def _copy(self, module: nn.Module) -> nn.Module:
+        if _is_compiled(module):  # its forward is bound to the module that was compiled
+            return self.of(module._modules["_orig_mod"])  # type: ignore[arg-type]
+        copy = nn.Module.__new__(type(module))
+        own = vars(copy)
+        own.update(vars(module), _compiled_call_impl=None)
+        for members in ("_parameters", "_buffers"):
+            own[members] = {leaf: self._instead(t) for leaf, t in own[members].items()}
+        own["_modules"] = {
+            name: None if child is None else self.of(child)
+            for name, child in own["_modules"].items()
+        }
+        if isinstance(module, nn.RNNBase):
+            own["_flat_weights"] = _flat_weights(copy)
+        return copy
+
+    def _instead(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else self._replacement.get(id(tensor), tensor)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # takes seconds to import
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+def _flat_weights(rnn: nn.Module) -> list[Tensor | None]:
+    """What a recurrent layer keeps beside its parameters."""
+    return [rnn._parameters.get(name) for name in vars(rnn)["_flat_weights_names"]]
 
 
 @contextmanager
 def modes_set(module: nn.Module, modes: Modes | None) -> Iterator[None]:
-    """``module`` with ``training`` of every part as in ``modes``, for a while; None: as it is."""
-    if modes is None:
-        yield
-        return
-    parts = list(module.modules())
-    before = [part.training for part in parts]
-    try:
-        for part, training in zip(parts, modes, strict=True):
-            part.training = training
-        yield
-    finally:
-        for part, training in zip(parts, before, strict=True):
-            part.training = training
+    """``module`` with ``training`` of every part as in ``modes``, for a while; None: as it is.
+
+    Nobody else substitutes meanwhile.
+    """
+    with LOCK:
+        if modes is None:
+            yield
+            return
+        parts = list(module.modules())
+        before = [part.training for part in parts]
+        try:
+            for part, training in zip(parts, modes, strict=True):
+                part.training = training
+            yield
+        finally:
+            for part, training in zip(parts, before, strict=True):
+                part.training = training
 
 
 @contextmanager
@@ -54,10 +121,9 @@ def _substituted(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[N
                     if tensor is not None and id(tensor) in replacement:
                         undo.append((members, leaf, tensor))
                         members[leaf] = replacement[id(tensor)]
-            if isinstance(part, nn.RNNBase):  # keeps its weights in a list of its own as well
+            if isinstance(part, nn.RNNBase):
                 undo.append((part.__dict__, "_flat_weights", part._flat_weights))
-                weights = [part._parameters.get(name) for name in part._flat_weights_names]
-                part.__dict__["_flat_weights"] = weights
+                part.__dict__["_flat_weights"] = _flat_weights(part)
         yield
     finally:
         for members, leaf, tensor in reversed(undo):

@@ -1,0 +1,88 @@
+"""PyTorch's transforms of functions, past which native nodes do not see.
+
+Batched cotangents (``is_grads_batched``, ``torch.func.vmap`` over ``torch.autograd.grad``) reach a
+node's backward as one tensor without memory of its own: they are taken one by one. A call that is
+itself transformed, or differentiated in forward mode, is left to operations of plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
+
+_older, _batched = _functorch.is_legacy_batchedtensor, _functorch.is_batchedtensor
+Gradients = tuple[Tensor | None, ...]
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` is at work, or differentiation in forward mode."""
+    return _functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def is_batched(cotangents: Sequence[Tensor | None]) -> bool:
+    """Whether some of them are several in one."""
+    return any(map(_is_batched, cotangents))
+
+
+def _is_batched(t: Tensor | None) -> bool:
+    return t is not None and (_older(t) or _batched(t))
+
+
+def one_by_one(
+    backward: Callable[..., Gradients], cotangents: Sequence[Tensor | None]
+) -> Gradients:
+    """``backward(*cotangents)`` of cotangents of which some are batched, as batched gradients."""
+    batch = _Batch(next(filter(_is_batched, cotangents)))
+    rows = [None if t is None else batch.rows(t) for t in cotangents]
+    with batch.outside():
+        found = [backward(*(None if r is None else r[i] for r in rows)) for i in range(batch.size)]
+        stacked = [
+            None if any(g is None for g in row) else torch.stack(row)
+            for row in zip(*found, strict=True)
+        ]
+    return tuple(None if g is None else batch.wrapped(g) for g in stacked)
+
+
+class _Batch:
+    """The vmap that a tensor is batched by: ``torch.func``'s, or autograd's own older one."""
+
+    def __init__(self, tensor: Any) -> None:
+        self._older = _older(tensor)
+        if self._older:
+            self._level = torch._C._vmapmode_increment_nesting() - 1
+            torch._C._vmapmode_decrement_nesting()
+        else:
+            self._level = _functorch.maybe_get_level(tensor)
+        self.size = len(self._unwrapped(tensor))
+
+    def _unwrapped(self, tensor: Tensor) -> Tensor:
+        """The batch axis first."""
+        if self._older:
+            return torch._remove_batch_dim(tensor, self._level, 1, 0)
+        return _functorch.get_unwrapped(tensor).movedim(_functorch.maybe_get_bdim(tensor), 0)
+
+    def rows(self, tensor: Tensor) -> Sequence[Tensor]:
+        """One for each of the batch; of a tensor that is not batched, itself."""
+        return self._unwrapped(tensor).unbind() if _is_batched(tensor) else [tensor] * self.size
+
+    def wrapped(self, tensor: Tensor) -> Tensor:
+        """``tensor [B, ...]`` as one of the batch's."""
+        add = torch._add_batch_dim if self._older else _functorch._add_batch_dim
+        return add(tensor, 0, self._level)
+
+    def outside(self) -> Any:
+        """No transform is at work here, as custom functions want it."""
+        return nullcontext() if self._older else outside()
+
+
+def outside() -> Any:
+    """A context in which no transform of ``torch.func`` is at work."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
