@@ -203,6 +203,8 @@ def _native(program: Program, batch: TaskBatch, kind: str) -> NativeProgram | No
         targets = [y for y in (batch.support(0)[1], batch.query_y) if y is not None]
         if len(output) > 1 or any(y.is_floating_point() for y in targets):
             return None
+    if any(program.why_not(x.shape[1]) for x in (batch.support(0)[0], batch.query_x)):
+        return None
     for part, (x, y) in (("support", batch.support(0)), ("query", batch[2:])):
         program.check_examples(x.shape[1], f"{part}_x")
         if y is not None:

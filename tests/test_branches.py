@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +15,7 @@ from fastmaml import TaskBatch
 from fastmaml.program.capture import capture
 from fastmaml.program.program import ProgramCache
 from fastmaml.program.trace import NotCovered
+from fastmaml.testing import sequential_maml
 
 Branch = Callable[["Branching", Tensor], Tensor]
 
@@ -98,12 +100,20 @@ def test_a_number_of_examples_is_looked_at_once() -> None:
     assert calls == [3, 5, 4, 4, 6, 6]
 
 
-def test_the_fused_meta_step_takes_no_branch_for_another() -> None:
-    x, y = torch.randn(2, 9, 3), torch.randint(2, (2, 9))
-    maml = fastmaml.MAML(Branching(many), lr=0.1)
-    maml.meta_loss(TaskBatch(x[:, :4], y[:, :4], x[:, :5], y[:, :5]))
-    with pytest.raises(ValueError, match="query_x must be as many examples as the model does"):
-        maml.meta_loss(TaskBatch(x[:, :4], y[:, :4], x, y))
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+@pytest.mark.parametrize(("support", "query"), [(4, 5), (4, 9), (9, 4), (9, 9)])
+@pytest.mark.parametrize("branch", [many, normed])
+def test_the_fused_meta_step_takes_no_branch_for_another(branch, support: int, query: int) -> None:
+    x, y = torch.randn(2, 9, 3, dtype=torch.float64), torch.randint(2, (2, 9))
+    batch = TaskBatch(x[:, :support], y[:, :support], x[:, :query], y[:, :query])
+    module = Branching(branch).double()
+    expected, gradients = sequential_maml(copy.deepcopy(module), batch, 0.1)
+    value = fastmaml.MAML(module, lr=0.1).meta_loss(batch)
+    torch.testing.assert_close(value.detach(), expected)
+    value.backward()
+    for name, p in module.named_parameters():
+        gradient = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(gradient, gradients[name])
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

@@ -317,6 +317,7 @@ class Pairs(nn.Linear):
 
 def test_a_sample_may_be_at_fault() -> None:
     maml, x = MAML(Pairs(3, 2), lr=0.1), torch.randn(4, 3)
-    with pytest.warns(FallbackWarning, match="a forward that fails on a sample"):
+    with pytest.warns(FallbackWarning, match="a forward that fails on a sample") as warned:
         y = maml.clone()(x)
+    assert warned[0].filename == __file__
     assert torch.equal(y, maml.module(x))

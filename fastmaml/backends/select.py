@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
+from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +19,7 @@ from fastmaml.backends.reference import ReferenceExecutor
 from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
 
+_PACKAGE = str(Path(__file__).parents[1])
 ENVIRONMENT_VARIABLE = "FASTMAML_BACKEND"
 BACKENDS = ("reference", "cpu", "gpu")
 
@@ -122,5 +126,15 @@ def report_fallback(module: nn.Module, reason: str) -> None:
         f"{message}. It runs through torch.func instead: the same gradients, slower. "
         "fastmaml.explain(model, x) shows the plan.",
         FallbackWarning,
-        stacklevel=4,
+        stacklevel=_users_level(),
     )
+
+
+def _users_level() -> int:
+    """``stacklevel`` of the line outside this package, and PyTorch, that led to the caller."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 1
+    inside = (_PACKAGE, str(Path(torch.__file__).parent))
+    while frame is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return level
