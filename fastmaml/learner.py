@@ -18,6 +18,7 @@ from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.program import NativeProgram, Program
 from fastmaml.program.statistics import Recorder
 from fastmaml.program.theta import Theta
+from fastmaml.program.transforms import outside
 
 if TYPE_CHECKING:
     from fastmaml.maml import MAML
@@ -252,13 +253,14 @@ class Learner(BaseLearner):
         clone = self._clone.built
         if clone is None:
             return self._theta, self._phi
-        theta, phi = (
-            self._layout.flat(
-                [p if used is None or n in used else p.detach() for n, p in parts.items()]
+        with outside():
+            theta, phi = (
+                self._layout.flat(
+                    [p if used is None or n in used else p.detach() for n, p in parts.items()]
+                )
+                for parts in (clone.parameters(adapted=True), clone.parameters(adapted=False))
             )
-            for parts in (clone.parameters(adapted=True), clone.parameters(adapted=False))
-        )
-        return self._theta.moved(self._theta.ordered(theta[None])), phi
+            return self._theta.moved(self._theta.ordered(theta[None])), phi
 
     def _require_all_used(self, used: Set[str]) -> None:
         unused = [slot.name for slot in self._layout.group(adapted=True) if slot.name not in used]
@@ -366,7 +368,7 @@ class Learner(BaseLearner):
 
     def connected_parameters(self) -> dict[str, Tensor]:
         """:meth:`adapted_parameters` with the graph that leads to them, in any gradient mode."""
-        with torch.inference_mode(False), torch.enable_grad():
+        with outside(), torch.inference_mode(False), torch.enable_grad():
             return self.adapted_parameters()
 
     def named_parameters(

@@ -35,6 +35,7 @@ from fastmaml.program.gradient_step import NumberStep, gradient_step
 from fastmaml.program.layout import AdaptFilter, ParameterLayout
 from fastmaml.program.program import Program, ProgramCache, Signature, module_signature
 from fastmaml.program.theta import Theta
+from fastmaml.program.transforms import outside
 from fastmaml.program.updates import FusedUpdate
 
 
@@ -133,11 +134,14 @@ class MAML(BaseLearner):
         if tasks is not None:
             checks.positive_int("tasks", tasks)
         layout = self.layout()
+        with outside():
+            theta = self.programs.start(layout).expand(tasks or 1)
+            phi = layout.pack(adapted=False)
         return self.learner_class(
             self,
             layout,
-            self.programs.start(layout).expand(tasks or 1),
-            layout.pack(adapted=False),
+            theta,
+            phi,
             tasks=tasks,
             first_order=self.first_order if first_order is None else first_order,
             allow_unused=self.allow_unused if allow_unused is None else allow_unused,

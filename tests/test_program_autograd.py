@@ -133,3 +133,27 @@ def test_no_examples_have_no_outputs(shape: tuple[int, ...], backend: None) -> N
         learner.adapt(y.sum())
     for parameter, expected in zip(learner.parameters(), before, strict=True):
         assert torch.equal(parameter, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+def test_values_without_elements() -> None:
+    net, x = nn.Sequential(nn.Linear(5, 0), nn.Tanh(), nn.Linear(0, 2)), torch.randn(4, 5)
+    learner = fastmaml.MAML(net, 0.1).clone()
+    learner.adapt(learner(x).sum())
+    torch.testing.assert_close(learner(x), (net[2].bias - 0.4).expand(4, 2))
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+def test_an_input_and_a_parameter_of_no_axes() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor(3.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.factor * x
+
+    learner = fastmaml.MAML(Scale(), 0.1).clone()
+    learner.adapt(learner(torch.tensor(2.0)))
+    assert learner(torch.tensor(2.0)).item() == pytest.approx(2 * (3.0 - 0.1 * 2))

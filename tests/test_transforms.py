@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 import fastmaml
+from fastmaml.program.transforms import NativeFunction
 
 Call = Callable[[Tensor], Tensor]
 THIRD = "is_grads_batched of second derivatives, create_graph"
@@ -152,3 +153,64 @@ def test_running_statistics_stay_as_they_are_under_a_transform() -> None:
     assert torch.equal(net[1].running_mean, before)
     learner(x)
     assert not torch.equal(net[1].running_mean, before)
+
+
+class Doubled(NativeFunction):
+    """As kernels are: by the memory of its arguments."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        assert x.data_ptr()
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return Doubled.apply(gradient)
+
+
+def test_native_nodes_take_batched_cotangents_one_by_one() -> None:
+    x = torch.randn(3, requires_grad=True)
+    for y in (Doubled.apply(x), torch.func.vmap(lambda _: Doubled.apply(x))(torch.ones(2))[0]):
+        (rows,) = torch.autograd.grad(y, x, torch.eye(3), is_grads_batched=True, retain_graph=True)
+        assert torch.equal(rows, 2 * torch.eye(3))
+        rows = torch.func.vmap(lambda v, y=y: torch.autograd.grad(y, x, v, retain_graph=True)[0])
+        assert torch.equal(rows(torch.eye(3)), 2 * torch.eye(3))
+
+
+def test_native_nodes_refuse_what_is_transformed() -> None:
+    with pytest.raises(RuntimeError, match=r"outside of torch\.func\.grad"):
+        torch.func.grad(lambda z: Doubled.apply(z).sum())(torch.randn(3))
+
+
+def test_packed_parameters() -> None:
+    """Whose learners are made, adapted and taken apart inside and outside of the transform."""
+    net = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 5))
+    maml, x = fastmaml.MAML(net, 0.1), torch.randn(3, 64)
+    parameters, v = list(net.parameters()), torch.eye(15).view(15, 3, 5)
+    maml.clone()(x)
+    learner, plain = maml.clone(), copy.deepcopy(net)
+    expected = torch.autograd.grad(plain(x), list(plain.parameters()), v, is_grads_batched=True)
+    for got, want in zip(
+        torch.autograd.grad(learner(x), parameters, v, is_grads_batched=True), expected, strict=True
+    ):
+        torch.testing.assert_close(got, want)
+    slope = torch.func.grad(lambda z: cubed(plain(z)))(x)
+    for call in (learner, lambda z: maml.clone()(z), lambda z: learner.module(z), learner):
+        torch.testing.assert_close(torch.func.grad(lambda z, f=call: cubed(f(z)))(x), slope)
+    learner = maml.clone()
+    learner.adapt(learner(x).square().mean())
+    y = learner(x)
+    found = torch.autograd.grad(y, parameters, v, is_grads_batched=True, retain_graph=True)
+    one = torch.autograd.grad(y, parameters, v[4])
+    for got, want in zip(found, one, strict=True):
+        torch.testing.assert_close(got[4], want)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.jacfwd])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")
+def test_a_first_call_under_a_transform_finds_the_program(transform: Callable) -> None:
+    maml, x = fastmaml.MAML(mlp(), 0.1), torch.randn(4, 5)
+    learner = maml.clone()
+    transform(lambda z: cubed(learner(z)))(x)
+    torch.func.vmap(learner)(torch.stack([x, x]))
+    assert maml.programs.latest is not None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from fastmaml.backends.native import DTYPES
 from fastmaml.program.attributes import Attributes, random_states
@@ -80,7 +81,7 @@ def fails(module: nn.Module, x: Tensor) -> bool:
 
 
 def _refuse_hooks(module: nn.Module) -> None:
-    if _has_any_global_hook():
+    if has_global_hooks():
         raise NotCovered("forward or backward hooks on all modules")
     for submodule in module.modules():
         if any(getattr(submodule, hooks, None) for hooks in _HOOKS):
@@ -155,11 +156,24 @@ def _trace(module: nn.Module, sample: _Sample) -> Graph:
         trace = Trace(sample.examples, parameters, buffers, TABLE, gradients=sample.gradients)
         trace.add_input(rows)
         trace.refuse_originals(module)
-        # saving for itself: a caller that counts what is saved shall not meet this
-        with saved_tensors_hooks(_same, _same), trace:
+        with _saving_for_itself(), trace:
             output = _run(module, parameters | buffers, rows)
     trace.check()
     return _graph(trace, output)
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks on all modules."""
+    m = torch_module
+    forward = m._global_forward_hooks or m._global_forward_pre_hooks
+    return bool(forward or m._global_backward_hooks or m._global_backward_pre_hooks)
+
+
+def _saving_for_itself() -> AbstractContextManager[Any]:
+    """A caller that counts what is saved does not meet this; under transforms nobody counts."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        return nullcontext()
+    return saved_tensors_hooks(_same, _same)
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from fastmaml import _core
 from fastmaml.backends.device import kernels_for, stream_on
 from fastmaml.backends.native import DTYPES, dtype_name, empty, pointer
+from fastmaml.program.transforms import NativeFunction
 
 
-class NumberStep(Function):
+class NumberStep(NativeFunction):
     """``theta - rate * gradient`` for tensors on the CPU and a number, in memory of tensors that
     are no longer in use; differentiable any number of times.
 
@@ -106,7 +106,7 @@ def _fit(theta: Tensor, gradient: Tensor, rates: Tensor) -> bool:
     )
 
 
-class GradientStep(Function):
+class GradientStep(NativeFunction):
     """:func:`gradient_step` by the kernels of ``csrc/cuda/update.cu``."""
 
     @staticmethod

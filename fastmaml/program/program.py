@@ -7,14 +7,19 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from fastmaml import _core, checks
 from fastmaml.backends.base import Executor
 from fastmaml.backends.reference import ReferenceExecutor
 from fastmaml.backends.select import forced_backend, make_executor, report_fallback
 from fastmaml.program.autograd import ProgramForward, Run
-from fastmaml.program.capture import FAILS_ON_A_SAMPLE, capture, fails, require_same
+from fastmaml.program.capture import (
+    FAILS_ON_A_SAMPLE,
+    capture,
+    fails,
+    has_global_hooks,
+    require_same,
+)
 from fastmaml.program.functional import FunctionalProgram
 from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
@@ -22,6 +27,7 @@ from fastmaml.program.statistics import RunningStatistics
 from fastmaml.program.substitute import Modes, modes_set
 from fastmaml.program.theta import Start, Theta
 from fastmaml.program.trace import NotCovered
+from fastmaml.program.transforms import outside, plain
 
 _CACHED_PROGRAMS = 16  # per module: modes, input shapes, dtypes
 
@@ -73,7 +79,7 @@ class NativeProgram:
 
     def _compare(self, examples: int) -> str | None:
         try:
-            with modes_set(self._module, self._modes):
+            with outside(), modes_set(self._module, self._modes):
                 require_same(self._module, self.graph, self._example, examples)
         except NotCovered as reason:
             if self._starves(examples) and str(reason).startswith(FAILS_ON_A_SAMPLE):
@@ -176,8 +182,8 @@ class ProgramCache:
         """
         state = module_signature(self._module) if signature is None else signature
         key: Signature = (layout.adapted_names, state, modes)
-        if not isinstance(x, Tensor) or why_not:
-            reason = why_not or "it is not called with one tensor"
+        if not isinstance(x, Tensor) or x.ndim < example_axes or why_not:
+            reason = why_not or "it is not called with one tensor of examples"
             return self._functional((*key, reason), reason, modes, None)
         key = (*key, x.shape[example_axes:], x.dtype, x.device, forced_backend())
         program = self._cached(key)
@@ -207,8 +213,11 @@ class ProgramCache:
     def _capture(
         self, layout: ParameterLayout, x: Tensor, example_axes: int, modes: Modes | None
     ) -> NativeProgram:
-        sample = x.detach().flatten(0, example_axes - 1)
-        graph = capture(self._module, sample)
+        with outside():
+            sample = plain(x).detach().flatten(0, example_axes - 1)
+            graph = capture(self._module, sample)
+        if any(0 in shape for shape in graph.values):
+            raise NotCovered("values without elements")
         for name, p in zip(layout.slots, layout.parameters, strict=True):
             if p.dtype != x.dtype or p.device != x.device:
                 came = f"{x.dtype} on {x.device}"
@@ -249,4 +258,4 @@ def _one_task(x: Tensor, example_axes: int) -> Tensor:
 def module_signature(module: nn.Module) -> Signature:
     """Changes with ``train()``/``eval()``, ``requires_grad_``, swapped parts and hooks."""
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-    return autocast, bool(_has_any_global_hook()), _core.module_signature(module)
+    return autocast, has_global_hooks(), _core.module_signature(module)

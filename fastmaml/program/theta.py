@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from fastmaml.backends.base import Executor, PackedExecutor
 from fastmaml.program.layout import ParameterLayout
+from fastmaml.program.transforms import NativeFunction
 
 
-class Pack(Function):
+class Pack(NativeFunction):
     """Rows ``[T, P]`` to an executor's ``[T, K]``: linear, and the adjoint of :class:`Unpack`."""
 
     @staticmethod
@@ -26,7 +26,7 @@ class Pack(Function):
         return None, Unpack.apply(ctx.executor, grad)
 
 
-class Unpack(Function):
+class Unpack(NativeFunction):
     """An executor's rows ``[T, K]`` to ``[T, P]``."""
 
     @staticmethod
@@ -39,7 +39,7 @@ class Unpack(Function):
         return None, Pack.apply(ctx.executor, grad)
 
 
-class PackParameters(Function):
+class PackParameters(NativeFunction):
     """Tensors like a module's adapted parameters, given also as ``flat [P]``, as one packed row
     ``[1, K]``. The node keeps no tensors: any number of graphs may go back through it.
     """

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 
 _older, _batched = _functorch.is_legacy_batchedtensor, _functorch.is_batchedtensor
 Gradients = tuple[Tensor | None, ...]
@@ -44,9 +45,47 @@ def one_by_one(
         found = [backward(*(None if r is None else r[i] for r in rows)) for i in range(batch.size)]
         stacked = [
             None if any(g is None for g in row) else torch.stack(row)
-            for row in zip(*found, strict=True)
+            for row in zip(*map(_as_tuple, found), strict=True)
         ]
     return tuple(None if g is None else batch.wrapped(g) for g in stacked)
+
+
+def _as_tuple(gradients: Any) -> tuple[Any, ...]:
+    return gradients if isinstance(gradients, tuple) else (gradients,)
+
+
+class NativeFunction(Function):
+    """A node whose computations are native: it runs outside of transforms, on tensors that are
+    not transformed, and takes batched cotangents one by one.
+    """
+
+    def __init_subclass__(cls) -> None:
+        backward = cls.backward
+
+        def one_at_a_time(ctx: Any, *cotangents: Any) -> Any:
+            if is_batched(cotangents):
+                return one_by_one(partial(backward, ctx), cotangents)
+            return backward(ctx, *cotangents)
+
+        cls.backward = staticmethod(one_at_a_time)  # type: ignore[method-assign]
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """The node's outputs.
+
+        Raises:
+            RuntimeError: an argument is transformed.
+        """
+        if _functorch.maybe_current_level() is None:
+            return super().apply(*args)
+        if any(isinstance(a, Tensor) and _wraps(a) for a in args):
+            raise RuntimeError(
+                "a learner's parameters must come from outside of torch.func.grad, vmap and other "
+                f"transforms, got transformed tensors in {cls.__name__}; clone and adapt the "
+                "learner first, and transform calls of it"
+            )
+        with outside():
+            return super().apply(*args)
 
 
 class _Batch:
@@ -78,11 +117,25 @@ class _Batch:
 
     def outside(self) -> Any:
         """No transform is at work here, as custom functions want it."""
-        return nullcontext() if self._older else outside()
+        return outside()
+
+
+def _wraps(tensor: Tensor) -> bool:
+    return _batched(tensor) or _functorch.is_gradtrackingtensor(tensor)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """What a transformed tensor stands for, or the first of several; to be called outside."""
+    while _wraps(tensor):
+        value = _functorch.get_unwrapped(tensor)
+        tensor = value.select(_functorch.maybe_get_bdim(tensor), 0) if _batched(tensor) else value
+    return tensor
 
 
 def outside() -> Any:
     """A context in which no transform of ``torch.func`` is at work."""
+    if _functorch.maybe_current_level() is None:
+        return nullcontext()
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
     return temporarily_clear_interpreter_stack()
