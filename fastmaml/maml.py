@@ -219,7 +219,9 @@ class MAML(BaseLearner):
                 in mini-batches, one for each step, see :class:`fastmaml.TaskBatch`. Or a sampler,
                 of which it is the next one, on a GPU drawn in the meta-step's own graph.
             steps: inner steps, 0 or more.
-            loss: ``(output, target)`` of one task to a scalar; any PyTorch function.
+            loss: ``(output, target)`` of one task to a scalar; any PyTorch function. Labels of -100
+                are left out, as by ``F.cross_entropy``; on a GPU, where labels are not looked at,
+                they give NaN with a native program.
             first_order: overrides the wrapper's.
             chunk: at most so many tasks at a time, each chunk's gradient worked out before the next
                 runs: memory is that of a chunk. The result is the same (no higher derivatives of
