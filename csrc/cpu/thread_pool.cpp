@@ -107,7 +107,7 @@ void ThreadPool::run_units(int threads, Index units, const std::function<void(in
   const auto take_units = [&](int thread) {
     for (Index unit = next++; unit < units; unit = next++) {
       body(thread, unit);
-      own += thread == 0;
+      if (thread == 0) ++own;
     }
   };
   if (threads <= 1) return take_units(0);
