@@ -16,9 +16,9 @@ class ThreadLimit {
  public:
   int allowed(int wanted) const { return std::min(wanted, allowed_.load()); }
 
-  // A call that `wanted` so many threads took `seconds` on `used` ones, `waited` of them for
-  // others.
-  void took(int wanted, int used, double seconds, double waited);
+  // A call that `wanted` so many threads took `seconds` on `used` ones, and would have taken
+  // `alone` on one.
+  void took(int wanted, int used, double seconds, double alone);
 
  private:
   static constexpr int kNone = std::numeric_limits<int>::max();
