@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,6 +44,11 @@ def one_of_lr_and_inner(lr: object, inner: object) -> None:
     """Either a learning rate is given or an inner optimizer."""
     from fastmaml.inner import InnerOptimizer
 
+    if lr is None and inner is None:
+        raise ValueError(
+            "lr or inner must be given, got neither; for example lr=0.01, or "
+            "inner=fastmaml.inner.Adam(lr=0.01)"
+        )
     if inner is None:
         learning_rate(lr)
         return
@@ -56,15 +62,17 @@ def one_of_lr_and_inner(lr: object, inner: object) -> None:
 
 
 def learning_rate(lr: object) -> None:
-    """``lr`` is a number or a tensor of one number."""
+    """``lr`` is a finite number of any kind (NumPy's too), or a tensor of one number."""
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(
                 f"lr must be a number or a tensor of one element, got shape {list(lr.shape)}; "
                 "use fastmaml.algorithms.MetaSGD for one rate per parameter"
             )
-    elif isinstance(lr, bool) or not isinstance(lr, (int, float)):
+    elif isinstance(lr, bool) or not isinstance(lr, Real):
         raise TypeError(f"lr must be a number or a tensor, got {type(lr).__name__}")
+    elif not math.isfinite(lr):
+        raise ValueError(f"lr must be a finite number, got {lr}")
 
 
 def task_axis(x: object, tasks: int) -> None:

@@ -9,12 +9,10 @@ Three doors to one engine, all with the same exact second-order gradients::
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
@@ -86,12 +84,11 @@ class MAML(BaseLearner):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        lr = _as_float(lr, inner)
         checks.one_of_lr_and_inner(lr, inner)
         self.module = model
         self.inner = inner
         if lr is not None:
-            self.lr = lr
+            self.lr = lr if isinstance(lr, Tensor) else float(lr)
         self.first_order = first_order
         self.allow_nograd = allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
@@ -287,20 +284,6 @@ class MAML(BaseLearner):
     def current_program(self, layout: ParameterLayout, x: Tensor) -> Program:
         """The program for ``x [T, N, ...]``; ``layout``: :meth:`layout`'s, just taken."""
         return self.programs.find(layout, x, signature=self.signature)
-
-
-def _as_float(lr: float | Tensor | None, inner: InnerOptimizer | None) -> float | Tensor | None:
-    """``lr``, if it is a real number of any kind (NumPy's too) as a float."""
-    if lr is None and inner is None:
-        raise ValueError(
-            "lr or inner must be given, got neither; for example lr=0.01, or "
-            "inner=fastmaml.inner.Adam(lr=0.01)"
-        )
-    if isinstance(lr, bool) or not isinstance(lr, Real):
-        return lr
-    if not math.isfinite(lr):
-        raise ValueError(f"lr must be a finite number, got {lr}")
-    return float(lr)
 
 
 def as_filter(

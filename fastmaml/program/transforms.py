@@ -41,7 +41,7 @@ def one_by_one(
     """``backward(*cotangents)`` of cotangents of which some are batched, as batched gradients."""
     batch = _Batch(next(filter(_is_batched, cotangents)))
     rows = [None if t is None else batch.rows(t) for t in cotangents]
-    with batch.outside():
+    with outside():
         found = [backward(*(None if r is None else r[i] for r in rows)) for i in range(batch.size)]
         stacked = [
             None if any(g is None for g in row) else torch.stack(row)
@@ -114,10 +114,6 @@ class _Batch:
         """``tensor [B, ...]`` as one of the batch's."""
         add = torch._add_batch_dim if self._older else _functorch._add_batch_dim
         return add(tensor, 0, self._level)
-
-    def outside(self) -> Any:
-        """No transform is at work here, as custom functions want it."""
-        return outside()
 
 
 def _wraps(tensor: Tensor) -> bool:
