@@ -24,7 +24,14 @@ from torch.autograd.function import once_differentiable
 from fastmaml.backends.base import Executor, MetaStep, MetaStepResult
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.theta import Pack, Unpack
-from fastmaml.program.transforms import Gradients, is_batched, one_by_one, outside, transformed
+from fastmaml.program.transforms import (
+    Gradients,
+    NativeFunction,
+    is_batched,
+    one_by_one,
+    outside,
+    transformed,
+)
 
 Data = TypeVar("Data", Tensor, Tensor | None)
 Wanted = tuple[Tensor | None, Tensor | None, Tensor | None]  # gradients: gtheta, gphi, gx
@@ -97,7 +104,7 @@ class Run:
         return packed
 
 
-class ProgramForward(Function):
+class ProgramForward(NativeFunction):
     """``y [T, N, ...] = f(theta [T, P], phi [Q], x [T, N, ...])``, and a token.
 
     The token carries no value: by taking it, ``ProgramBackward`` makes every backward pass that
@@ -132,9 +139,7 @@ class ProgramForward(Function):
         return y, token
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor | None, token: Tensor | None) -> Gradients:
-        if is_batched([gy]):
-            return one_by_one(partial(ProgramForward.backward, ctx), [gy, token])
+    def backward(ctx: Any, gy: Tensor | None, _: Tensor | None) -> Gradients:
         run: Run = ctx.run
         _, want_theta, want_phi, want_x, want_start = ctx.needs_input_grad
         gradients = run.waited(gy, sum_theta=want_start, want_phi=want_phi, want_x=want_x)
@@ -144,9 +149,9 @@ class ProgramForward(Function):
         if gradients is None:
             if gy is None:
                 return None, None, None, None, None
-            theta, phi, x, kept_token = ctx.saved_tensors
+            theta, phi, x, token = ctx.saved_tensors
             wants = (want_phi, want_x, torch.is_grad_enabled())
-            gradients = ProgramBackward.apply(run, wants, theta, phi, x, gy, kept_token)
+            gradients = ProgramBackward.apply(run, wants, theta, phi, x, gy, token)
         gtheta, gphi, gx = gradients
         return None, gtheta if want_theta else None, gphi, gx, None
 
