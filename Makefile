@@ -5,15 +5,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CORE_SOURCES := $(shell find csrc -type f)
-CLANG_FORMAT_SOURCES := $(filter %.h %.cpp %.cu %.cuh %.inc,$(CORE_SOURCES) $(wildcard bench/kernels/*))
+CLANG_FORMAT_SOURCES := $(filter %.h %.cpp %.cu %.cuh %.inc,$(CORE_SOURCES) $(wildcard bench/kernels/* tests/gpu_on_host/*))
 
-.PHONY: demo test lint format bench core-test sanitize races clean
+.PHONY: demo test gpu-test lint format bench core-test sanitize races clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastmaml demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+# The tests that need a GPU, on one that is the host, where convolutions take long; all: GPU_TESTS=
+GPU_TESTS ?= -k "not (conv_net and (drop_in or batched))"
+gpu-test: $(INSTALLED)
+	PYTHONPATH=tests $(BIN)/python -m gpu_on_host $(BIN)/python -m pytest -n auto \
+	    --maxprocesses 8 --dist worksteal -W default -m gpu $(GPU_TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

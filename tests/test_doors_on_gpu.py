@@ -35,13 +35,13 @@ def losses(y: Tensor, labels: Tensor) -> Tensor:
 
 
 def drop_in(maml: fastmaml.MAML, batch: fastmaml.TaskBatch, steps: int) -> Tensor:
-    total = torch.zeros((), device="cuda")
+    query_losses = []
     for x, y, qx, qy in zip(*batch, strict=True):
         learner = maml.clone()
         for _ in range(steps):
             learner.adapt(F.cross_entropy(learner(x), y))
-        total = total + F.cross_entropy(learner(qx), qy) / T
-    return total
+        query_losses.append(F.cross_entropy(learner(qx), qy))
+    return torch.stack(query_losses).mean()
 
 
 def batched(maml: fastmaml.MAML, batch: fastmaml.TaskBatch, steps: int) -> Tensor:
@@ -69,13 +69,26 @@ def fused(maml: fastmaml.MAML, batch: fastmaml.TaskBatch, steps: int) -> Tensor:
     ],
 )
 def test_doors(net, door, dtype, precision, tolerance):
-    module = net().to("cuda", dtype)
+    check(net, door, dtype, precision, tolerance, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("door", [drop_in, batched, fused])
+def test_on_the_second_device(door):
+    """While the first is the current one."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs another CUDA device")
+    check(small_net, door, torch.float32, "ieee", 1e-4, "cuda:1")
+
+
+def check(net, door, dtype, precision, tolerance, device):
+    module = net().to(device, dtype)
     maml = fastmaml.MAML(module, lr=0.05)
-    labels = torch.arange(WAYS, device="cuda").repeat(T, 2)
+    labels = torch.arange(WAYS, device=device).repeat(T, 2)
     for _ in range(4):  # as it is, captured, replayed
-        x, qx = torch.randn(2, T, 2 * WAYS, 1, 8, 8, device="cuda", dtype=dtype)
+        x, qx = torch.randn(2, T, 2 * WAYS, 1, 8, 8, device=device, dtype=dtype)
         batch = fastmaml.TaskBatch(x, labels, qx, labels)
-        exact = net().to("cuda", torch.float64)
+        exact = net().to(device, torch.float64)
         exact.load_state_dict(module.state_dict())
         in_double = fastmaml.TaskBatch(x.double(), labels, qx.double(), labels)
         _, expected = sequential_maml(exact, in_double, 0.05, 2)

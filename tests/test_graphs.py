@@ -297,7 +297,7 @@ def test_on_a_gpu(device: int):
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(8 * 49, 5),
+        nn.Linear(8 * 16, 5),
     ).cuda(device)
     maml = fastmaml.MAML(module, lr=0.1)
     labels = torch.arange(5, device=f"cuda:{device}").repeat(4, 1)
@@ -308,7 +308,7 @@ def test_on_a_gpu(device: int):
         maml.meta_loss(batch, steps=2).backward()
         return [p.grad.clone() for p in maml.parameters()]
 
-    batches = [torch.randn(4, 10, 1, 14, 14, device=labels.device) for _ in range(4)]
+    batches = [torch.randn(4, 10, 1, 9, 9, device=labels.device) for _ in range(4)]
     with precision("ieee"):
         graphed = [gradients(x) for x in batches]
         program = maml.programs.find(maml.layout(), batches[0])
