@@ -84,6 +84,7 @@ def fused_in_graph(case: Case, dtype: torch.dtype) -> Step:
         graph.replay()
         return gradients.read()
 
+    step.reads = maml, batch  # the graph does, and does not keep them
     return step
 
 

@@ -32,6 +32,14 @@ def test_a_right_gradient_passes_the_gate(contender):
     assert gate.error64 < 1e-9
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("contender", ["eager", "vmap-norm", "door3", "door3-in-graph"])
+def test_a_right_gradient_passes_the_gate_on_a_gpu(contender):
+    job = Job(contender, "sine", {"tasks": 2}, device="cuda")
+    gate = _prepare(job, oracle(job.sized_case()))[1]
+    assert gate.status == "ok", gate.reason
+
+
 def test_a_wrong_gradient_does_not():
     gate = gate_of("vmap")  # torch.func.vmap over the fused batch norm
     assert gate.status == "wrong"

@@ -21,17 +21,17 @@ _LIBRARIES = ("torch", "torch_cpu", "torch_cuda", "torch_python", "c10", "c10_cu
 
 def build() -> None:
     """Compile what is older than its sources."""
-    from torch.utils import cpp_extension  # looks for CUDA, and complains
-
     nvcc = shutil.which("nvcc")
     if nvcc is None or torch.version.cuda is None:
         raise SystemExit("the pretended GPU needs nvcc, for its headers, and a CUDA build of torch")
     BUILT.mkdir(parents=True, exist_ok=True)
     runtime = ["-std=c++17", "-Xlinker", f"-soname={RUNTIME.name}"]
     _compile(nvcc, RUNTIME, ["runtime.cpp", "driver.cpp"], runtime)
-    folders = [*cpp_extension.include_paths("cpu"), sysconfig.get_paths()["include"]]
-    operators = ["-std=c++20", *(f"-I{folder}" for folder in folders)]
-    operators += [f"-L{Path(torch.__file__).parent / 'lib'}", *(f"-l{name}" for name in _LIBRARIES)]
+    own = Path(torch.__file__).parent
+    headers = own / "include"
+    folders = [headers, headers / "torch/csrc/api/include", sysconfig.get_paths()["include"]]
+    operators = ["-std=c++20", *(f"-I{folder}" for folder in folders), f"-L{own / 'lib'}"]
+    operators += [f"-l{name}" for name in _LIBRARIES]
     _compile(nvcc, OPERATORS, ["operators.cpp"], operators)
 
 
