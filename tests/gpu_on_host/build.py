@@ -26,7 +26,7 @@ def build() -> None:
         raise SystemExit("the pretended GPU needs nvcc, for its headers, and a CUDA build of torch")
     BUILT.mkdir(parents=True, exist_ok=True)
     runtime = ["-std=c++17", "-Xlinker", f"-soname={RUNTIME.name}"]
-    _compile(nvcc, RUNTIME, ["runtime.cpp", "driver.cpp"], runtime)
+    _compile(nvcc, RUNTIME, ["device.cpp", "streams.cpp", "driver.cpp"], runtime)
     own = Path(torch.__file__).parent
     headers = own / "include"
     folders = [headers, headers / "torch/csrc/api/include", sysconfig.get_paths()["include"]]

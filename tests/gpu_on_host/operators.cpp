@@ -1,5 +1,6 @@
-// PyTorch's operators on CUDA tensors, whose memory is the host's: what the CPU computes on it. In
-// a capture nothing is computed: results are not numbers until a replay.
+// PyTorch's operators on CUDA tensors, whose memory is the host's: what the CPU computes on it,
+// once somebody waits for it. Until then its results are what lay in their memory; their shapes are
+// known from a trial on copies.
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -11,10 +12,10 @@
 
 #include <cstdint>
 #include <functional>
-#include <limits>
 #include <memory>
 #include <optional>
 #include <set>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -54,19 +55,21 @@ Tensor tensor_on_host(const Tensor& tensor) {
                        at::TensorOptions().device(at::kCPU).dtype(tensor.dtype()));
 }
 
+bool is_somebody_elses(const Tensor& tensor) { return !tensor.storage().resizable(); }
+
 void each_tensor(const IValue& value, const std::function<void(const Tensor&)>& visit) {
   if (value.isTensor() && value.toTensor().defined()) visit(value.toTensor());
   if (!value.isList()) return;
   for (const IValue& item : value.toListRef()) each_tensor(item, visit);
 }
 
-IValue on_host(const IValue& value) {
-  if (value.isTensor()) return tensor_on_host(value.toTensor());
-  if (value.isDevice()) return c10::Device(at::kCPU);
-  if (value.isGenerator()) return IValue();  // the host's own
+// `value` with other tensors.
+IValue mapped(const IValue& value, const std::function<Tensor(const Tensor&)>& other) {
+  const auto of = [&](const Tensor& tensor) { return tensor.defined() ? other(tensor) : tensor; };
+  if (value.isTensor()) return of(value.toTensor());
   if (value.isTensorList()) {
     c10::List<Tensor> tensors;
-    for (const Tensor& tensor : value.toTensorVector()) tensors.push_back(tensor_on_host(tensor));
+    for (const Tensor& tensor : value.toTensorVector()) tensors.push_back(of(tensor));
     return tensors;
   }
   bool holds_tensors = false;
@@ -74,10 +77,18 @@ IValue on_host(const IValue& value) {
   if (!holds_tensors) return value;
   c10::List<std::optional<Tensor>> tensors;
   for (const IValue& item : value.toListRef()) {
-    tensors.push_back(item.isNone() ? std::nullopt
-                                    : std::optional<Tensor>(tensor_on_host(item.toTensor())));
+    tensors.push_back(item.isNone() ? std::nullopt : std::optional<Tensor>(of(item.toTensor())));
   }
   return tensors;
+}
+
+// What a kernel is given: of the host's tensors their values.
+IValue on_host(const IValue& value, bool written) {
+  if (value.isDevice()) return c10::Device(at::kCPU);
+  if (value.isGenerator()) return IValue();  // the host's own
+  return mapped(value, [&](const Tensor& tensor) {
+    return tensor.is_cuda() || written ? tensor_on_host(tensor) : tensor.clone();
+  });
 }
 
 // Leaves the results on the stack.
@@ -88,14 +99,6 @@ void run_on_host(const c10::OperatorHandle& op, Stack& stack) {
        c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::FuncTorchBatched,
        c10::DispatchKey::FuncTorchDynamicLayerBackMode}));
   op.callBoxed(&stack);
-}
-
-void make_unknown(const Tensor& tensor) {
-  if (tensor.is_floating_point()) {
-    tensor.fill_(std::numeric_limits<double>::quiet_NaN());
-  } else {
-    tensor.zero_();
-  }
 }
 
 // That of the first tensor on one, or that on which one is wanted.
@@ -129,16 +132,23 @@ class Call {
 
   Stack run() {
     check_devices();
-    if (waits()) wait();
-    Stack host = host_arguments();
-    const Stack given = host;
-    const auto before = copies(host);
-    run_on_host(op_, host);
-    Stack results;
-    for (std::size_t i = 0; i < host.size(); ++i) results.push_back(result(i, host[i]));
-    for (const auto& [tensor, copy] : before) tensor.copy_(copy);
-    enqueue(stream_, captured_ ? again(given) : [] {});
-    return results;
+    wait_for_other_devices();
+    Stack given = host_arguments();
+    if (waits()) {
+      wait();
+      return results(computed(given), true);
+    }
+    Stack found;
+    try {
+      found = computed(trial(given));
+    } catch (const c10::Error&) {  // which may be of the values, that a trial does not know
+      if (captured_) throw;
+      synchronize(stream_);
+      return results(computed(given), true);
+    }
+    Stack out = results(found, false);
+    enqueue(stream_, again(given));
+    return out;
   }
 
  private:
@@ -151,6 +161,16 @@ class Call {
         TORCH_CHECK(tensor.device() == device_ || (tensor.is_cpu() && tensor.dim() == 0), name_,
                     ": Expected all tensors to be on the same device, but found ", device_, " and ",
                     tensor.device());
+      });
+    }
+  }
+
+  // As copies between GPUs do, by events.
+  void wait_for_other_devices() const {
+    for (const IValue& argument : arguments_) {
+      each_tensor(argument, [&](const Tensor& tensor) {
+        if (!tensor.is_cuda() || tensor.device() == device_) return;
+        synchronize(c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream());
       });
     }
   }
@@ -187,10 +207,19 @@ class Call {
     if (c10::cuda::warning_state().get_sync_debug_mode() != c10::cuda::SyncDebugMode::L_DISABLED) {
       c10::cuda::warn_or_error_on_sync();
     }
-    if (!captured_) return;
-    break_off_capture(stream_);
-    TORCH_CHECK(false, "CUDA error: operation not permitted when stream is capturing (", name_,
+    if (captured_) break_off_capture(stream_);
+    TORCH_CHECK(!captured_, "CUDA error: operation not permitted when stream is capturing (", name_,
                 ")");
+    synchronize(stream_);
+  }
+
+  static void synchronize(cudaStream_t stream) {
+    TORCH_CHECK(cudaStreamSynchronize(stream) == cudaSuccess, "CUDA error: a kernel failed");
+  }
+
+  Stack computed(Stack stack) const {
+    run_on_host(op_, stack);
+    return stack;
   }
 
   Stack host_arguments() const {
@@ -203,58 +232,60 @@ class Call {
         const Tensor& out = argument.toTensor();
         host.push_back(at::empty(out.sizes(), out.options().device(at::kCPU)));
       } else {
-        host.push_back(on_host(argument));
+        host.push_back(on_host(argument, is_written(parameters()[i])));
       }
     }
     return host;
   }
 
-  // Of what will be written to though it should not now.
-  std::vector<std::pair<Tensor, Tensor>> copies(const Stack& host) const {
-    std::vector<std::pair<Tensor, Tensor>> copied;
-    if (!captured_) return copied;
-    for (std::size_t i = 0; i < host.size(); ++i) {
-      if (!is_written(parameters()[i])) continue;
-      each_tensor(host[i], [&](const Tensor& tensor) {
-        if (tensor.numel() > 0) copied.emplace_back(tensor, tensor.clone());
-      });
+  // Arguments of the same shapes, that may be written to, and no indices out of bounds.
+  Stack trial(const Stack& given) const {
+    Stack copies;
+    for (std::size_t i = 0; i < given.size(); ++i) {
+      copies.push_back(mapped(given[i], [&](const Tensor& tensor) {
+        const bool is_index = !tensor.is_floating_point() && is_somebody_elses(tensor);
+        if (is_index) return at::zeros_like(tensor);
+        return tensor.clone();  // some write to more than they say
+      }));
     }
-    return copied;
+    return copies;
   }
 
-  IValue result(std::size_t i, const IValue& found) {
-    if (is_written(op_.schema().returns()[i])) return written(i, found);
-    if (found.isTensor()) return moved(i, found.toTensor());
+  Stack results(const Stack& found, bool known) {
+    Stack out;
+    for (std::size_t i = 0; i < found.size(); ++i) out.push_back(result(i, found[i], known));
+    return out;
+  }
+
+  IValue result(std::size_t i, const IValue& found, bool known) {
+    if (is_written(op_.schema().returns()[i])) return written(i, found, known);
+    if (found.isTensor()) return moved(i, found.toTensor(), known);
     if (!found.isTensorList()) return found;
     c10::List<Tensor> tensors;
-    for (const Tensor& tensor : found.toTensorVector()) tensors.push_back(moved(i, tensor));
+    for (const Tensor& tensor : found.toTensorVector()) tensors.push_back(moved(i, tensor, known));
     return tensors;
   }
 
-  IValue written(std::size_t i, const IValue& found) {
+  IValue written(std::size_t i, const IValue& found, bool known) {
     const IValue& argument = argument_of(op_.schema().returns()[i]);
     if (found.isTensor() && found.toTensor().sizes() != argument.toTensor().sizes()) {
       argument.toTensor().resize_(found.toTensor().sizes());
-      place(i, argument.toTensor(), found.toTensor());
+      place(i, argument.toTensor(), found.toTensor(), known);
     }
     return argument;
   }
 
-  Tensor moved(std::size_t i, const Tensor& value) {
+  Tensor moved(std::size_t i, const Tensor& value, bool known) {
     if (!value.defined()) return value;
     const auto options = value.options().device(device_);
     const Tensor result = at::empty_strided(value.sizes(), value.strides(), options);
-    place(i, result, value);
+    place(i, result, value, known);
     return result;
   }
 
-  void place(std::size_t i, const Tensor& result, const Tensor& value) {
+  void place(std::size_t i, const Tensor& result, const Tensor& value, bool known) {
     const Tensor memory = tensor_on_host(result);
-    if (captured_) {
-      make_unknown(memory);
-    } else {
-      memory.copy_(value);
-    }
+    if (known) memory.copy_(value);
     places_.emplace_back(i, memory);
   }
 
@@ -329,7 +360,11 @@ void enqueue_call(std::uintptr_t stream, py::object call) {
   const py::gil_scoped_release unlocked;
   enqueue(reinterpret_cast<cudaStream_t>(stream), [held] {
     const py::gil_scoped_acquire locked;
-    (*held)();
+    try {
+      (*held)();
+    } catch (const py::error_already_set& error) {
+      throw std::runtime_error(error.what());
+    }
   });
 }
 

@@ -1,35 +1,31 @@
-// The CUDA runtime, as far as PyTorch calls it, for two devices that are the host: their memory is
-// the host's, what is queued is run at once, and a graph is a list of what is to be run. What a
-// capture forbids is refused as CUDA refuses it.
-//
-// Loaded before everything else, under the driver's name, so that all calls come here. What is not
-// here is answered by the real runtime, which finds no driver and says so.
-#include "runtime.h"
-
-#include <algorithm>
+// Streams, events and graphs. A graph is a list of what is to be run. What is queued on a stream is
+// run as late as CUDA allows, so that who does not wait for another stream finds nothing there;
+// what a capture forbids is refused as CUDA refuses it.
 #include <chrono>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <iterator>
-#include <map>
+#include <cstdio>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <set>
 #include <stdexcept>
-#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "runtime.h"
+
+using gpu_on_host::answer;
+using gpu_on_host::current_device;
+using gpu_on_host::disturbing;
+using gpu_on_host::enqueue;
+using gpu_on_host::kDevices;
+using gpu_on_host::Lock;
+using gpu_on_host::mutex;
+
 namespace {
 
 using Work = std::function<void()>;
-
-constexpr int kDevices = 2;
-constexpr std::size_t kMemory = std::size_t{8} << 30;
-constexpr std::size_t kAlignment = 512;  // of PyTorch's blocks
-constexpr int kNothing = 0xFF;           // floating-point numbers of such bytes are not numbers
 
 struct Capture {
   unsigned long long id;
@@ -40,25 +36,35 @@ struct Capture {
   std::vector<Work> work = {};
 };
 
-std::recursive_mutex mutex;
+std::recursive_mutex running;                 // held while queued work runs, of whichever stream
 std::set<std::shared_ptr<Capture>> captures;  // that have not ended
-std::map<const char*, std::size_t> device_memory[kDevices], pinned_memory;
-std::size_t allocated[kDevices] = {};
-thread_local int current_device = 0;
 unsigned long long last_capture = 0;
 thread_local cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 thread_local cudaError_t last_error = cudaSuccess;
+std::vector<CUstream_st*> streams;  // that were made, which PyTorch keeps
 
 }  // namespace
+
+// Python's, in a process that is Python.
+extern "C" {
+__attribute__((weak)) int Py_IsInitialized();
+__attribute__((weak)) int PyGILState_Check();
+__attribute__((weak)) void* PyEval_SaveThread();
+__attribute__((weak)) void PyEval_RestoreThread(void*);
+}
 
 struct CUstream_st {
   std::shared_ptr<Capture> capture = nullptr;
   int priority = 0;
   int device = current_device;
+  std::deque<Work> queued = {};
+  std::uint64_t queued_ever = 0, done = 0;
 };
 
 struct CUevent_st {
   std::weak_ptr<Capture> capture = {};
+  CUstream_st* stream = nullptr;
+  std::uint64_t place = 0;  // in the stream's queue
   std::chrono::steady_clock::time_point when = {};
   int device = current_device;
 };
@@ -73,12 +79,20 @@ struct CUgraphExec_st {
 
 namespace {
 
-using Lock = std::lock_guard<std::recursive_mutex>;
+CUstream_st on_device(int device) {
+  CUstream_st stream;
+  stream.device = device;
+  return stream;
+}
+
+CUstream_st* default_stream(int device) {
+  static CUstream_st of_device[kDevices] = {on_device(0), on_device(1)};
+  return &of_device[device];
+}
 
 CUstream_st* stream_of(cudaStream_t handle) {
-  static CUstream_st default_streams[kDevices] = {{nullptr, 0, 0}, {nullptr, 0, 1}};
   const bool is_default = reinterpret_cast<std::uintptr_t>(handle) <= 2;
-  return is_default ? &default_streams[current_device] : handle;
+  return is_default ? default_stream(current_device) : handle;
 }
 
 // The capture that `handle` is part of, which may have ended elsewhere.
@@ -88,32 +102,59 @@ std::shared_ptr<Capture>& capture_of(cudaStream_t handle) {
   return capture;
 }
 
-cudaError_t answer(cudaError_t error) {
-  if (error != cudaSuccess) last_error = error;
-  return error;
-}
-
 cudaError_t refuse(Capture& capture, cudaError_t error) {
   capture.broken_off = true;
   return answer(error);
 }
 
-// Whether a call that might disturb a capture is let through; see
-// cudaThreadExchangeStreamCaptureMode.
-cudaError_t disturbing() {
-  const Lock lock(mutex);
-  if (thread_mode == cudaStreamCaptureModeRelaxed) return cudaSuccess;
-  for (const auto& capture : captures) {
-    const bool own = capture->thread == std::this_thread::get_id() &&
-                     capture->mode != cudaStreamCaptureModeRelaxed;
-    const bool foreign =
-        thread_mode == cudaStreamCaptureModeGlobal && capture->mode == cudaStreamCaptureModeGlobal;
-    if (own || foreign) return refuse(*capture, cudaErrorStreamCaptureUnsupported);
+// Work may be Python's, which another thread may hold up.
+class PythonUnlocked {
+ public:
+  PythonUnlocked() {
+    const bool locked = PyGILState_Check && Py_IsInitialized() && PyGILState_Check();
+    if (locked) state_ = PyEval_SaveThread();
   }
-  return cudaSuccess;
+  ~PythonUnlocked() {
+    if (state_ != nullptr) PyEval_RestoreThread(state_);
+  }
+
+ private:
+  void* state_ = nullptr;
+};
+
+// Runs what is queued before `place`.
+cudaError_t finish(CUstream_st* stream, std::uint64_t place) {
+  const PythonUnlocked unlocked;
+  const std::lock_guard<std::recursive_mutex> alone(running);
+  while (true) {
+    Work work;
+    {
+      const Lock lock(mutex);
+      if (stream->done >= place) return cudaSuccess;
+      work = std::move(stream->queued.front());
+      stream->queued.pop_front();
+    }
+    cudaError_t error = cudaSuccess;
+    try {
+      work();
+    } catch (const std::exception& failure) {
+      std::fprintf(stderr, "a kernel failed: %s\n", failure.what());
+      error = answer(cudaErrorLaunchFailure);
+    }
+    const Lock lock(mutex);
+    ++stream->done;
+    if (error != cudaSuccess) return error;
+  }
 }
 
-// The same of one that waits for a stream.
+cudaError_t finish(CUstream_st* stream) {
+  std::unique_lock<std::recursive_mutex> lock(mutex);
+  const std::uint64_t all = stream->queued_ever;
+  lock.unlock();
+  return finish(stream, all);
+}
+
+// Whether a call that waits for a stream is let through.
 cudaError_t waiting(cudaStream_t stream) {
   const Lock lock(mutex);
   if (const auto& capture = capture_of(stream)) {
@@ -129,16 +170,11 @@ cudaError_t waiting(cudaEvent_t event) {
   return disturbing();
 }
 
-bool lies_in(const std::map<const char*, std::size_t>& memory, const void* pointer) {
-  const char* place = static_cast<const char*>(pointer);
-  const auto next = memory.upper_bound(place);
-  if (next == memory.begin()) return false;
-  const auto& [start, size] = *std::prev(next);
-  return place < start + size;
-}
-
 cudaError_t make_stream(cudaStream_t* stream, int priority) {
-  *stream = new CUstream_st{nullptr, priority, current_device};
+  *stream = new CUstream_st;
+  (*stream)->priority = priority;
+  const Lock lock(mutex);
+  streams.push_back(*stream);
   return cudaSuccess;
 }
 
@@ -151,23 +187,58 @@ cudaError_t make_event(cudaEvent_t* event) {
 
 namespace gpu_on_host {
 
+std::recursive_mutex mutex;
+thread_local int current_device = 0;
+
+cudaError_t answer(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+cudaError_t disturbing() {
+  const Lock lock(mutex);
+  if (thread_mode == cudaStreamCaptureModeRelaxed) return cudaSuccess;
+  for (const auto& capture : captures) {
+    const bool own = capture->thread == std::this_thread::get_id() &&
+                     capture->mode != cudaStreamCaptureModeRelaxed;
+    const bool foreign =
+        thread_mode == cudaStreamCaptureModeGlobal && capture->mode == cudaStreamCaptureModeGlobal;
+    if (own || foreign) return refuse(*capture, cudaErrorStreamCaptureUnsupported);
+  }
+  return cudaSuccess;
+}
+
+cudaError_t finish_all(int device) {
+  std::vector<CUstream_st*> all;
+  {
+    const Lock lock(mutex);
+    all = streams;
+    for (int i = 0; i < kDevices; ++i) all.push_back(default_stream(i));
+  }
+  for (CUstream_st* stream : all) {
+    if (device >= 0 && stream->device != device) continue;
+    if (const cudaError_t error = finish(stream)) return error;
+  }
+  return cudaSuccess;
+}
+
 bool is_capturing(cudaStream_t stream) {
   const Lock lock(mutex);
   return capture_of(stream) != nullptr;
 }
 
-void enqueue(cudaStream_t stream, Work work) {
-  {
-    const Lock lock(mutex);
-    if (stream_of(stream)->device != current_device) {
-      throw std::invalid_argument("a kernel is launched on a stream of another device");
-    }
-    if (const auto& capture = capture_of(stream)) {
-      capture->work.push_back(std::move(work));
-      return;
-    }
+void enqueue(cudaStream_t handle, Work work) {
+  const Lock lock(mutex);
+  CUstream_st* stream = stream_of(handle);
+  if (stream->device != current_device) {
+    throw std::invalid_argument("a kernel is launched on a stream of another device");
   }
-  work();
+  if (const auto& capture = capture_of(stream)) {
+    capture->work.push_back(std::move(work));
+  } else {
+    stream->queued.push_back(std::move(work));
+    ++stream->queued_ever;
+  }
 }
 
 void break_off_capture(cudaStream_t stream) {
@@ -175,69 +246,21 @@ void break_off_capture(cudaStream_t stream) {
   if (const auto& capture = capture_of(stream)) capture->broken_off = true;
 }
 
-bool is_device_memory(const void* pointer) {
-  const Lock lock(mutex);
-  return lies_in(device_memory[current_device], pointer);
-}
-
 }  // namespace gpu_on_host
-
-using gpu_on_host::enqueue;
 
 extern "C" {
 
-// --- the device ----------------------------------------------------------------------------------
-
-cudaError_t cudaGetDeviceCount(int* count) {
-  *count = kDevices;
-  return cudaSuccess;
-}
-
-cudaError_t cudaGetDevice(int* device) {
-  *device = current_device;
-  return cudaSuccess;
-}
-
-cudaError_t cudaSetDevice(int device) {
-  if (device < 0 || device >= kDevices) return answer(cudaErrorInvalidDevice);
-  current_device = device;
-  return cudaSuccess;
-}
-
-cudaError_t cudaDriverGetVersion(int* version) {
-  *version = CUDART_VERSION;
-  return cudaSuccess;
-}
-
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
-  *properties = {};
-  std::strcpy(properties->name, "the host as a GPU");
-  properties->major = 9;
-  properties->totalGlobalMem = kMemory;
-  properties->multiProcessorCount = 132;
-  properties->warpSize = 32;
-  properties->maxThreadsPerBlock = 1024;
-  properties->maxThreadsPerMultiProcessor = 2048;
-  properties->sharedMemPerBlock = 48 << 10;
-  properties->sharedMemPerBlockOptin = 227 << 10;
-  properties->regsPerMultiprocessor = 1 << 16;
-  return cudaSuccess;
-}
-
-cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
-  *least = 0;
-  *greatest = -5;
-  return cudaSuccess;
-}
-
 cudaError_t cudaDeviceSynchronize() {
-  const Lock lock(mutex);
-  cudaError_t error = cudaSuccess;
-  for (const auto& capture : captures) {
-    if (capture->begun_on->device != current_device) continue;
-    error = refuse(*capture, cudaErrorStreamCaptureUnsupported);
+  {
+    const Lock lock(mutex);
+    cudaError_t error = cudaSuccess;
+    for (const auto& capture : captures) {
+      if (capture->begun_on->device != current_device) continue;
+      error = refuse(*capture, cudaErrorStreamCaptureUnsupported);
+    }
+    if (error != cudaSuccess) return error;
   }
-  return error;
+  return gpu_on_host::finish_all(current_device);
 }
 
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
@@ -246,80 +269,6 @@ cudaError_t cudaPeekAtLastError() { return last_error; }
 
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   std::swap(*mode, thread_mode);
-  return cudaSuccess;
-}
-
-// --- memory --------------------------------------------------------------------------------------
-
-cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
-  const Lock lock(mutex);
-  *free = kMemory - allocated[current_device];
-  *total = kMemory;
-  return cudaSuccess;
-}
-
-cudaError_t cudaMalloc(void** pointer, std::size_t size) {
-  if (const cudaError_t error = disturbing()) return error;
-  const Lock lock(mutex);
-  if (allocated[current_device] + size > kMemory || posix_memalign(pointer, kAlignment, size)) {
-    return answer(cudaErrorMemoryAllocation);
-  }
-  std::memset(*pointer, kNothing, size);
-  device_memory[current_device][static_cast<const char*>(*pointer)] = size;
-  allocated[current_device] += size;
-  return cudaSuccess;
-}
-
-cudaError_t cudaFree(void* pointer) {
-  if (pointer == nullptr) return cudaSuccess;
-  if (const cudaError_t error = disturbing()) return error;
-  const Lock lock(mutex);
-  for (int device = 0; device < kDevices; ++device) {
-    const auto found = device_memory[device].find(static_cast<const char*>(pointer));
-    if (found == device_memory[device].end()) continue;
-    allocated[device] -= found->second;
-    device_memory[device].erase(found);
-    std::free(pointer);
-    return cudaSuccess;
-  }
-  return answer(cudaErrorInvalidValue);
-}
-
-cudaError_t cudaHostAlloc(void** pointer, std::size_t size, unsigned) {
-  const Lock lock(mutex);
-  if (posix_memalign(pointer, kAlignment, size)) return answer(cudaErrorMemoryAllocation);
-  pinned_memory[static_cast<const char*>(*pointer)] = size;
-  return cudaSuccess;
-}
-
-cudaError_t cudaFreeHost(void* pointer) {
-  const Lock lock(mutex);
-  pinned_memory.erase(static_cast<const char*>(pointer));
-  std::free(pointer);
-  return cudaSuccess;
-}
-
-cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer) {
-  const Lock lock(mutex);
-  *attributes = {};
-  const bool pinned = lies_in(pinned_memory, pointer);
-  attributes->type = pinned ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
-  for (int device = 0; device < kDevices; ++device) {
-    if (!lies_in(device_memory[device], pointer)) continue;
-    attributes->type = cudaMemoryTypeDevice;
-    attributes->device = device;
-  }
-  return cudaSuccess;
-}
-
-cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t size, cudaMemcpyKind,
-                            cudaStream_t stream) {
-  enqueue(stream, [=] { std::memmove(to, from, size); });
-  return cudaSuccess;
-}
-
-cudaError_t cudaMemsetAsync(void* to, int value, std::size_t size, cudaStream_t stream) {
-  enqueue(stream, [=] { std::memset(to, value, size); });
   return cudaSuccess;
 }
 
@@ -338,15 +287,28 @@ cudaError_t cudaStreamGetPriority(cudaStream_t stream, int* priority) {
   return cudaSuccess;
 }
 
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return waiting(stream); }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (const cudaError_t error = waiting(stream)) return error;
+  return finish(stream_of(stream));
+}
 
-cudaError_t cudaStreamQuery(cudaStream_t stream) { return waiting(stream); }
+cudaError_t cudaStreamQuery(cudaStream_t handle) {
+  if (const cudaError_t error = waiting(handle)) return error;
+  const Lock lock(mutex);
+  return stream_of(handle)->queued.empty() ? cudaSuccess : cudaErrorNotReady;
+}
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned) {
   const Lock lock(mutex);
   std::shared_ptr<Capture>& own = capture_of(handle);
   const auto noted = event->capture.lock();
   const auto capture = captures.count(noted) ? noted : nullptr;
+  if (capture == nullptr && own == nullptr) {
+    enqueue(handle, [stream = event->stream, place = event->place] {
+      if (stream != nullptr) finish(stream, place);
+    });
+    return cudaSuccess;
+  }
   if (capture == own) return cudaSuccess;
   if (own) return refuse(*own, cudaErrorStreamCaptureIsolation);
   own = capture;
@@ -366,6 +328,8 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   const Lock lock(mutex);
   if (event->device != stream_of(stream)->device) return answer(cudaErrorInvalidResourceHandle);
   event->capture = capture_of(stream);
+  event->stream = stream_of(stream);
+  event->place = event->stream->queued_ever;
   event->when = std::chrono::steady_clock::now();
   return cudaSuccess;
 }
@@ -374,9 +338,17 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, uns
   return cudaEventRecord(event, stream);
 }
 
-cudaError_t cudaEventQuery(cudaEvent_t event) { return waiting(event); }
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  if (const cudaError_t error = waiting(event)) return error;
+  const Lock lock(mutex);
+  const bool passed = event->stream == nullptr || event->stream->done >= event->place;
+  return passed ? cudaSuccess : cudaErrorNotReady;
+}
 
-cudaError_t cudaEventSynchronize(cudaEvent_t event) { return waiting(event); }
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (const cudaError_t error = waiting(event)) return error;
+  return event->stream == nullptr ? cudaSuccess : finish(event->stream, event->place);
+}
 
 cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) {
   *ms = std::chrono::duration<float, std::milli>(end->when - start->when).count();
