@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
-NAME = "the host as a GPU"
-
 
 @pytest.fixture(autouse=True)
 def on_host() -> None:
-    if torch.cuda.get_device_name() != NAME:
+    if "gpu_on_host.install" not in sys.modules:
         pytest.skip("this is a GPU in earnest")
 
 
