@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 CORE_SOURCES := $(shell find csrc -type f)
 CLANG_FORMAT_SOURCES := $(filter %.h %.cpp %.cu %.cuh %.inc,$(CORE_SOURCES) $(wildcard bench/kernels/* tests/gpu_on_host/*))
 
-.PHONY: demo test gpu-test lint format bench core-test sanitize races clean
+.PHONY: demo test gpu-test lint format bench core-test arm-test sanitize races clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastmaml demo
@@ -42,6 +42,15 @@ core-test: $(INSTALLED)
 	    -DCMAKE_BUILD_TYPE=Release -DFASTMAML_TESTS=ON -DFASTMAML_PYTHON=OFF
 	$(BIN)/cmake --build build/core
 	$(BIN)/ctest --test-dir build/core --output-on-failure
+
+# The same for 64-bit ARM, by a cross-compiler and QEMU (Debian: g++-aarch64-linux-gnu, qemu-user),
+# which does not fork a process of several threads.
+arm-test: $(INSTALLED)
+	$(BIN)/cmake -S . -B build/arm -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	    -DCMAKE_TOOLCHAIN_FILE=csrc/tests/aarch64-linux.cmake \
+	    -DCMAKE_BUILD_TYPE=Release -DFASTMAML_TESTS=ON -DFASTMAML_PYTHON=OFF -DFASTMAML_CUDA=0
+	$(BIN)/cmake --build build/arm
+	$(BIN)/ctest --test-dir build/arm --output-on-failure --parallel 2 --exclude-regex '^thread_pool$$'
 
 sanitize: $(INSTALLED)
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \

@@ -6,11 +6,10 @@ namespace fastmaml {
 namespace FASTMAML_ISA {
 namespace {
 
-// With 32 vector registers, tiles of 3 taps and two vectors leave room for 12 positions; with 16
-// there is no room for a tile worth having.
-constexpr bool kEnoughRegisters = FASTMAML_VECTOR_BYTES == 64;
 constexpr int kTaps = 3;       // width of the kernels served
 constexpr int kLinePanel = 2;  // vectors of output channels a tile spans, at most
+// With 32 registers, tiles of 3 taps and two vectors leave room for 12 positions; with 16 there is
+// no room for a tile worth having.
 constexpr int kPositions[] = {0, 16, 12};
 constexpr int kInputs[] = {0, 8, 4};     // input channels of a weight gradient's tile
 constexpr int kLeastWidth = 5;           // narrower tiles wait for their own results
@@ -202,7 +201,7 @@ struct Panels {
 };
 
 bool steps_by_one(const ConvGeometry& g) {
-  return kEnoughRegisters && g.kernel_w == kTaps && g.stride_h == 1 && g.stride_w == 1 &&
+  return kManyRegisters && g.kernel_w == kTaps && g.stride_h == 1 && g.stride_w == 1 &&
          g.dilation_w == 1 && g.pad_w < kTaps;
 }
 

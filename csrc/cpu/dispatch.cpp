@@ -16,6 +16,9 @@ namespace fastmaml {
 FASTMAML_DECLARE_TABLE(avx512)
 FASTMAML_DECLARE_TABLE(avx2)
 #endif
+#ifdef FASTMAML_ARM64
+FASTMAML_DECLARE_TABLE(neon)
+#endif
 FASTMAML_DECLARE_TABLE(portable)
 
 void throw_label_out_of_range(Index row, std::int64_t label, Index columns) {
@@ -33,6 +36,9 @@ std::vector<std::string> runnable_isas() {
     isas.push_back("avx512");
   }
   if (avx2) isas.push_back("avx2");
+#endif
+#ifdef FASTMAML_ARM64
+  isas.push_back("neon");  // every one of them has it
 #endif
   isas.push_back("portable");
   return isas;
@@ -61,6 +67,9 @@ const Kernels<T>& kernels_for(const std::string& isa) {
 #ifdef FASTMAML_X86
   if (isa == "avx512") return avx512::table<T>();
   if (isa == "avx2") return avx2::table<T>();
+#endif
+#ifdef FASTMAML_ARM64
+  if (isa == "neon") return neon::table<T>();
 #endif
   if (isa == "portable") return portable::table<T>();
   throw std::runtime_error("no kernels were built for the instruction set \"" + isa + "\"");

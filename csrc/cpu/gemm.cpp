@@ -10,16 +10,16 @@ namespace {
 
 // Rows of a tile by the vectors it spans: accumulators, one row of b and a broadcast value share
 // the registers, and every row of a keeps a pointer of its own in `row_tile`.
-constexpr int kRowTile[] = {0, FASTMAML_VECTOR_BYTES == 16 ? 6 : 12,
-                            FASTMAML_VECTOR_BYTES == 64   ? 12
-                            : FASTMAML_VECTOR_BYTES == 32 ? 6
-                                                          : 4,
-                            FASTMAML_VECTOR_BYTES == 64 ? 8 : 4, 6};
-constexpr int kOuterTile[] = {0, FASTMAML_VECTOR_BYTES == 16 ? 6 : 12,
-                              FASTMAML_VECTOR_BYTES == 64   ? 14
-                              : FASTMAML_VECTOR_BYTES == 32 ? 6
-                                                            : 4,
-                              FASTMAML_VECTOR_BYTES == 64 ? 9 : 4, 6};
+constexpr int kRowTile[] = {0, kFused ? 12 : 6,
+                            kManyRegisters ? 12
+                            : kFused       ? 6
+                                           : 4,
+                            kManyRegisters ? 8 : 4, 6};
+constexpr int kOuterTile[] = {0, kFused ? 12 : 6,
+                              kManyRegisters ? 14
+                              : kFused       ? 6
+                                             : 4,
+                              kManyRegisters ? 9 : 4, 6};
 
 constexpr Index kCacheBytes = 24 * 1024;  // what a loop may keep in half of a small L1 cache
 constexpr Index kPairs = 256;             // row pairs whose offsets are worked out at once
@@ -179,12 +179,12 @@ void outer_tiles(const OuterProduct<T>& product, const Offsets* offsets, Index k
       case 2:
         outer_panel<T, 2>(product, offsets, rows, column);
         break;
-#if FASTMAML_VECTOR_BYTES >= 32
+#if FASTMAML_VECTOR_BYTES > 16 || FASTMAML_REGISTERS == 32
       case 3:
         outer_panel<T, 3>(product, offsets, rows, column);
         break;
 #endif
-#if FASTMAML_VECTOR_BYTES == 64
+#if FASTMAML_REGISTERS == 32
       case 4:
         outer_panel<T, 4>(product, offsets, rows, column);
         break;
@@ -238,12 +238,12 @@ void multiply_rows(const RowProduct<T>& product, const std::int32_t* source,
       case 2:
         row_panel<T, 2>(product, source, destination, first, rows, column);
         break;
-#if FASTMAML_VECTOR_BYTES >= 32
+#if FASTMAML_VECTOR_BYTES > 16 || FASTMAML_REGISTERS == 32
       case 3:
         row_panel<T, 3>(product, source, destination, first, rows, column);
         break;
 #endif
-#if FASTMAML_VECTOR_BYTES == 64
+#if FASTMAML_REGISTERS == 32
       case 4:
         row_panel<T, 4>(product, source, destination, first, rows, column);
         break;

@@ -75,8 +75,8 @@ template <typename T>
 void multiply_outer(const OuterProduct<T>& product, Index k, Columns columns, Range units);
 
 // Vectors of c that one tile spans, at most; with AVX2 three, where two would leave one alone.
-constexpr int kPanel = FASTMAML_VECTOR_BYTES == 64 ? 4 : 2;
-constexpr int kPanelRows = FASTMAML_VECTOR_BYTES == 16 ? 4 : 6;  // rows of such a tile
+constexpr int kPanel = kManyRegisters ? 4 : 2;
+constexpr int kPanelRows = kFused ? 6 : 4;  // rows of such a tile
 
 // [0, vectors) in panels, as even as can be.
 FASTMAML_INLINE Index panel_count(Index vectors) {

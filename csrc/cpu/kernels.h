@@ -160,7 +160,7 @@ struct LaneProducts {
 
 template <typename T>
 struct Kernels {
-  const char* isa;  // "avx512", "avx2", "portable"
+  const char* isa;  // "avx512", "avx2", "neon", "portable"
   int lanes;        // channels are padded to a multiple of this
 
   // --- matrices ---------------------------------------------------------------------------------
@@ -311,8 +311,8 @@ struct Kernels {
   double (*fma_rounds)(Index rounds);
 };
 
-// The best table this processor runs, or the one FASTMAML_ISA=avx512|avx2|portable names (throws
-// std::invalid_argument where the processor cannot run it or the name is unknown).
+// The best table this processor runs, or the one FASTMAML_ISA=avx512|avx2|neon|portable names
+// (throws std::invalid_argument where the processor cannot run it or the name is unknown).
 template <typename T>
 const Kernels<T>& kernels();
 // The table of one of `runnable_isas()`, whatever the environment says.

@@ -9,8 +9,8 @@ namespace FASTMAML_ISA {
 namespace {
 
 // A tile's sums stay in registers, with its columns of b: of 32, or of 16.
-constexpr int kTileRows = FASTMAML_VECTOR_BYTES == 64 ? 6 : 3;
-constexpr int kTileColumns = FASTMAML_VECTOR_BYTES == 64 ? 4 : 3;
+constexpr int kTileRows = kManyRegisters ? 6 : 3;
+constexpr int kTileColumns = kManyRegisters ? 4 : 3;
 
 // Of a shared matrix an element is one number.
 template <bool kShared, typename T>

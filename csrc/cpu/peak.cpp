@@ -6,7 +6,7 @@ namespace FASTMAML_ISA {
 
 template <typename T>
 double fma_rounds(Index rounds) {
-  constexpr int kChains = 12;  // enough to hide the latency of two units, few enough for AVX2
+  constexpr int kChains = kManyRegisters ? 24 : 12;  // to hide the latency of all units
   Vec<T> chains[kChains];
   for (int i = 0; i < kChains; ++i) chains[i] = broadcast(static_cast<T>(i));
   const Vec<T> shrink = broadcast(static_cast<T>(0.5)), add = broadcast(static_cast<T>(1));

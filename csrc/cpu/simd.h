@@ -1,13 +1,16 @@
 // A few vector operations over float or double, for the one instruction set this object file is
-// compiled for. The build defines FASTMAML_ISA (avx512, avx2, portable: the namespace everything
-// lives in, so that the linker never picks one instruction set's inline code for another's) and
-// FASTMAML_VECTOR_BYTES (64, 32, 16).
+// compiled for. The build defines FASTMAML_ISA (avx512, avx2, neon, portable: the namespace
+// everything lives in, so that the linker never picks one instruction set's inline code for
+// another's), FASTMAML_VECTOR_BYTES (64, 32, 16, 16) and FASTMAML_REGISTERS, how many vectors stay
+// in registers (32, 16, 32, 16).
 #pragma once
 
 #include <cstdint>
 
 #if FASTMAML_VECTOR_BYTES > 16
 #include <immintrin.h>
+#elif FASTMAML_REGISTERS == 32
+#include <arm_neon.h>
 #endif
 
 #include "kernels.h"
@@ -38,6 +41,8 @@ template <typename T>
 using MaskVec = typename VectorTypes<T>::Mask;
 template <typename T>
 constexpr int kLanes = FASTMAML_VECTOR_BYTES / static_cast<int>(sizeof(T));
+constexpr bool kManyRegisters = FASTMAML_REGISTERS == 32;
+constexpr bool kFused = FASTMAML_VECTOR_BYTES > 16 || kManyRegisters;  // multiply-adds
 
 template <typename T>
 FASTMAML_INLINE Vec<T> load(const T* p) {
@@ -90,8 +95,17 @@ FASTMAML_INLINE Vec<double> load_first(const double* p, int count) {
 
 FASTMAML_INLINE Vec<float> broadcast(float x) { return Vec<float>{x, x, x, x}; }
 FASTMAML_INLINE Vec<double> broadcast(double x) { return Vec<double>{x, x}; }
+#if FASTMAML_REGISTERS == 32
+FASTMAML_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+FASTMAML_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+}
+#else
 FASTMAML_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return a * b + c; }
 FASTMAML_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
+#endif
 template <typename T>
 FASTMAML_INLINE Vec<T> load_first(const T* p, int count) {
   Vec<T> v{};

@@ -23,6 +23,8 @@ constexpr int kBarrierSpins = 2000;
 void pause() {
 #if defined(__x86_64__) || defined(__i386__)
   _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb");  // as long as x86's pause; `yield` is no wait at all on most processors
 #else
   std::this_thread::yield();
 #endif

@@ -39,11 +39,16 @@ inline std::mt19937& generator() {
   return engine;
 }
 
+// Normal (by Box and Muller): the standard library's distributions differ from one to the other.
+inline double random_normal() {
+  const double radius = std::sqrt(-2 * std::log((generator()() + 1.0) / 4294967296.0));
+  return radius * std::cos(2 * std::acos(-1.0) / 4294967296.0 * generator()());
+}
+
 template <typename T>
 std::vector<T> random_values(Index count, double scale = 1) {
-  std::normal_distribution<double> normal(0, scale);
   std::vector<T> values(static_cast<std::size_t>(count));
-  for (T& value : values) value = static_cast<T>(normal(generator()));
+  for (T& value : values) value = static_cast<T>(scale * random_normal());
   return values;
 }
 
@@ -63,27 +68,36 @@ std::vector<T> poisoned(Index count) {
   return std::vector<T>(static_cast<std::size_t>(count), static_cast<T>(NAN));
 }
 
-// The largest error must stay below `units` roundings of the largest expected value, or of
+struct Error {
+  std::size_t at;
+  double size, allowed;
+  explicit operator bool() const { return !(size <= allowed); }
+};
+
+// The largest error, which must stay below `units` roundings of the largest expected value, or of
 // `least_scale` where terms much larger than their sum may cancel.
+template <typename T>
+Error largest_error(const std::vector<T>& got, const std::vector<double>& expected, double units,
+                    double least_scale) {
+  Error error{0, 0, 0};
+  double scale = least_scale;
+  for (std::size_t i = 0; i < got.size() && !std::isnan(error.size); ++i) {
+    scale = std::max(scale, std::fabs(expected[i]));
+    const double here = std::fabs(static_cast<double>(got[i]) - expected[i]);
+    if (here > error.size || std::isnan(here)) error = {i, here, 0};
+  }
+  error.allowed = units * std::numeric_limits<T>::epsilon() * scale;
+  return error;
+}
+
 template <typename T>
 void check_close(const std::vector<T>& got, const std::vector<double>& expected, double units,
                  const std::string& what, double least_scale = 1e-30) {
   if (got.size() != expected.size()) return fail(what + ": sizes differ");
-  double scale = least_scale, error = 0;
-  std::size_t worst = 0;
-  for (std::size_t i = 0; i < got.size(); ++i) {
-    scale = std::max(scale, std::fabs(expected[i]));
-    const double here = std::fabs(static_cast<double>(got[i]) - expected[i]);
-    if (here > error || std::isnan(here)) {
-      error = here;
-      worst = i;
-      if (std::isnan(here)) break;
-    }
-  }
-  const double allowed = units * std::numeric_limits<T>::epsilon() * scale;
-  if (error <= allowed) return;
-  fail(what + ": element " + std::to_string(worst) + " is " + std::to_string(got[worst]) +
-       ", expected " + std::to_string(expected[worst]));
+  const Error error = largest_error(got, expected, units, least_scale);
+  if (!error) return;
+  fail(what + ": element " + std::to_string(error.at) + " is " + std::to_string(got[error.at]) +
+       ", expected " + std::to_string(expected[error.at]));
 }
 
 template <typename T>

@@ -35,7 +35,7 @@ void check_matmul(const Kernels<T>& kernels, Index rows, Index k, Index n, bool 
     kernels.matmul(rows, k, n, a.data(), lda, b.data(), dual ? a2.data() : nullptr, lda2,
                    dual ? b2.data() : nullptr, dual ? nullptr : bias.data(), c.data(), dual, share);
   });
-  check_close(c, expected, 40, name, 1);
+  check_close(c, expected, 40, name, std::sqrt(static_cast<double>(k)));
 }
 
 template <typename T>
@@ -60,7 +60,7 @@ void check_matmul_tn(const Kernels<T>& kernels, Index rows, Index k, Index n, bo
     kernels.matmul_tn(rows, k, n, a.data(), lda, b.data(), dual ? a2.data() : nullptr, lda2,
                       dual ? b2.data() : nullptr, c.data(), dual, share);
   });
-  check_close(c, expected, 40, name, 1);
+  check_close(c, expected, 40, name, std::sqrt(static_cast<double>(rows)));
 }
 
 template <typename T>
@@ -77,7 +77,7 @@ void check_column_sums(const Kernels<T>& kernels, Index rows, Index n, bool accu
   check_shares(&out, name, [&](Share share) {
     kernels.column_sums(rows, n, a.data(), out.data(), accumulate, share);
   });
-  check_close(out, expected, 40, name, 1);
+  check_close(out, expected, 40, name, std::sqrt(static_cast<double>(rows)));
 }
 
 template <typename T>

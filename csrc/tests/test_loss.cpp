@@ -75,7 +75,7 @@ void check_squared_error(const Kernels<T>& k, Index rows, Index columns) {
   std::vector<T> gy = poisoned<T>(rows * ld), value(1);
   value[0] = k.loss_gradient(Loss::kMeanSquaredError, rows, columns, y.data(), nullptr,
                              values.data(), gy.data());
-  check_close(value, {loss}, 20, name);
+  check_close(value, {loss}, 20 + std::sqrt(count), name);
   check_close(gy, gradient, 20, name + " gradient");
   k.loss_tangent(Loss::kMeanSquaredError, rows, columns, y.data(), dy.data(), gy.data());
   check_close(gy, tangent, 20, name + " tangent");

@@ -138,19 +138,25 @@ class Meta {
   std::vector<std::int64_t> labels_;
 };
 
-// The derivative of the mean loss along a random direction in one of the three spaces.
+// The derivative of the mean loss along a random direction in one of the four spaces. Where the
+// loss has jumps, of units and windows that change over, there may be one in the way, but not in
+// three.
 void check_slope(const Meta& meta, const Inputs& at, Values Inputs::* space, const Values& gradient,
                  const ProgramCase& c, const std::string& name) {
-  const Values along = random_values<double>(static_cast<Index>((at.*space).size()));
-  if (along.empty()) return;
-  double slope = 0;
-  for (std::size_t i = 0; i < along.size(); ++i) slope += gradient[i] * along[i];
-  const Values expected = central_difference(difference_step(c), [&](double step) {
-    Inputs moved = at;
-    for (std::size_t i = 0; i < along.size(); ++i) (moved.*space)[i] += step * along[i];
-    return Values{meta.mean_loss(moved)};
-  });
-  check_close<double>({slope}, expected, difference_units(c), name, 1);
+  if ((at.*space).empty()) return;
+  for (int left = c.smooth ? 1 : 3; left > 0; --left) {
+    const Values along = random_values<double>(static_cast<Index>((at.*space).size()));
+    double slope = 0;
+    for (std::size_t i = 0; i < along.size(); ++i) slope += gradient[i] * along[i];
+    const Values expected = central_difference(difference_step(c), [&](double step) {
+      Inputs moved = at;
+      for (std::size_t i = 0; i < along.size(); ++i) (moved.*space)[i] += step * along[i];
+      return Values{meta.mean_loss(moved)};
+    });
+    const double units = difference_units(c);
+    if (left == 1) return check_close<double>({slope}, expected, units, name, 1);
+    if (!largest_error<double>({slope}, expected, units, 1)) return;
+  }
 }
 
 void check_equal(const Results& a, const Results& b, bool rates, const std::string& name) {
