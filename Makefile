@@ -50,7 +50,8 @@ arm-test: $(INSTALLED)
 	    -DCMAKE_TOOLCHAIN_FILE=csrc/tests/aarch64-linux.cmake \
 	    -DCMAKE_BUILD_TYPE=Release -DFASTMAML_TESTS=ON -DFASTMAML_PYTHON=OFF -DFASTMAML_CUDA=0
 	$(BIN)/cmake --build build/arm
-	$(BIN)/ctest --test-dir build/arm --output-on-failure --parallel 2 --exclude-regex '^thread_pool$$'
+	FASTMAML_ISA=neon $(BIN)/ctest --test-dir build/arm --output-on-failure --parallel 2 \
+	    --exclude-regex '^thread_pool$$'
 
 sanitize: $(INSTALLED)
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <limits>
 #include <random>
 #include <string>
@@ -105,10 +106,13 @@ const char* scalar_name() {
   return sizeof(T) == 4 ? "float" : "double";
 }
 
-// Runs a test, a function object templated on the scalar type, with every table.
+// Runs a test, a function object templated on the scalar type, with every table, or the one that
+// FASTMAML_ISA names.
 template <typename Test>
 void for_each_table(Test test) {
+  const char* only = std::getenv("FASTMAML_ISA");
   for (const std::string& isa : fastmaml::runnable_isas()) {
+    if (only != nullptr && isa != only) continue;
     test(fastmaml::kernels_for<float>(isa));
     test(fastmaml::kernels_for<double>(isa));
   }
