@@ -56,9 +56,16 @@ class CMakeBuild(build_ext):
             f"-DFASTMAML_VERSION={version()}",
             f"-DFASTMAML_CUDA={cuda()}",
         ]
-        jobs = str(self.parallel or len(os.sched_getaffinity(0)))
+        jobs = str(self.parallel or processors())
         run(configure)
         run([cmake, "--build", str(build), "--parallel", jobs])
+
+
+def processors() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def cuda() -> str:
