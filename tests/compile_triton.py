@@ -43,7 +43,7 @@ TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes that a block may use
 
 Path = tuple[int, ...]

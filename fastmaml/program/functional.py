@@ -16,6 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import Context
 from functools import partial
 from operator import itemgetter
 from threading import Lock
@@ -39,7 +40,11 @@ from fastmaml.program.trace import NotCovered
 
 
 class _Setting:
-    """A setting of the whole process, made as long as any thread is within."""
+    """A setting of the whole process, made as long as any thread is within.
+
+    PyTorch's settings may keep in a context variable what they go back to: they are made and left
+    in a context of their own, since other threads than the first may leave last.
+    """
 
     def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
         self._make = make
@@ -49,15 +54,15 @@ class _Setting:
     def __enter__(self) -> None:
         with self._lock:
             if self._within == 0:
-                self._made = self._make()
-                self._made.__enter__()
+                self._made, self._context = self._make(), Context()
+                self._context.run(self._made.__enter__)
             self._within += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._within -= 1
             if self._within == 0:
-                self._made.__exit__(None, None, None)
+                self._context.run(self._made.__exit__, None, None, None)
 
 
 _MATH_ATTENTION = _Setting(lambda: sdpa_kernel(SDPBackend.MATH))

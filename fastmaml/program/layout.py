@@ -89,7 +89,9 @@ class ParameterLayout:
         return views
 
     def parts(self, theta: Tensor) -> list[Tensor]:
-        """Views of ``theta [P]`` like the adapted parameters."""
+        """Views of ``theta [*lead, P]`` like the adapted parameters, ``[*lead, *shape]``."""
+        if theta.ndim == 1 and not torch.is_grad_enabled():  # one view each, and not one of another
+            return [view for view in self.unpack(theta, None) if view is not None]
         return [self._part(slot, theta) for slot in self.group(adapted=True)]
 
     @staticmethod

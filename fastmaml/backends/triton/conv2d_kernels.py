@@ -231,7 +231,8 @@ def _weight_grad(
     tl.store(gw + at, acc, exists)
     if SUMS:
         behind: tl.constexpr = OUT_CHANNELS * CHANNELS * KH * KW
-        tl.store(gw + behind + out, out_sums, (out < OUT_CHANNELS) & (tile % across == 0))
+        if tile % across == 0:
+            tl.store(gw + behind + out, out_sums, out < OUT_CHANNELS)
 
 
 @triton.jit(do_not_specialize=["images", "programs", "of_phase", "of_split", "splits"])

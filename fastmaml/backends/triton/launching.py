@@ -19,6 +19,7 @@ import triton
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
+_OPTIONS = {"enable_fp_fusion": True}  # of multiply-adds; Triton's default is about to change
 _Variant = tuple[ASTSource, dict[str, Any]]  # with the options that it is compiled with
 
 # What the present thread would have had to compile; None where it launches.
@@ -28,7 +29,8 @@ _HOOK = threading.Lock()  # of which Triton has one
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
     """``kernel[grid]``, but within :func:`compiled_beforehand`."""
-    return kernel[grid] if _found.get() is None else partial(kernel.warmup, grid=grid)
+    run = kernel[grid] if _found.get() is None else partial(kernel.warmup, grid=grid)
+    return partial(run, **_OPTIONS)
 
 
 @contextmanager
@@ -57,7 +59,7 @@ def _noting(before: Callable[..., bool | None] | None) -> Callable[..., bool | N
             return None if before is None else before(**given)
         kernel, how = given["fn"].jit_function, given["compile"]
         source = ASTSource(kernel, how["signature"], how["constants"], how["configs"][0])
-        options = {name: how[name] for name in ("num_warps", "num_stages")}
+        options = {name: how[name] for name in ("num_warps", "num_stages", *_OPTIONS)}
         found.setdefault((kernel, how["key"]), (source, options))
         return True
 

@@ -74,7 +74,8 @@ def matmul_kernel(
     mask = (m < M)[:, None] & (n < N)[None, :]
     tl.store(out + at[:, None] * N + n[None, :], acc, mask)
     if sums is not None:
-        tl.store(sums + at, row_sums, (m < M) & (tile % across == 0))
+        if tile % across == 0:
+            tl.store(sums + at, row_sums, m < M)
 
 
 def matmul(
