@@ -19,7 +19,7 @@ test: $(INSTALLED)
 GPU_TESTS ?= -k "not (conv_net and (drop_in or batched))"
 gpu-test: $(INSTALLED)
 	PYTHONPATH=tests $(BIN)/python -m gpu_on_host $(BIN)/python -m pytest -n auto \
-	    --maxprocesses 8 --dist worksteal -W default -m gpu $(GPU_TESTS)
+	    --maxprocesses 8 --dist worksteal -m gpu $(GPU_TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -144,6 +144,7 @@ def test_a_training_step_in_a_graph_of_the_users(net, door):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # a loss outlives its stream
 @pytest.mark.parametrize("door", [drop_in, batched])
 @pytest.mark.parametrize("net", [small_net, conv_net])
 @pytest.mark.parametrize("first_order", [False, True])
