@@ -69,6 +69,8 @@ def test_kernels_take_tensors_of_the_current_device() -> None:
     import triton
     from triton import language as tl
 
+    from fastmaml.backends.triton.launching import launch
+
     @triton.jit
     def double(x, N: tl.constexpr):
         i = tl.arange(0, N)
@@ -76,7 +78,7 @@ def test_kernels_take_tensors_of_the_current_device() -> None:
 
     x = torch.ones(4, device="cuda:1")
     with pytest.raises(ValueError, match="x is on cuda:1"):
-        double[(1,)](x, 4)
+        launch(double, (1,))(x, 4)
     with torch.cuda.device(1):
-        double[(1,)](x, 4)
+        launch(double, (1,))(x, 4)
     assert x.tolist() == [2.0] * 4
