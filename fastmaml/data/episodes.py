@@ -272,7 +272,7 @@ def _class_index(labels: Labels, images: int) -> ClassIndex:
     order = np.argsort(array, kind="stable")
     names, starts = np.unique(array[order], return_index=True)
     if names.dtype.kind == "f" and np.isnan(names).any():
-        raise _bad_label(int(np.isnan(array).argmax()), float("nan"))
+        raise _bad_label(int(np.argmax(np.isnan(array))), float("nan"))
     return dict(zip(names.tolist(), np.split(order, starts[1:]), strict=True))
 
 
@@ -322,10 +322,11 @@ def _members(index: ClassIndex, name: Any, needed: int, images: int) -> NDArray[
             f"class {name!r} has {len(members)} images, fewer than the {needed} that "
             "shots + queries need; leave it out of classes or ask for fewer"
         )
-    if members.min() < 0 or members.max() >= images:
+    first, last = np.min(members), np.max(members)
+    if first < 0 or last >= images:
         raise ValueError(
-            f"labels must index the {images} images, got positions from {members.min()} to "
-            f"{members.max()} for class {name!r}"
+            f"labels must index the {images} images, got positions from {first} to {last} for "
+            f"class {name!r}"
         )
     ascending = np.sort(members)
     if len(again := ascending[1:][ascending[1:] == ascending[:-1]]):
