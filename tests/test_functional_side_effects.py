@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 
 import fastmaml
 from fastmaml import FallbackWarning, TaskBatch
+from fastmaml.program.functional import _Setting
 from fastmaml.testing import relative_error, sequential_maml
 
 TASKS = 3
@@ -240,3 +244,26 @@ def test_threads_that_share_a_wrapper() -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_a_setting_may_be_left_by_another_thread() -> None:
+    """As PyTorch's own since 2.15, this one goes back to what a context variable tells it."""
+    inner, made = ContextVar("inner", default=False), []
+
+    @contextmanager
+    def make() -> Iterator[None]:
+        token = inner.set(True)
+        made.append("in")
+        yield
+        inner.reset(token)
+        made.append("out")
+
+    setting = _Setting(make)
+    thread = threading.Thread(target=setting.__enter__)
+    thread.start()
+    thread.join()
+    with setting:
+        assert made == ["in"]
+    setting.__exit__()
+    assert made == ["in", "out"]
+    assert not inner.get()
