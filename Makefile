@@ -39,7 +39,7 @@ bench: $(INSTALLED)
 # undefined-behaviour sanitizers.
 core-test: $(INSTALLED)
 	$(BIN)/cmake -S . -B build/core -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-	    -DCMAKE_BUILD_TYPE=Release -DFASTMAML_TESTS=ON -DFASTMAML_PYTHON=OFF
+	    -DCMAKE_BUILD_TYPE=Release -DFASTMAML_TESTS=ON -DFASTMAML_PYTHON=OFF -DFASTMAML_CUDA=0
 	$(BIN)/cmake --build build/core
 	$(BIN)/ctest --test-dir build/core --output-on-failure
 
@@ -55,16 +55,17 @@ arm-test: $(INSTALLED)
 
 sanitize: $(INSTALLED)
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTMAML_TESTS=ON -DFASTMAML_PYTHON=OFF \
-	    -DFASTMAML_CUDA=0 -DFASTMAML_SANITIZE=ON
+	    -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG='-O1 -g1' \
+	    -DFASTMAML_TESTS=ON -DFASTMAML_PYTHON=OFF -DFASTMAML_CUDA=0 -DFASTMAML_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --parallel 2
 
 # The GPU's kernels on the host, teams of threads under the thread sanitizer.
 races: $(INSTALLED)
 	$(BIN)/cmake -S . -B build/races -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTMAML_TESTS=ON -DFASTMAML_PYTHON=OFF \
-	    -DFASTMAML_CUDA=0 -DFASTMAML_SANITIZE=thread
+	    -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG='-O1 -g1' \
+	    -DFASTMAML_TESTS=ON -DFASTMAML_PYTHON=OFF -DFASTMAML_CUDA=0 \
+	    -DFASTMAML_PORTABLE=ON -DFASTMAML_SANITIZE=thread
 	$(BIN)/cmake --build build/races --target cuda_tests
 	$(BIN)/ctest --test-dir build/races --output-on-failure -R '^cuda_'
 
