@@ -75,7 +75,7 @@ part 90 bench-variants "$bench --cases sine,omni51 --rounds 3 --budget 0.3 \
 part 40 launches "python3 -m bench launches --device cuda --cases omni51,mini51 \
   --output '$out/cuda-launches.jsonl'"
 part 120 tests-doors "$pytest $workers test_graphs.py test_sampler_in_graph.py \
-  test_doors_on_gpu.py test_algorithms_on_gpu.py"
+  test_doors_on_gpu.py test_algorithms_on_gpu.py test_training_on_gpu.py"
 part 60 bench-tf32 "$bench --cases omni51 --tf32 --rounds 3 --budget 0.5 \
   --against door3,vmap-norm --output '$out/cuda-omniglot-tf32.jsonl'"
 part 60 bench-mini "$bench --cases mini51 --rounds 2 --budget 0.5 \

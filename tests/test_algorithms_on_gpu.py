@@ -5,12 +5,10 @@ and nothing waits for the device.
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
+from device_sync import nothing_waits
 from doors import by_door
 from every_algorithm import ALGORITHMS, STEPS, start, tasks
 from torch import Tensor
@@ -30,17 +28,6 @@ WAYS_THROUGH = [
 def in_double(batch: fastmaml.TaskBatch, device: str) -> fastmaml.TaskBatch:
     doubles = (t.double() if t.is_floating_point() else t for t in batch)
     return fastmaml.TaskBatch(*(t.to(device) for t in doubles))
-
-
-@contextmanager
-def nothing_waits() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def step(

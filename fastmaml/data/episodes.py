@@ -168,6 +168,21 @@ class EpisodeSampler:
             return dict(zip(("seed", "batch"), self._drawing.position(), strict=True))
         return {"seed": self._seed, "batch": self._batch}
 
+    def bookmark(self) -> object:
+        """Where the stream is, for :meth:`return_to` of this sampler: without waiting for the
+        device, which :meth:`state_dict` does where it draws.
+        """
+        if isinstance(self._drawing, DeviceDrawing):
+            return self._drawing.place.clone()
+        return self._seed, self._batch
+
+    def return_to(self, bookmark: Any) -> None:
+        """Go to where the stream was."""
+        if isinstance(self._drawing, DeviceDrawing):
+            self._drawing.place.copy_(bookmark)
+        else:
+            self._seed, self._batch = bookmark
+
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go to where another sampler was.
 

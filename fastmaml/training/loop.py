@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -13,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fastmaml.training.reading import Reading
 from fastmaml.training.trainer import DivergedError, Trainer
 
 MEASURE_EVERY = 20
@@ -73,6 +75,7 @@ def train(
                     save()
                 if stop.signal is not None:
                     break
+            trainer.require_finite()
         except DivergedError:
             raise
         except Exception:
@@ -144,6 +147,7 @@ class _Bar:
             dynamic_ncols=True,
         )
         self._shown: dict[str, float] = {}
+        self._awaited: deque[tuple[Reading, Reading | None]] = deque()
 
     def __enter__(self) -> _Bar:
         return self
@@ -151,14 +155,19 @@ class _Bar:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def update(self, loss: float, accuracy: float | None) -> None:
-        self._smooth("loss", loss, 0.02)
+    def update(self, loss: Reading, accuracy: Reading | None) -> None:
+        self._awaited.append((loss, accuracy))
+        while self._awaited and (self._awaited[0][1] or self._awaited[0][0]).is_there:
+            self._show(*self._awaited.popleft())
+        self._bar.update()
+
+    def _show(self, loss: Reading, accuracy: Reading | None) -> None:
+        self._smooth("loss", float(loss), 0.02)
         if accuracy is not None:
-            self._smooth("query accuracy", 100 * accuracy, 0.2)
+            self._smooth("query accuracy", 100 * float(accuracy), 0.2)
         text = {name: f"{value:.3f}" for name, value in self._shown.items() if name == "loss"}
         text |= {name: f"{value:.1f}%" for name, value in self._shown.items() if name != "loss"}
         self._bar.set_postfix(text, refresh=False)
-        self._bar.update()
 
     def validated(self, accuracy: float) -> None:
         self._shown["validation"] = 100 * accuracy

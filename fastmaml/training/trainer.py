@@ -14,6 +14,7 @@ from torch import Tensor
 from fastmaml.data.episodes import EpisodeSampler
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.training.evaluation import Evaluation, accuracies, evaluate
+from fastmaml.training.reading import Reading
 from fastmaml.training.recipe import Recipe
 from fastmaml.vision.datasets import ImageClasses, Split
 
@@ -49,17 +50,21 @@ class Trainer:
         self._check_held_out("test", split.test)
         self.iteration = 0
         self.history: list[dict[str, float]] = []
+        self._loss: Reading | None = None  # of the last update
         # False only while the parameters are being changed.
         self.whole = True
 
-    def step(self, measure: bool = False) -> tuple[float, float | None]:
+    def step(self, measure: bool = False) -> tuple[Reading, Reading | None]:
         """One meta-update. Returns the meta-loss and, if asked, its batch's query accuracy.
 
-        If anything fails before the update, the trainer is as it was before the call.
+        If anything fails before the update, the trainer is as it was before the call. On a GPU
+        only the loss of the update before is waited for, while the device has this one's work:
+        there a run is found to have diverged one update later.
         """
         start = self._position()
         try:
-            loss, accuracy = self._gradient(start[0]["batch"] if measure else None)
+            loss, accuracy = self._gradient(measure)
+            self.require_finite()
         except BaseException:
             self._return_to(start)
             raise
@@ -68,8 +73,18 @@ class Trainer:
             group["lr"] = self.recipe.learning_rate(self.iteration)
         self.optimizer.step()
         self.iteration += 1
+        self._loss = loss
         self.whole = True
         return loss, accuracy
+
+    def require_finite(self) -> None:
+        """Look at the last update's loss, which ``meta_loss`` itself does on the CPU alone.
+
+        Raises:
+            DivergedError: it is infinite or NaN.
+        """
+        if self._loss is not None and not math.isfinite(float(self._loss)):
+            raise _diverged(self.iteration, f"the meta-loss is {float(self._loss)}")
 
     def validate(self, tasks: int) -> Evaluation:
         """Accuracy on the validation classes, and a point of the history. The tasks are fixed."""
@@ -95,7 +110,12 @@ class Trainer:
         return evaluate(self.maml, sampler, tasks, self.recipe.test_steps)
 
     def state(self) -> dict[str, Any]:
-        """Everything that decides how the run goes on."""
+        """Everything that decides how the run goes on.
+
+        Raises:
+            DivergedError: there is nothing to go on from.
+        """
+        self.require_finite()
         return {
             "iteration": self.iteration,
             "model": self.maml.state_dict(),
@@ -113,6 +133,7 @@ class Trainer:
         self.sampler.load_state_dict(state["sampler"])
         _set_random_state(state["random"])
         self.history = list(state["history"])
+        self._loss = None
 
     def _check_held_out(self, name: str, classes: list[int]) -> None:
         """Tasks that cannot be drawn are an error now, rather than after training."""
@@ -121,36 +142,30 @@ class Trainer:
         except ValueError as error:
             raise ValueError(f"{name} classes: {error}") from error
 
-    def _gradient(self, measure: int | None) -> tuple[float, float | None]:
-        """Of the next batch; with the accuracy on it where its index is given."""
+    def _gradient(self, measure: bool) -> tuple[Reading, Reading | None]:
+        """Of the next batch; if asked, with the accuracy on it."""
         source: TaskBatch | EpisodeSampler = self.sampler  # drawn within the step on a GPU
-        if self.recipe.inner_batch is not None:
+        if measure or self.recipe.inner_batch is not None:
             source = self.recipe.inner_batches(self.sampler.sample())
         self.optimizer.zero_grad()
         try:
             loss = self.maml.meta_loss(source, steps=self.recipe.steps)
             loss.backward()
-            value = loss.item()
-            if not math.isfinite(value):  # which meta_loss does not look for on a GPU
-                raise FloatingPointError(f"the meta-loss is {value}")
         except FloatingPointError as error:
-            raise DivergedError(
-                f"the run diverged at iteration {self.iteration + 1}; lower the inner learning "
-                f"rate (--inner-lr) or the learning rate (--lr): {error}"
-            ) from error
-        if measure is None:
+            raise _diverged(self.iteration + 1, error) from error
+        value = Reading(loss)
+        if not measure or not isinstance(source, TaskBatch):
             return value, None
-        batch = self.recipe.inner_batches(self.sampler.batch(measure))
-        predictions = self.maml.adapted(batch, steps=self.recipe.steps).predict()
-        return value, accuracies(predictions, batch.query_y).mean().item()
+        predictions = self.maml.adapted(source, steps=self.recipe.steps).predict()
+        return value, Reading(accuracies(predictions, source.query_y).mean())
 
     def _position(self) -> tuple[Any, Any, list[Tensor]]:
         buffers = [buffer.clone() for buffer in self.model.buffers()]
-        return self.sampler.state_dict(), _random_state(), buffers
+        return self.sampler.bookmark(), _random_state(), buffers
 
     def _return_to(self, position: tuple[Any, Any, list[Tensor]]) -> None:
-        sampler, generators, buffers = position
-        self.sampler.load_state_dict(sampler)
+        bookmark, generators, buffers = position
+        self.sampler.return_to(bookmark)
         _set_random_state(generators)
         with torch.no_grad():
             for buffer, value in zip(self.model.buffers(), buffers, strict=True):
@@ -159,6 +174,13 @@ class Trainer:
 
 class DivergedError(RuntimeError):
     """The meta-loss is no longer finite."""
+
+
+def _diverged(iteration: int, reason: object) -> DivergedError:
+    return DivergedError(
+        f"the run diverged at iteration {iteration}; lower the inner learning rate (--inner-lr) or "
+        f"the learning rate (--lr): {reason}"
+    )
 
 
 def _random_state() -> dict[str, Any]:

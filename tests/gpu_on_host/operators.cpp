@@ -354,6 +354,7 @@ void install() {
 
 void enqueue_call(std::uintptr_t stream, py::object call) {
   const std::shared_ptr<py::object> held(new py::object(std::move(call)), [](py::object* object) {
+    if (!Py_IsInitialized()) return;  // what nobody waited for, at the end of the process
     const py::gil_scoped_acquire locked;
     delete object;
   });
