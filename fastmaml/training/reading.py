@@ -12,7 +12,7 @@ class Reading:
     """
 
     def __init__(self, scalar: Tensor) -> None:
-        self._value = scalar.detach().to("cpu", non_blocking=True)  # into pinned memory
+        self._value = scalar.detach().to("cpu", non_blocking=scalar.is_cuda)
         self._copied: torch.cuda.Event | None = None
         if scalar.is_cuda:
             self._copied = torch.cuda.current_stream(scalar.device).record_event()
