@@ -1,6 +1,10 @@
-"""What messages quote of other people's errors."""
+"""Errors of our own kind, and what messages quote of other people's."""
 
 from __future__ import annotations
+
+
+class UnbatchableError(ValueError):
+    """A module that no batch of tasks can go through, whatever the data."""
 
 
 def first_line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from fastmaml.backends.base import MetaStep
 from fastmaml.backends.select import forced_backend
 from fastmaml.data.episodes import EpisodeSampler
 from fastmaml.data.task_batch import TaskBatch
+from fastmaml.errors import UnbatchableError
 from fastmaml.learner import Learner
 from fastmaml.losses import IGNORED_LABEL, TaskLoss, built_in, per_task
 from fastmaml.program.autograd import fused_meta_loss
@@ -130,6 +131,8 @@ def _outputs(maml: MAML, learner: Learner, name: str, x: Tensor) -> Tensor:
     """``learner(x)``, with an error that names examples which are not the model's."""
     try:
         outputs = learner(x)
+    except UnbatchableError:
+        raise
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         reason = getattr(maml.current_program(learner.layout, x), "reason", "")
         if x.is_floating_point() and not reason.startswith(FAILS_ON_A_SAMPLE):

@@ -228,6 +228,39 @@ def test_dropout_draws_a_mask_per_task_and_call() -> None:
     assert first.unique().tolist() == [0.0, 2.0]
 
 
+class Renormed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 5, max_norm=1.0), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.table(x)).mean(1))
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning", "ignore:.*performance drop")
+def test_an_embedding_that_writes_to_its_weights_takes_one_task_at_a_time() -> None:
+    model = Renormed().double()
+    x, y = torch.randint(7, (2, 6, 4)), torch.randint(3, (2, 6))
+    learner = fastmaml.MAML(model, 0.5).clone()
+    learner.adapt(F.cross_entropy(learner(x[0]), y[0]))
+    F.cross_entropy(learner(x[1]), y[1]).backward()
+
+    start = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    clones = {name: p.clone() for name, p in start.items()}
+    inner = F.cross_entropy(torch.func.functional_call(model, clones, (x[0],)), y[0])
+    grads = torch.autograd.grad(inner, list(clones.values()), create_graph=True)
+    moved = {name: p - 0.5 * g for (name, p), g in zip(clones.items(), grads, strict=True)}
+    F.cross_entropy(torch.func.functional_call(model, moved, (x[1],)), y[1]).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, start[name].grad, rtol=1e-12, atol=1e-12)
+
+    message = "no embedding with max_norm where tasks are batched, got 'table'"
+    with pytest.raises(ValueError, match=f"^model must have {message}"):
+        fastmaml.MAML(model, 0.5).clone(tasks=2)(x)
+    with pytest.raises(ValueError, match=f"^model must have {message}"):
+        fastmaml.MAML(model, 0.5).meta_loss(TaskBatch(x, y, x, y))
+
+
 class PartlyUsed(nn.Module):
     def __init__(self) -> None:
         super().__init__()

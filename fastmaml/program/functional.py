@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fastmaml.backends.select import FallbackWarning
-from fastmaml.errors import first_line
+from fastmaml.errors import UnbatchableError, first_line
 from fastmaml.program.attributes import Attributes
 from fastmaml.program.shared import unchanged
 from fastmaml.program.statistics import RunningStatistics, Tracked
@@ -232,6 +232,9 @@ class FunctionalProgram:
             for path, part in module.named_modules()
             if isinstance(part, nn.modules.batchnorm._NormBase)
         ]
+        self._renormed = next(
+            (path for path, part in module.named_modules() if getattr(part, "max_norm", None)), None
+        )
         self._in_place = False  # runs in the module itself
         self._refusal: str | None = None  # why tasks run one after the other
         self._warned = False
@@ -242,7 +245,16 @@ class FunctionalProgram:
         """``(outputs, statistics [T, S])``; parameters ``[T, *shape]``, arguments ``[T, N, ...]``.
 
         Differentiable any number of times. ``statistics`` is what ``self.running`` folds.
+
+        Raises:
+            UnbatchableError: there are several tasks, and an embedding has a ``max_norm``.
         """
+        if self._renormed is not None and _tasks((parameters, args)) > 1:
+            raise UnbatchableError(
+                f"model must have no embedding with max_norm where tasks are batched, got "
+                f"{self._renormed!r}: reading one writes to its weights, which tasks share at "
+                "first; use clone() for each task, or divide by the norm in forward"
+            )
         with twice_differentiable(self._module):
             if not self._in_place:
                 try:
