@@ -60,7 +60,7 @@ part 120 compile "printf '%s\n' 'omni51 --against door3' 'omni51 --against door2
   xargs -P 7 -I% sh -c '$bench --rounds 1 --budget 0 --output $tests/\$\$.jsonl --cases %'"
 if [ -n "${OMNIGLOT:-}" ]; then
   part 300 training "python3 -m fastmaml train omniglot --data '$OMNIGLOT' --device cuda \
-    --iterations 60000 --validate-every 0 --checkpoint '$tests/omniglot.pt'"
+    --iterations 60000 --anneal 60000 --validate-every 0 --checkpoint '$tests/omniglot.pt'"
   [[ " ${failed[*]:-} " != *" training "* ]] ||
     part 40 evaluation "python3 -m fastmaml evaluate '$tests/omniglot.pt' --data '$OMNIGLOT'"
 else
