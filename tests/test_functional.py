@@ -261,6 +261,13 @@ def test_an_embedding_that_writes_to_its_weights_takes_one_task_at_a_time() -> N
         fastmaml.MAML(model, 0.5).meta_loss(TaskBatch(x, y, x, y))
 
 
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+def test_other_modules_may_have_a_max_norm() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    model[0].max_norm = 1.0
+    assert fastmaml.MAML(model, 0.1).clone(tasks=2)(torch.randn(2, 5, 3)).shape == (2, 5, 4)
+
+
 class PartlyUsed(nn.Module):
     def __init__(self) -> None:
         super().__init__()

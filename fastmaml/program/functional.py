@@ -233,7 +233,12 @@ class FunctionalProgram:
             if isinstance(part, nn.modules.batchnorm._NormBase)
         ]
         self._renormed = next(
-            (path for path, part in module.named_modules() if getattr(part, "max_norm", None)), None
+            (
+                path
+                for path, part in module.named_modules()
+                if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.max_norm is not None
+            ),
+            None,
         )
         self._in_place = False  # runs in the module itself
         self._refusal: str | None = None  # why tasks run one after the other
