@@ -24,6 +24,7 @@ from fastmaml.backends.precision import (
 )
 from fastmaml.backends.triton import LOSSES, norm
 from fastmaml.backends.triton import rules as triton_rules
+from fastmaml.backends.triton.products import choose_blocks
 from fastmaml.rules import LOSSES as REFERENCE_LOSSES
 from fastmaml.rules import RULES as REFERENCE_RULES
 from fastmaml.rules import Rule
@@ -188,6 +189,14 @@ def test_long_sums_are_taken_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(norm, "_BLOCK_ROWS", 16)
     case = next(c for c in CASES[kind] if c.name in ("strided", "2d"))
     check(case, 2, 12, RULES, 2e-5)
+
+
+@pytest.mark.parametrize("tasks", [1, 4, 32])
+def test_a_long_sum_of_few_blocks_fills_a_gpu(tasks: int) -> None:
+    """The weight gradient of 32 channels of 3 over 75 images of 84 x 84."""
+    blocks = choose_blocks(tasks, 32, 27, 75 * 84 * 84, "ieee", split=True)
+    assert blocks.tiles(32, 27) == 1
+    assert tasks * blocks.splits >= min(256, 64 * tasks)
 
 
 def test_precisions() -> None:

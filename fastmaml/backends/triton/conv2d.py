@@ -186,7 +186,6 @@ class Conv2d(Bilinear):
             *own.tensors,
             x.shape[1],
             sizes,
-            back.programs,
             back.programs // (phases[0] * phases[1]),
             own.programs // own.blocks.splits,
             own.blocks.splits,

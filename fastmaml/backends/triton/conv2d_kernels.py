@@ -235,7 +235,7 @@ def _weight_grad(
             tl.store(gw + behind + out, out_sums, out < OUT_CHANNELS)
 
 
-@triton.jit(do_not_specialize=["images", "programs", "of_phase", "of_split", "splits"])
+@triton.jit(do_not_specialize=["images", "of_phase", "of_split", "splits"])
 def gradients_kernel(
     g,
     w,
@@ -249,7 +249,6 @@ def gradients_kernel(
     gw,
     images,
     sizes,
-    programs,
     of_phase,
     of_split,
     splits,
@@ -270,23 +269,23 @@ def gradients_kernel(
     BLOCK: tl.constexpr,
     WEIGHT_BLOCK: tl.constexpr,
 ):
-    """The input's gradient by the first ``programs``, the weight's by the others: they depend on
-    the same, not on each other, and one of them seldom fills a GPU. ``BLOCK``: rows, columns,
-    inner.
+    """The weight's gradient by the first programs, the input's by the others: they depend on the
+    same, not on each other, and one of them seldom fills a GPU. Programs start in this order, and
+    those of the weight are the longest. ``BLOCK``: rows, columns, inner.
     """
-    program = tl.program_id(0)
-    if program < programs:
-        if gx is not None:
-            _input_grad(
-                program, of_phase, g, w, g2, w2, gx, images, sizes,
-                g_strides, w_strides, second_strides, gx_strides,
-                CHANNELS, OUT_CHANNELS, WINDOW, PHASES, PRECISION, BLOCK[0], BLOCK[1], BLOCK[2],
-            )  # fmt: skip
-    else:
+    program, weights = tl.program_id(0), of_split * splits
+    if program < weights:
         if gw is not None:
             _weight_grad(
-                program - programs, of_split, splits, h, x, h2, x2, gw, images, sizes,
+                program, of_split, splits, h, x, h2, x2, gw, images, sizes,
                 h_strides, x_strides, second_x_strides, gw_strides,
                 SUMS, CHANNELS, OUT_CHANNELS, WINDOW, PRECISION,
                 WEIGHT_BLOCK[0], WEIGHT_BLOCK[1], WEIGHT_BLOCK[2],
+            )  # fmt: skip
+    else:
+        if gx is not None:
+            _input_grad(
+                program - weights, of_phase, g, w, g2, w2, gx, images, sizes,
+                g_strides, w_strides, second_strides, gx_strides,
+                CHANNELS, OUT_CHANNELS, WINDOW, PHASES, PRECISION, BLOCK[0], BLOCK[1], BLOCK[2],
             )  # fmt: skip

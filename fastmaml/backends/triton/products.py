@@ -12,7 +12,7 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):  # whose kernels
     raise ImportError(f"triton must be 3.4 or later, got {triton.__version__}; upgrade torch")
 
 _ENOUGH_BLOCKS = 256  # keep any of today's GPUs busy: about two for each multiprocessor
-_MOST_SPLITS = 32
+_MOST_SPLITS = 64
 _FEWEST_STEPS = 4  # of the inner loop in one part of a split sum
 _STEP_VALUES = 4096  # of both factors, that a step loads: small blocks take longer steps, and fewer
 
