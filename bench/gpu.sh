@@ -72,14 +72,14 @@ part 120 bench-small "$bench --cases sine,sine5 --rounds 4 --budget 0.3 \
   --against door3,door2,door1,eager,vmap-norm --output '$out/cuda-small.jsonl'"
 part 90 bench-variants "$bench --cases sine,omni51 --rounds 3 --budget 0.3 \
   --against door3,door3-in-graph,door3-tf32x3 --output '$out/cuda-variants.jsonl'"
-part 40 launches "python3 -m bench launches --device cuda --cases omni51,mini51 \
-  --output '$out/cuda-launches.jsonl'"
-part 120 tests-doors "$pytest $workers test_graphs.py test_sampler_in_graph.py \
-  test_doors_on_gpu.py test_algorithms_on_gpu.py test_training_on_gpu.py"
-part 60 bench-tf32 "$bench --cases omni51 --tf32 --rounds 3 --budget 0.5 \
-  --against door3,vmap-norm --output '$out/cuda-omniglot-tf32.jsonl'"
 part 60 bench-mini "$bench --cases mini51 --rounds 2 --budget 0.5 \
   --against door3,door3-tf32x3,eager --output '$out/cuda-mini.jsonl'"
+part 40 launches "python3 -m bench launches --device cuda --cases omni51,mini51 \
+  --output '$out/cuda-launches.jsonl'"
+part 60 bench-tf32 "$bench --cases omni51 --tf32 --rounds 3 --budget 0.5 \
+  --against door3,vmap-norm --output '$out/cuda-omniglot-tf32.jsonl'"
+part 120 tests-doors "$pytest $workers test_graphs.py test_sampler_in_graph.py \
+  test_doors_on_gpu.py test_algorithms_on_gpu.py test_training_on_gpu.py"
 part 120 tests-rules "$pytest $workers test_triton_rules.py test_kernel_order.py \
   test_captured_operations.py"
 if command -v compute-sanitizer >/dev/null; then
