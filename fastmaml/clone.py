@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -13,7 +14,18 @@ from fastmaml.late import late_parts
 if TYPE_CHECKING:
     from fastmaml.learner import Learner
 
-_OF_THE_COPY = frozenset({"_parameters", "_buffers", "_modules", "training", "_flat_weights"})
+_OF_THE_COPY = frozenset(
+    {"_parameters", "_buffers", "_modules", "training", "_flat_weights", "_flat_weight_refs"}
+)
+
+
+@dataclass(frozen=True)
+class CloneState:
+    """What a clone has beside its parameters that its base has not, part by part."""
+
+    modes: tuple[bool, ...]
+    buffers: tuple[dict[str, Any], ...]
+    attributes: tuple[dict[str, Any], ...]
 
 
 class ModuleClone:
@@ -84,8 +96,37 @@ class ModuleClone:
         for module, training in zip(self._base.modules(), modes, strict=True):
             self._copies[id(module)].training = training
 
+    def state(self) -> CloneState:
+        """What a copy of this clone takes over, if :meth:`replaced` says None."""
+        pairs = [(self._copies[id(module)], module) for module in self._base.modules()]
+        return CloneState(
+            self.modes(),
+            tuple(_other(copy._buffers, module._buffers) for copy, module in pairs),
+            tuple(_other(vars(copy), vars(module)) for copy, module in pairs),
+        )
+
+    def set_state(self, state: CloneState) -> None:
+        """Make this clone, of the same parts, what :meth:`state` was taken of."""
+        self.set_modes(state.modes)
+        parts = zip(self._base.modules(), state.buffers, state.attributes, strict=True)
+        for module, buffers, attributes in parts:
+            copy = self._copies[id(module)]
+            copy._buffers.update(buffers)
+            vars(copy).update(attributes)
+
     def why_not(self) -> str | None:
         """Why the base's programs cannot stand for this clone; None where they can."""
+        return self.replaced() or self._changed()
+
+    def _changed(self) -> str | None:
+        for module in self._base.modules():
+            changed = _changed(self._copies[id(module)], module)
+            if changed is not None:
+                return f"the clone's {changed} was changed"
+        return None
+
+    def replaced(self) -> str | None:
+        """Which part or parameter of the clone is not of its own making any more, or None."""
         for module in self._base.modules():
             copy = self._copies.get(id(module))
             if copy is None or copy._modules.keys() != module._modules.keys():
@@ -93,14 +134,20 @@ class ModuleClone:
             for name, child in module._modules.items():
                 if child is not None and copy._modules[name] is not self._copies.get(id(child)):
                     return f"the clone's {name} was replaced"
-            changed = _changed(copy, module)
-            if changed is not None:
-                return f"the clone's {changed} was changed"
         for key, leaf, name in self._places:
             parameter = self._copies[key]._parameters.get(leaf)
             if parameter is not self._now(name) or not _alike(parameter, self._views[name]):
                 return f"the clone's parameter {name} was replaced"
         return None
+
+
+def _other(own: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
+    """What a copy was given since it was made."""
+    return {
+        name: value
+        for name, value in own.items()
+        if name not in _OF_THE_COPY and value is not original.get(name, _OF_THE_COPY)
+    }
 
 
 def _changed(copy: nn.Module, module: nn.Module) -> str | None:
@@ -143,9 +190,17 @@ class LazyClone(dict[str, Any]):
         """Why the base's programs cannot stand for the learner's module; None where they can."""
         if self.built is None:
             return None
-        if self.get("module") is not self.built.module:
-            return "the learner's module was replaced"
-        return self.built.why_not()
+        return self._replaced(self.built) or self.built.why_not()
+
+    def replaced(self) -> str | None:
+        """Which of the learner's parts or parameters is another's, or None."""
+        if self.built is None:
+            return None
+        return self._replaced(self.built) or self.built.replaced()
+
+    def _replaced(self, built: ModuleClone) -> str | None:
+        own = self.get("module") is built.module
+        return None if own else "the learner's module was replaced"
 
     def __contains__(self, key: object) -> bool:
         return key == "module"

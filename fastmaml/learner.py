@@ -89,11 +89,11 @@ class Learner(BaseLearner):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what a copy makes for itself: the module clone, packed rows, its own records."""
-        built = self._unchanged_clone()
+        built = self._own_clone()
         theta, phi = self._now()
         return {
             **self.__dict__,
-            "_clone": None if built is None else built.modes(),
+            "_clone": None if built is None else built.state(),
             "_modules": {},
             "_theta": theta.moved(_leaf_as(self._theta.root, theta.root)).unpacked(),
             "_phi": _leaf_as(self._phi, phi),
@@ -103,10 +103,10 @@ class Learner(BaseLearner):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        clone, modes = LazyClone(self), state["_clone"]
+        clone, own = LazyClone(self), state["_clone"]
         self.__dict__.update(state, _clone=clone, _modules=clone)
-        if modes is not None:
-            clone.build().set_modes(modes)
+        if own is not None:
+            clone.build().set_state(own)
 
     # --- running ------------------------------------------------------------------------------
 
@@ -328,7 +328,7 @@ class Learner(BaseLearner):
         Raises:
             RuntimeError: a part or parameter of this learner's module was replaced.
         """
-        built = self._unchanged_clone()
+        built = self._own_clone()
         theta, phi = self._now()
         learner = type(self)(
             self._base,
@@ -346,14 +346,14 @@ class Learner(BaseLearner):
         learner.moments = self.moments
         learner.__dict__["_recorders"] = self._recorders
         if built is not None:
-            learner._clone.build().set_modes(built.modes())
+            learner._clone.build().set_state(built.state())
         return learner
 
-    def _unchanged_clone(self) -> ModuleClone | None:
-        changed = self._clone.why_not()
-        if changed is not None:
+    def _own_clone(self) -> ModuleClone | None:
+        replaced = self._clone.replaced()
+        if replaced is not None:
             raise RuntimeError(
-                f"the learner must have its module's own parts to be copied, but {changed}; "
+                f"the learner must have its module's own parts to be copied, but {replaced}; "
                 "replace it in the new learner, or in the base module"
             )
         return self._clone.built

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import classification, gradients, make
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastmaml
 from fastmaml.algorithms import MetaSGD
@@ -135,3 +135,11 @@ def test_a_start_made_without_a_graph_is_not_kept() -> None:
     learner.adapt(learner(x).square().mean())
     learner(x).sum().backward()
     assert all(p.grad is not None for p in maml.module.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_a_called_learner_of_a_recurrent_layer_can_be_cloned(kind) -> None:
+    learner, x = fastmaml.MAML(kind(3, 4), lr=0.1).clone(), torch.randn(5, 2, 3)
+    learner.adapt(learner(x)[0].square().sum())
+    torch.testing.assert_close(learner.clone()(x)[0], learner(x)[0])

@@ -102,6 +102,23 @@ def test_what_a_forward_sets_ends_with_the_task(leave: Callable, door: int) -> N
     assert module(inputs()[0]).shape == (4, 2)
 
 
+def leaves(module: Leaving) -> tuple[Tensor | None, ...]:
+    return module.attention, module.ema
+
+
+@pytest.mark.parametrize("leave", [set_buffer, set_attribute])
+def test_a_learner_takes_along_what_its_forward_has_set(leave: Callable) -> None:
+    learner, x = fastmaml.MAML(Leaving(leave), 0.1).clone(), inputs()[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", f"{NO_PROGRAM}: (?!the clone's)")
+        learner.adapt(learner(x).square().sum())
+        expected = learner(x)
+        twin = learner.clone()
+    assert leaves(twin.module) == leaves(learner.module)
+    torch.testing.assert_close(twin(x), expected)
+
+
 IN_PLACE = [count, count_and_average, add_to_plain, log, keep_latest, keep_number]
 
 

@@ -183,6 +183,8 @@ class ProgramCache:
         state = module_signature(self._module) if signature is None else signature
         key: Signature = (layout.adapted_names, state, modes)
         if not isinstance(x, Tensor) or x.ndim < example_axes or why_not:
+            if why_not and self._warned:  # a forward sets attributes, and was said to run so
+                self._warned.add(why_not)
             reason = why_not or "it is not called with one tensor of examples"
             return self._functional((*key, reason), reason, modes, None)
         key = (*key, x.shape[example_axes:], x.dtype, x.device, forced_backend())
