@@ -41,6 +41,7 @@ class ParameterLayout:
         self.shared_requires_grad = any(p.requires_grad for p in self.shared_parameters)
         self.requires_grad = any(p.requires_grad for p in self.parameters)
         self.several_dtypes = len({slot.dtype for slot in self.slots.values()}) > 1
+        self._odd_pairs = any(s.offset % 2 and _is_pairs(s.shape) for s in self.slots.values())
         self.modes = tuple(part.training for part in module.modules())
         self._places = [
             (s.adapted, s.shape, torch.empty(s.shape, device="meta").stride(), s.offset)
@@ -73,6 +74,8 @@ class ParameterLayout:
         if len(tensors) == 1:  # of which PyTorch's function would return a view
             return tensors[0].flatten().clone()
         if tensors:
+            if self._odd_pairs:  # whose cotangents would be views of what comes back
+                tensors = [t * 1 if _is_pairs(t.shape) else t for t in tensors]
             if any(not (t.is_floating_point() or t.is_complex()) for t in tensors):
                 tensors = [t if t.is_complex() else t.double() for t in tensors]  # holds integers
             return _flatten_dense_tensors(tensors)
@@ -108,7 +111,7 @@ class ParameterLayout:
     def views(self, theta: Tensor, phi: Tensor) -> dict[str, Tensor]:
         """Each parameter as a view: ``[*lead, *shape]`` of ``theta [*lead, P]``, or of ``phi``."""
         return {
-            name: self._converted(slot, self.view(slot, theta, phi))
+            name: self._converted(slot, _pairs_aligned(self.view(slot, theta, phi)))
             for name, slot in self.slots.items()
         }
 
@@ -116,3 +119,15 @@ class ParameterLayout:
     def view(cls, slot: Slot, theta: Tensor, phi: Tensor) -> Tensor:
         """The parameter of one slot; see :meth:`views`."""
         return cls._part(slot, theta if slot.adapted else phi)
+
+
+def _is_pairs(shape: Sequence[int]) -> bool:
+    return tuple(shape[-1:]) == (2,)
+
+
+def _pairs_aligned(view: Tensor) -> Tensor:
+    """``torch.view_as_complex`` takes pairs at even places only, as parameters have them."""
+    places = (view.storage_offset(), *view.stride()[:-1])
+    if not _is_pairs(view.shape) or not any(place % 2 for place in places):
+        return view
+    return view * 1  # unlike a clone's, cotangents of any order are moved as well
