@@ -137,6 +137,18 @@ class Padded(nn.Module):
         return self.head(torch.tanh(self.table((x[:, 0] * 3).abs().long() % 7)).mean(1))
 
 
+class Pairs(nn.Module):
+    """Real parameters read as complex ones, at an odd place among the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.pairs = nn.Parameter(torch.ones(1)), nn.Parameter(torch.randn(8, 3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.view_as_complex(self.pairs)
+        return self.scale * (x.mean(1).to(weight.dtype) @ weight).abs()
+
+
 FALLBACKS = {
     "attention": Attention,
     "sdpa": ScaledDotProduct,
@@ -153,6 +165,7 @@ FALLBACKS = {
     "own_statistics": OwnStatistics,
     "loose_statistics": LooseStatistics,
     "padded_embedding": Padded,
+    "pairs": Pairs,
 }
 
 
@@ -213,8 +226,10 @@ def test_a_warning_says_that_tasks_run_one_after_the_other() -> None:
     maml = fastmaml.MAML(LooseStatistics().double(), 0.1)
     with pytest.warns(FallbackWarning, match="no native program"):
         maml.clone(tasks=1)(x[:1])
-    with pytest.warns(FallbackWarning, match=r"one task after the other.*vmap refuses it \(vmap"):
+    refused = r"one task after the other.*vmap refuses it \(vmap"
+    with pytest.warns(FallbackWarning, match=refused) as warned:
         maml.clone(tasks=2)(x[1:])
+    assert warned[0].filename == __file__
     maml.clone(tasks=3)(x)
 
 

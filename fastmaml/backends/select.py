@@ -104,7 +104,7 @@ def _plain(graph: Graph, layout: ParameterLayout, message: str) -> Executor:
     warnings.warn(
         f"{message}. CUDA tensors run through plain PyTorch: the same gradients, slower.",
         FallbackWarning,
-        stacklevel=4,
+        stacklevel=users_level(),
     )
     return ReferenceExecutor(graph, layout)
 
@@ -126,11 +126,11 @@ def report_fallback(module: nn.Module, reason: str) -> None:
         f"{message}. It runs through torch.func instead: the same gradients, slower. "
         "fastmaml.explain(model, x) shows the plan.",
         FallbackWarning,
-        stacklevel=_users_level(),
+        stacklevel=users_level(),
     )
 
 
-def _users_level() -> int:
+def users_level() -> int:
     """``stacklevel`` of the line outside this package, and PyTorch, that led to the caller."""
     frame: FrameType | None = sys._getframe(1)
     level = 1

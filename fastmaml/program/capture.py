@@ -190,6 +190,8 @@ def _run(module: nn.Module, tensors: dict[str, Tensor], rows: Tensor) -> Any:
 
 
 def _graph(trace: Trace, output: object) -> Graph:
+    if not isinstance(output, Tensor):
+        raise NotCovered(f"an output of type {type(output).__name__}, not one tensor")
     known = trace.value(output)
     if known.merged:
         raise NotCovered("an output whose first axis is not the examples")

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fastmaml.backends.select import FallbackWarning
+from fastmaml.backends.select import FallbackWarning, users_level
 from fastmaml.errors import UnbatchableError, first_line
 from fastmaml.program.attributes import Attributes
 from fastmaml.program.shared import unchanged
@@ -302,7 +302,7 @@ class FunctionalProgram:
             f"{type(self._module).__name__} runs one task after the other: the same gradients, "
             f"slower. {refusal}.",
             FallbackWarning,
-            stacklevel=2,
+            stacklevel=users_level(),
         )
 
     def _one_task(
