@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fastmaml.late import late_parts
+from fastmaml.program.substitute import LOCK
 
 if TYPE_CHECKING:
     from fastmaml.learner import Learner
@@ -182,7 +183,8 @@ class LazyClone(dict[str, Any]):
         if self.built is None:
             learner = self._learner()
             assert learner is not None  # whose attribute this is
-            self.built = ModuleClone(learner)
+            with LOCK:
+                self.built = ModuleClone(learner)
             self["module"] = self.built.module
         return self.built
 
@@ -190,7 +192,8 @@ class LazyClone(dict[str, Any]):
         """Why the base's programs cannot stand for the learner's module; None where they can."""
         if self.built is None:
             return None
-        return self._replaced(self.built) or self.built.why_not()
+        with LOCK:
+            return self._replaced(self.built) or self.built.why_not()
 
     def replaced(self) -> str | None:
         """Which of the learner's parts or parameters is another's, or None."""

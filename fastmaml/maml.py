@@ -32,6 +32,7 @@ from fastmaml.losses import TaskLoss
 from fastmaml.program.gradient_step import NumberStep, gradient_step
 from fastmaml.program.layout import AdaptFilter, ParameterLayout
 from fastmaml.program.program import Program, ProgramCache, Signature, module_signature
+from fastmaml.program.substitute import LOCK
 from fastmaml.program.theta import Theta
 from fastmaml.program.transforms import outside
 from fastmaml.program.updates import FusedUpdate
@@ -274,12 +275,13 @@ class MAML(BaseLearner):
 
     def layout(self) -> ParameterLayout:
         """Where each parameter of the module as it is now lives."""
-        signature = module_signature(self.module)
-        if self._layout is None or self._layout[0] != signature:
-            self._layout = (signature, ParameterLayout(self.module, self.adapt_filter))
-            if not self.programs.serves(self.module):
-                self.programs = ProgramCache(self.module)
-        return self._layout[1]
+        with LOCK:
+            signature = module_signature(self.module)
+            if self._layout is None or self._layout[0] != signature:
+                self._layout = (signature, ParameterLayout(self.module, self.adapt_filter))
+                if not self.programs.serves(self.module):
+                    self.programs = ProgramCache(self.module)
+            return self._layout[1]
 
     def current_program(self, layout: ParameterLayout, x: Tensor) -> Program:
         """The program for ``x [T, N, ...]``; ``layout``: :meth:`layout`'s, just taken."""

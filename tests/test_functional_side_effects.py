@@ -263,6 +263,34 @@ def test_threads_that_share_a_wrapper() -> None:
     assert result.returncode == 0, result.stderr
 
 
+class Meeting(nn.Module):
+    """Another thread begins in the midst of the first forward."""
+
+    other: threading.Thread | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        other, self.other = self.other, None
+        if other is not None:
+            other.start()
+            other.join(0.2)
+        return self.linear(x)
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+def test_a_clone_made_during_a_capture_is_of_the_module() -> None:
+    module, x, learners = Meeting(), inputs()[0], []
+    maml = fastmaml.MAML(module, 0.1)
+    module.other = thread = threading.Thread(target=lambda: learners.append(maml.clone()))
+    fastmaml.MAML(module, 0.1).clone()(x)
+    thread.join()
+    learners[0](x).sum().backward()
+    assert module.linear.weight.grad is not None
+
+
 def test_a_setting_may_be_left_by_another_thread() -> None:
     """As PyTorch's own since 2.15, this one goes back to what a context variable tells it."""
     inner, made = ContextVar("inner", default=False), []

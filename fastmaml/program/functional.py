@@ -35,7 +35,7 @@ from fastmaml.errors import UnbatchableError, first_line
 from fastmaml.program.attributes import Attributes
 from fastmaml.program.shared import unchanged
 from fastmaml.program.statistics import RunningStatistics, Tracked
-from fastmaml.program.substitute import Modes, call_with, copy_with, modes_set
+from fastmaml.program.substitute import LOCK, Modes, call_with, copy_with, modes_set
 from fastmaml.program.trace import NotCovered
 
 
@@ -226,7 +226,8 @@ class FunctionalProgram:
         self._modes = modes
         self.running = RunningStatistics(module, ())
         self._module = module
-        self._foreign = {id(parameter) for parameter in module.parameters()}
+        with LOCK:
+            self._foreign = {id(parameter) for parameter in module.parameters()}
         self._norms = [
             (path, part)
             for path, part in module.named_modules()

@@ -24,7 +24,7 @@ from fastmaml.program.functional import FunctionalProgram
 from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.statistics import RunningStatistics
-from fastmaml.program.substitute import Modes, modes_set
+from fastmaml.program.substitute import LOCK, Modes, modes_set
 from fastmaml.program.theta import Start, Theta
 from fastmaml.program.trace import NotCovered
 from fastmaml.program.transforms import outside, plain
@@ -69,7 +69,8 @@ class NativeProgram:
 
     def buffers(self) -> list[Tensor]:
         """The module's buffers that the graph reads, as they are now."""
-        return [self._module.get_buffer(name) for name in self.graph.buffers]
+        with LOCK:
+            return [self._module.get_buffer(name) for name in self.graph.buffers]
 
     def why_not(self, examples: int) -> str | None:
         """Why the module is another program for so many examples; None where it is this one."""
