@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastmaml
 from fastmaml.program.capture import capture
+from fastmaml.program.ir import Graph
 from fastmaml.program.program import module_signature
 from fastmaml.program.substitute import call_with
 from fastmaml.program.trace import NotCovered
@@ -123,7 +124,7 @@ def test_batch_norm_knows_its_buffers() -> None:
         (Lambda(lambda x: x * float(x.numpy().max())), (3,), "examples or their values"),
         (Lambda(lambda x: x * x.shape[0]), (3,), "number of examples"),
         (Lambda(lambda x: x.flatten()), (3,), "whose first axis is not the examples"),
-        (Lambda(lambda x: (x, x)), (3,), "does not come from the input"),
+        (Lambda(lambda x: (x, x)), (3,), "an output of type tuple, not one tensor"),
         (Lambda(lambda x: x @ torch.ones(3, 3)), (3,), "a weight that is not a parameter"),
         (Lambda(lambda x: x.undefined), (3,), "a forward that fails on a sample"),
     ],
@@ -337,3 +338,33 @@ def test_what_a_forward_leaves_behind_is_refused(remember, name: str) -> None:
 def test_a_forward_may_set_what_is_the_same_each_time() -> None:
     module = Remembering(lambda m, y: setattr(m, "shape", y.shape[1:]))
     assert len(capture(module, torch.randn(4, 3)).ops) == 1
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.linear(x)).mean(1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_shapes_that_keep_changing_are_not_captured_each_time(monkeypatch) -> None:
+    monkeypatch.delenv("FASTMAML_BACKEND", raising=False)
+    met = []
+
+    def counted(module: nn.Module, x: Tensor) -> Graph:
+        met.append(x.shape[1])
+        return capture(module, x)
+
+    monkeypatch.setattr("fastmaml.program.program.capture", counted)
+    module = Pooled()
+    maml = fastmaml.MAML(module, 0.1)
+    for length in [*range(1, 41)] * 2:
+        x = torch.randn(4, length, 3)
+        torch.testing.assert_close(maml.clone()(x), module(x))
+    assert met == [*range(1, 17)]
+    for _ in range(30):
+        maml.clone()(torch.randn(4, 40, 3))
+    assert met == [*range(1, 17), 40]

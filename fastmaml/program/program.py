@@ -30,6 +30,8 @@ from fastmaml.program.trace import NotCovered
 from fastmaml.program.transforms import outside, plain
 
 _CACHED_PROGRAMS = 16  # per module: modes, input shapes, dtypes
+_ENOUGH_CALLS = 32  # with inputs of one more kind: they will make good what its capture costs
+_KINDS_COUNTED = 1024
 
 
 class NativeProgram:
@@ -135,6 +137,7 @@ class ProgramCache:
         self._module = module
         self._programs: OrderedDict[Signature, tuple[Program, object]] = OrderedDict()
         self._warned: set[str] = set()
+        self._calls: OrderedDict[Signature, int] = OrderedDict()  # for which there is no room
         self._latest: NativeProgram | None = None
         self._start: Start | None = None
 
@@ -191,6 +194,8 @@ class ProgramCache:
         key = (*key, x.shape[example_axes:], x.dtype, x.device, forced_backend())
         program = self._cached(key)
         if program is None:
+            if self._is_rare(key):
+                return self._unlowered(key[:3], modes)
             try:
                 with modes_set(self._module, modes):
                     program = self._capture(layout, x, example_axes, modes)
@@ -212,6 +217,27 @@ class ProgramCache:
             return None
         self._programs.move_to_end(key)
         return found[0]
+
+    def _is_rare(self, key: Signature) -> bool:
+        """Whether a program for ``key`` would take the room of one that is needed as often."""
+        if len(self._programs) < _CACHED_PROGRAMS or forced_backend() is not None:
+            return False
+        calls = self._calls.pop(key, 0) + 1
+        if calls >= _ENOUGH_CALLS:
+            return False
+        self._calls[key] = calls
+        if len(self._calls) > _KINDS_COUNTED:
+            self._calls.popitem(last=False)
+        return True
+
+    def _unlowered(self, state: Signature, modes: Modes | None) -> Program:
+        reason = f"inputs of more than {_CACHED_PROGRAMS} shapes, of which this one is rare"
+        key = (*state, reason)
+        program = self._cached(key)
+        if program is None:
+            program = FunctionalProgram(self._module, reason, modes)
+            self._keep(key, program)
+        return program
 
     def _capture(
         self, layout: ParameterLayout, x: Tensor, example_axes: int, modes: Modes | None
