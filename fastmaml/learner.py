@@ -201,7 +201,7 @@ class Learner(BaseLearner):
         self.__dict__["steps_taken"] += 1
 
     def _gradient(self, loss: Tensor, second_order: bool, lenient: bool) -> Tensor:
-        clone = self._clone.built
+        clone = self._handed_out
         if clone is not None:
             return self._gradient_by_parts(loss, clone, second_order, lenient)
         views = {} if lenient or not self._views else self._adapted_views()
@@ -250,7 +250,7 @@ class Learner(BaseLearner):
 
         ``used``: the names of those that matter; the others stay out of the graph.
         """
-        clone = self._clone.built
+        clone = self._handed_out
         if clone is None:
             return self._theta, self._phi
         with outside():
@@ -261,6 +261,11 @@ class Learner(BaseLearner):
                 for parts in (clone.parameters(adapted=True), clone.parameters(adapted=False))
             )
             return self._theta.moved(self._theta.ordered(theta[None])), phi
+
+    @property
+    def _handed_out(self) -> ModuleClone | None:
+        """Whose parameters are the learner's, if any; those of several tasks are values."""
+        return self._clone.built if self.tasks is None else None
 
     def _require_all_used(self, used: Set[str]) -> None:
         unused = [slot.name for slot in self._layout.group(adapted=True) if slot.name not in used]

@@ -52,6 +52,20 @@ def test_shared_parameters_can_be_differentiated_by(net: Net, data: tuple[Tensor
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("hidden", [nn.Tanh, nn.Mish])  # the latter without a native program
+@pytest.mark.parametrize("look", [nn.Module.eval, repr, nn.Module.state_dict])
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+def test_looking_into_a_learner_of_several_tasks_leaves_its_parameters(look, hidden) -> None:
+    maml = l2l.MAML(nn.Sequential(nn.Linear(3, 4), hidden(), nn.Linear(4, 2)).double(), lr=0.3)
+    x = torch.randn(3, 5, 3, dtype=torch.float64)
+    for _ in range(2):  # the second start is packed
+        learner, plain = maml.clone(tasks=3), maml.clone(tasks=3)
+        look(learner)
+        for one in (plain, learner):
+            one.adapt(one(x).square().mean((1, 2)))
+        torch.testing.assert_close(learner(x), plain(x))
+
+
 def test_a_loss_may_be_of_the_parameters_alone(net: Net) -> None:
     learner = l2l.MAML(net, lr=0.25).clone()
     learner.adapt(sum(p.square().sum() for p in learner.parameters()))
