@@ -48,6 +48,8 @@ class ModuleClone:
             if parameter is not None
         ]
         self._first = {name: (key, leaf) for key, leaf, name in reversed(self._places)}
+        self._phi: Tensor | None = None
+        self._views: dict[str, Tensor] = {}
         self.module = self._copy(self._base)
         if len(self._layout.modes) == len(self.modes()):  # else the base has other parts by now
             self.set_modes(self._layout.modes)
@@ -69,11 +71,18 @@ class ModuleClone:
         return self._copies[id(module)]
 
     def set_parameters(self, learner: Learner) -> None:
-        """Point every parameter at the learner's present values."""
-        self._views = learner.connected_parameters()
-        if learner.was_called:
-            self._views = late_parts(learner, self._views)
+        """Point every parameter at the learner's present values.
+
+        Those of phi stay the tensors that they are while phi does: they belong to all steps.
+        """
+        views = late_parts(learner, learner.connected_parameters())
+        if learner.phi is self._phi:
+            views = {slot.name: views[slot.name] for slot in self._layout.group(adapted=True)}
+        self._phi = learner.phi
+        self._views.update(views)
         for key, leaf, name in self._places:
+            if name not in views:
+                continue
             copy = self._copies[key]
             copy.__dict__["_parameters"][leaf] = self._views[name]
             if isinstance(copy, nn.RNNBase):

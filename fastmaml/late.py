@@ -46,7 +46,11 @@ class LatePart(Tensor):
 
 
 def late_parts(learner: Learner, views: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A learner's parameters as :class:`LatePart`, which takes nothing from what they are."""
+    """``views``, with those that native programs have used as :class:`LatePart`, which takes
+    nothing from what they are.
+    """
+    if learner.tasks is not None or not learner.used:
+        return views
     layout, theta, phi = learner.layout, learner.packed_theta, learner.phi
 
     def parts(adapted: bool, gradient: Tensor) -> dict[str, Tensor]:
@@ -57,10 +61,10 @@ def late_parts(learner: Learner, views: dict[str, Tensor]) -> dict[str, Tensor]:
         True: Whole(theta.root, lambda gradient: parts(True, gradient)),
         False: Whole(phi, lambda gradient: parts(False, gradient)),
     }
-    late: dict[str, Tensor] = {}
+    late = dict(views)
     with torch.inference_mode(False), torch.enable_grad():  # in any mode a view with its graph
-        for name, view in views.items():
-            part = view.as_subclass(LatePart)
+        for name in learner.used:
+            part = views[name].as_subclass(LatePart)
             part.whole, part.parameter = wholes[layout.slots[name].adapted], name
             late[name] = part
     return late

@@ -40,7 +40,7 @@ class Learner(BaseLearner):
     _theta: Theta
     _phi: Tensor
     _clone: LazyClone
-    _used: set[str]  # by native programs, since the last step
+    _used: set[str]  # by native programs, as they are now
     _views: dict[str, Tensor]  # that others have run all tasks with since
     _recorders: dict[str, Recorder]  # also of the learners that branched off
     lr: float | Tensor
@@ -276,9 +276,9 @@ class Learner(BaseLearner):
             )
 
     @property
-    def was_called(self) -> bool:
-        """Whether a native program has run on the parameters as they are now."""
-        return bool(self._used) and self.tasks is None
+    def used(self) -> Set[str]:
+        """The parameters that native programs have run on as they are now."""
+        return self._used
 
     @property
     def packed_theta(self) -> Theta:
@@ -317,7 +317,7 @@ class Learner(BaseLearner):
 
     def _move(self, theta: Theta) -> None:
         self.__dict__["_theta"] = theta
-        self._used.clear()
+        self._used.difference_update(self._layout.adapted_names)
         self._views.clear()
         if self._clone.built is not None:
             self._clone.built.set_parameters(self)
@@ -345,7 +345,7 @@ class Learner(BaseLearner):
             allow_unused=self.allow_unused if allow_unused is None else allow_unused,
             allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,
         )
-        self._used.update(self._layout.adapted_names)  # a loss of the other learner uses them all
+        self._used.update(self._layout.slots)  # a loss of the other learner uses them all
         learner.lr = self.lr
         learner.steps_taken = self.steps_taken
         learner.moments = self.moments

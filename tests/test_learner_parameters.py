@@ -52,6 +52,24 @@ def test_shared_parameters_can_be_differentiated_by(net: Net, data: tuple[Tensor
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("asked", ["at first", "before the last call", "after it"])
+def test_shared_parameters_are_those_of_all_steps(
+    asked: str, net: Net, data: tuple[Tensor, Tensor]
+) -> None:
+    """A derivative by one that is not adapted also goes through the steps already taken."""
+    x, y = data
+    learner = l2l.MAML(net, lr=0.2, adapt="classifier").clone()
+    kept = learner.module.features[0].weight if asked == "at first" else None
+    learner.adapt(F.cross_entropy(learner(x), y))
+    if asked == "before the last call":
+        kept = learner.module.features[0].weight
+    loss = F.cross_entropy(learner(x), y)
+    kept = learner.module.features[0].weight if kept is None else kept
+    (got,) = torch.autograd.grad(loss, [kept], retain_graph=True)
+    (expected,) = torch.autograd.grad(loss, net.features[0].weight)
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("hidden", [nn.Tanh, nn.Mish])  # the latter without a native program
 @pytest.mark.parametrize("look", [nn.Module.eval, repr, nn.Module.state_dict])
 @pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
