@@ -49,6 +49,7 @@ class Learner(BaseLearner):
     allow_unused: bool
     allow_nograd: bool
     steps_taken: int
+    unused: frozenset[str]  # adapted parameters that the loss of the last step does not depend on
     moments: tuple[Theta | None, ...]
     updates_statistics: bool
 
@@ -83,6 +84,7 @@ class Learner(BaseLearner):
             allow_unused=allow_unused,
             allow_nograd=allow_nograd,
             steps_taken=0,  # by adapt()
+            unused=frozenset(),
             moments=(),  # the state of an inner optimizer
             updates_statistics=True,  # running statistics of batch norms, by calls
         )
@@ -204,13 +206,12 @@ class Learner(BaseLearner):
         clone = self._handed_out
         if clone is not None:
             return self._gradient_by_parts(loss, clone, second_order, lenient)
-        views = {} if lenient or not self._views else self._adapted_views()
+        views = self._adapted_views() if self._views else {}
         with twice_differentiable(self._base.module) if views else nullcontext():
             by = [self._theta.root, *views.values()]
             gradient, *parts = self._gradients(loss, by, second_order)
-        if not lenient:
-            seen = {name for name, part in zip(views, parts, strict=True) if part is not None}
-            self._require_all_used(seen | self._used)
+        seen = {name for name, part in zip(views, parts, strict=True) if part is not None}
+        self._note_unused(seen | self._used, lenient)
         return gradient
 
     def _gradient_by_parts(
@@ -221,8 +222,7 @@ class Learner(BaseLearner):
         with twice_differentiable(self._base.module):
             found = self._gradients(loss, list(learned.values()), second_order)
         moves = {n: g for n, g in zip(learned, found, strict=True) if g is not None}
-        if not lenient:
-            self._require_all_used(moves.keys() | (parts.keys() - learned.keys()))
+        self._note_unused(moves.keys() | (parts.keys() - learned.keys()), lenient)
         flat = self._layout.flat([moves.get(n, torch.zeros_like(p)) for n, p in parts.items()])
         return self._theta.ordered(flat[None])
 
@@ -267,9 +267,10 @@ class Learner(BaseLearner):
         """Whose parameters are the learner's, if any; those of several tasks are values."""
         return self._clone.built if self.tasks is None else None
 
-    def _require_all_used(self, used: Set[str]) -> None:
-        unused = [slot.name for slot in self._layout.group(adapted=True) if slot.name not in used]
-        if unused:
+    def _note_unused(self, used: Set[str], lenient: bool) -> None:
+        unused = [name for name in self._layout.adapted_names if name not in used]
+        self.__dict__["unused"] = frozenset(unused)
+        if unused and not lenient:
             raise RuntimeError(
                 f"loss does not depend on the parameters {', '.join(unused)}; "
                 "pass allow_unused=True to leave them as they are, or freeze them"

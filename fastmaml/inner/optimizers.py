@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,11 @@ class InnerOptimizer(nn.Module):
         )
         before = Moments(*(None if m is None else theta.like(m) for m in learner.moments))
         moved, after = self.rule.forward(coefficients, theta.root, gradient, before)
+        if learner.unused:  # which decay and momentum would move
+            used = _mask(learner.layout, learner.unused, theta)
+            moved = torch.where(used, moved, theta.root)
+            pairs = zip(after, before, strict=True)
+            after = Moments(*(None if m is None else _kept(used, m, old) for m, old in pairs))
         learner.moments = tuple(None if m is None else theta.moved(m) for m in after)
         return moved
 
@@ -82,6 +88,19 @@ class InnerOptimizer(nn.Module):
     def spec(self, name: str) -> Hyperparameter:
         """What a hyperparameter was given as."""
         return self._specs[name]
+
+
+def _mask(layout: ParameterLayout, unused: Container[str], theta: Theta) -> Tensor:
+    """``[1, K]``: where the others are in ``theta.root``."""
+    parts = [
+        theta.root.new_full((slot.size,), slot.name not in unused)
+        for slot in layout.group(adapted=True)
+    ]
+    return theta.ordered(torch.cat(parts)[None]) != 0
+
+
+def _kept(used: Tensor, moment: Tensor, before: Tensor | None) -> Tensor:
+    return torch.where(used, moment, torch.zeros_like(moment) if before is None else before)
 
 
 class SGD(InnerOptimizer):
