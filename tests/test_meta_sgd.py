@@ -80,6 +80,16 @@ def test_gradients_of_parameters_and_rates(door, first_order) -> None:
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
 
 
+def test_without_steps_the_rates_have_no_gradient() -> None:
+    """Nor what a meta-step before left in memory."""
+    maml, tasks = learner_of(net()), batch()
+    for steps in (STEPS, 0):
+        maml.zero_grad()
+        maml.meta_loss(tasks, steps=steps).backward()
+        moved = [bool(rate.grad.any()) for rate in maml.lrs]
+        assert moved == [steps > 0] * len(moved)
+
+
 def test_doors_agree_where_only_a_part_is_adapted() -> None:
     tasks, results = batch(), []
     for door in (1, 2, 3):

@@ -58,6 +58,7 @@ void MetaStep<T>::allocate() {
   if ((outer_ & kPhi) != 0) phi_sums_ = GroupSums<T>(memory, groups, phi_size_);
   if (args_.grates != nullptr) {
     rates_sums_ = GroupSums<T>(memory, groups, args_.rate_steps * theta_size_);
+    rates_sums_.clear();
   }
   workspaces_.resize(teams_);
   for (Workspace& work : workspaces_) take(work);

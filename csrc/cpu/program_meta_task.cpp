@@ -152,12 +152,6 @@ template <typename T>
 void MetaStep<T>::add_rates_gradient(Member& member, Index k) const {
   Run<T>& run = member.support;
   T* sum = rates_sums_.row(member.group) + rate_row(k) * theta_size_;
-  const bool first = member.first_in_group && (args_.rate_steps > 1 || k == args_.steps - 1);
-  if (first) {
-    kernels_.axpby(theta_size_, T(0), member.work->adjoint.get(), T(0), nullptr, sum, false,
-                   run.share);
-    run.sync();
-  }
   kernels_.update(theta_size_, -rate_, member.work->adjoint.get(), sum, step_gradient(member, k),
                   sum, run.share);
   run.sync();
