@@ -140,6 +140,11 @@ def test_a_start_made_without_a_graph_is_not_kept() -> None:
 @pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
 @pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
 def test_a_called_learner_of_a_recurrent_layer_can_be_cloned(kind) -> None:
-    learner, x = fastmaml.MAML(kind(3, 4), lr=0.1).clone(), torch.randn(5, 2, 3)
-    learner.adapt(learner(x)[0].square().sum())
-    torch.testing.assert_close(learner.clone()(x)[0], learner(x)[0])
+    """Such a layer notices that its weights are others, and keeps what it makes of that."""
+    x = torch.randn(4, 5, 3, dtype=torch.float64)
+    learner = fastmaml.MAML(kind(3, 2).double(), lr=0.3).clone()
+    learner.adapt(learner(x)[0].square().mean())
+    twin = learner.clone()
+    torch.testing.assert_close(twin(x)[0], learner(x)[0])
+    twin.adapt(twin(x)[0].square().mean())
+    assert not torch.equal(twin(x)[0], learner(x)[0])
