@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Set
+from collections.abc import Callable, Container, Iterator, Set
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -387,6 +387,28 @@ class Learner(BaseLearner):
         elif recurse:
             for name, tensor in self.adapted_parameters().items():
                 yield f"{lead}module.{name}", tensor
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`torch.nn.Module.load_state_dict`, where the learner is of one task.
+
+        Raises:
+            RuntimeError: the learner is of several tasks.
+        """
+        self._require_one_task("load_state_dict() cannot write")
+        return super().load_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Learner:
+        root = self._theta.root
+        if self.tasks is not None and fn(root) is not root:
+            self._require_one_task("to(), double() and the like cannot convert")
+        return super()._apply(fn, recurse)
+
+    def _require_one_task(self, cannot: str) -> None:
+        if self.tasks is not None:
+            raise RuntimeError(
+                f"{cannot} the parameters of a learner of {self.tasks} tasks, which are values; "
+                "change the base module before clone(), or give theta [T, P] to set_theta()"
+            )
 
 
 def _leaf_as(original: Tensor, values: Tensor) -> Tensor:

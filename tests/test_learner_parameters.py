@@ -84,6 +84,18 @@ def test_looking_into_a_learner_of_several_tasks_leaves_its_parameters(look, hid
         torch.testing.assert_close(learner(x), plain(x))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of no leaf, which _apply reads
+def test_what_a_learner_of_several_tasks_would_not_read_is_refused(net: Net) -> None:
+    learner = l2l.MAML(net, lr=0.2).clone(tasks=3)
+    before = learner.theta.clone()
+    zeros = {name: torch.zeros_like(value) for name, value in learner.state_dict().items()}
+    for write in (lambda: learner.load_state_dict(zeros), learner.float):
+        with pytest.raises(RuntimeError, match=r"of 3 tasks, which are values.*set_theta"):
+            write()
+    assert learner.to("cpu").double() is learner  # which it is
+    torch.testing.assert_close(learner.theta, before, rtol=0, atol=0)
+
+
 def test_a_loss_may_be_of_the_parameters_alone(net: Net) -> None:
     learner = l2l.MAML(net, lr=0.25).clone()
     learner.adapt(sum(p.square().sum() for p in learner.parameters()))
