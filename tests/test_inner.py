@@ -283,48 +283,6 @@ def test_a_module_without_a_native_program() -> None:
         check(maml, batch(), 2, 1)
 
 
-class TwoHeads(nn.Module):
-    """The second head counts in the loss where ``x`` is followed by an argument."""
-
-    def __init__(self, hidden: nn.Module) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(3, 4), hidden)
-        self.one, self.other = nn.Linear(4, 2), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor, both: bool = False) -> Tensor:
-        h = self.body(x)
-        return self.one(h) + self.other(h) if both else self.one(h)
-
-
-@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
-@pytest.mark.parametrize("looked", [False, True])
-@pytest.mark.parametrize("tasks", [None, 3])
-@pytest.mark.parametrize("hidden", [nn.Tanh, nn.Mish])  # the latter without a native program
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_step_leaves_what_its_loss_does_not_depend_on(optimizer, hidden, tasks, looked) -> None:
-    """As torch.optim leaves what has no gradient: neither decayed nor moved by momentum."""
-    rules = {
-        "sgd": lambda: inner.SGD(0.1, momentum=0.9, weight_decay=0.1),
-        "adamw": lambda: inner.AdamW(0.1, weight_decay=0.1),
-    }
-    module = TwoHeads(hidden()).double()
-    maml = fastmaml.MAML(module, inner=rules[optimizer](), allow_unused=True)
-    x = torch.randn(*(() if tasks is None else (tasks,)), 5, 3, dtype=torch.float64)
-    learner = maml.clone(tasks=tasks)
-    if looked:
-        learner.train()
-
-    def step(*both: bool) -> Tensor:
-        learner.adapt(learner(x, *both).square().sum())
-        return learner.adapted_parameters()["other.weight"].detach().clone()
-
-    start = step()
-    torch.testing.assert_close(start, module.other.weight.detach().expand_as(start))
-    moved = step(True)
-    assert not torch.allclose(moved, start)
-    torch.testing.assert_close(step(), moved)
-
-
 def test_moments_go_with_a_clone_and_with_given_parameters() -> None:
     maml, tasks = maml_of("mlp", "momentum"), batch()
     ends = []

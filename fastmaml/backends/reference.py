@@ -161,7 +161,17 @@ class ReferenceExecutor:
             for name, y in (("support_y", call.support_y), ("query_y", call.query_y)):
                 if y is not None:
                     checks.labels_in_range(name, y, classes)
-        return meta_step(self, call, self.losses)
+        result = meta_step(self, call, self.losses)
+        if result.adapted is not None:
+            self._restore_unused(result.adapted, call.theta.expand_as(result.adapted))
+        return result
+
+    def _restore_unused(self, adapted: Tensor, start: Tensor) -> None:
+        """What has no gradient stays, whatever rules do to all others, such as weight decay."""
+        used = set(self._slots)
+        for slot in self._layout.group(adapted=True):
+            if slot not in used:
+                self._view(slot, adapted).copy_(self._view(slot, start))
 
     def _ops(
         self, want_x: bool, *, want_theta: bool = True, want_phi: bool = False

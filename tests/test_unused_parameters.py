@@ -1,0 +1,68 @@
+"""Steps leave to itself what their loss does not depend on, as torch.optim does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastmaml
+from fastmaml import inner
+
+OPTIMIZERS = {
+    "sgd": lambda: inner.SGD(0.1, momentum=0.9, weight_decay=0.1),
+    "adamw": lambda: inner.AdamW(0.1, weight_decay=0.1),
+}
+
+
+class TwoHeads(nn.Module):
+    """The second head counts in the loss where ``x`` is followed by an argument."""
+
+    def __init__(self, hidden: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 4), hidden)
+        self.one, self.other = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, both: bool = False) -> Tensor:
+        h = self.body(x)
+        return self.one(h) + self.other(h) if both else self.one(h)
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+@pytest.mark.parametrize("looked", [False, True])
+@pytest.mark.parametrize("tasks", [None, 3])
+@pytest.mark.parametrize("hidden", [nn.Tanh, nn.Mish])  # the latter without a native program
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_leaves_what_its_loss_does_not_depend_on(optimizer, hidden, tasks, looked) -> None:
+    """It is neither decayed nor moved by momentum."""
+    module = TwoHeads(hidden()).double()
+    maml = fastmaml.MAML(module, inner=OPTIMIZERS[optimizer](), allow_unused=True)
+    x = torch.randn(*(() if tasks is None else (tasks,)), 5, 3, dtype=torch.float64)
+    learner = maml.clone(tasks=tasks)
+    if looked:
+        learner.train()
+
+    def step(*both: bool) -> Tensor:
+        learner.adapt(learner(x, *both).square().sum())
+        return learner.adapted_parameters()["other.weight"].detach().clone()
+
+    start = step()
+    torch.testing.assert_close(start, module.other.weight.detach().expand_as(start))
+    moved = step(True)
+    assert not torch.allclose(moved, start)
+    torch.testing.assert_close(step(), moved)
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+@pytest.mark.parametrize("backend", ["cpu", "reference", None])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_so_does_the_fused_inner_loop(optimizer, backend, monkeypatch) -> None:
+    if backend is not None:
+        monkeypatch.setenv("FASTMAML_BACKEND", backend)
+    module = TwoHeads(nn.Tanh() if backend else nn.Mish()).double()
+    maml = fastmaml.MAML(module, inner=OPTIMIZERS[optimizer]())
+    x, y = torch.randn(3, 5, 3, dtype=torch.float64), torch.randint(2, (3, 5))
+    found = maml.adapted(fastmaml.TaskBatch(x, y, x, None), steps=3).parameters()
+    for name, parameter in module.named_parameters():
+        stays = torch.equal(found[name], parameter.detach().expand_as(found[name]))
+        assert stays == name.startswith("other.")
