@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fastmaml.late import late_parts
+from fastmaml.late import own_parts
 from fastmaml.program.substitute import LOCK
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ class CloneState:
 
 
 class ModuleClone:
-    """Copies of the base's modules whose parameters are views of a learner's theta and phi.
+    """Copies of the base's modules whose parameters come from a learner's theta and phi.
 
-    As in learn2learn, a tied parameter is one tensor in every place, and buffers and all other
-    attributes are the base's own objects. What is then done to the parameters counts: they are
-    changed in place, replaced, or differentiated by.
+    As in learn2learn, each parameter is a tensor of its own, a tied one the same in every place,
+    and buffers and all other attributes are the base's own objects. What is then done to the
+    parameters counts: they are changed in place, replaced, or differentiated by.
     """
 
     def __init__(self, learner: Learner) -> None:
@@ -49,7 +49,7 @@ class ModuleClone:
         ]
         self._first = {name: (key, leaf) for key, leaf, name in reversed(self._places)}
         self._phi: Tensor | None = None
-        self._views: dict[str, Tensor] = {}
+        self._made: dict[str, Tensor] = {}  # the parameters that were put there
         self.module = self._copy(self._base)
         if len(self._layout.modes) == len(self.modes()):  # else the base has other parts by now
             self.set_modes(self._layout.modes)
@@ -71,22 +71,24 @@ class ModuleClone:
         return self._copies[id(module)]
 
     def set_parameters(self, learner: Learner) -> None:
-        """Point every parameter at the learner's present values.
+        """Give every parameter the learner's present value.
 
         Those of phi stay the tensors that they are while phi does: they belong to all steps.
         """
-        views = late_parts(learner, learner.connected_parameters())
-        if learner.phi is self._phi:
-            views = {slot.name: views[slot.name] for slot in self._layout.group(adapted=True)}
+        same_phi = learner.phi is self._phi
         self._phi = learner.phi
-        self._views.update(views)
+        changed = [
+            slot.name for slot in self._layout.slots.values() if slot.adapted or not same_phi
+        ]
+        made = own_parts(learner, changed)
+        self._made.update(made)
         for key, leaf, name in self._places:
-            if name not in views:
+            if name not in made:
                 continue
             copy = self._copies[key]
-            copy.__dict__["_parameters"][leaf] = self._views[name]
+            copy.__dict__["_parameters"][leaf] = made[name]
             if isinstance(copy, nn.RNNBase):
-                copy._flat_weights[copy._flat_weights_names.index(leaf)] = self._views[name]
+                copy._flat_weights[copy._flat_weights_names.index(leaf)] = made[name]
 
     def parameters(self, *, adapted: bool) -> dict[str, Tensor]:
         """The group's parameters as they are now, whatever was done to them."""
@@ -95,7 +97,7 @@ class ModuleClone:
     def _now(self, name: str) -> Tensor:
         key, leaf = self._first[name]
         parameter = self._copies[key]._parameters.get(leaf)
-        return self._views[name] if parameter is None else parameter
+        return self._made[name] if parameter is None else parameter
 
     def modes(self) -> tuple[bool, ...]:
         """``training`` of every copy, in the order of the base's ``modules()``."""
@@ -146,7 +148,7 @@ class ModuleClone:
                     return f"the clone's {name} was replaced"
         for key, leaf, name in self._places:
             parameter = self._copies[key]._parameters.get(leaf)
-            if parameter is not self._now(name) or not _alike(parameter, self._views[name]):
+            if parameter is not self._now(name) or not _alike(parameter, self._made[name]):
                 return f"the clone's parameter {name} was replaced"
         return None
 

@@ -1,37 +1,49 @@
-"""Parameters that a learner hands out after it has been called.
+"""The parameters that a learner hands out: tensors of their own, with a graph back to its own.
 
-A native program's graph goes back to the flat theta and phi, past any view of them that is made
-later. Code such as ``torch.autograd.grad(loss, learner.parameters())`` needs such views.
+A native program's graph goes back to the flat theta and phi, past any part of them that is made
+later. Code such as ``torch.autograd.grad(loss, learner.parameters())`` needs such parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from fastmaml.program.transforms import outside
 
 if TYPE_CHECKING:
     from fastmaml.learner import Learner
 
 
 class Whole:
-    """What views are taken of: gradients of ``tensor`` become those of its parts."""
+    """What parts are taken of: gradients of ``tensor`` become those of its parts, and back."""
 
-    def __init__(self, tensor: Tensor, parts: Callable[[Tensor], dict[str, Tensor]]) -> None:
+    def __init__(
+        self,
+        tensor: Tensor,
+        parts: Callable[[Tensor], dict[str, Tensor]],
+        joined: Callable[[dict[str, Tensor]], Tensor],
+    ) -> None:
         self.tensor = tensor
         self.parts = parts
+        self.joined = joined
 
 
 class LatePart(Tensor):
-    """A view that ``torch.autograd.grad`` differentiates by through what it is a view of.
+    """A part that ``torch.autograd.grad`` differentiates by through what it is a part of.
 
-    Elsewhere it is as any tensor, and what is computed from it is an ordinary one.
+    So do its hooks see its gradient. Elsewhere it is as any tensor, and what is computed from it is
+    an ordinary one.
     """
 
     whole: Whole
     parameter: str
+    made_by: Any  # its grad_fn; another one says that it was changed in place, with a graph
 
     def __repr__(self) -> str:  # type: ignore[override]
         return repr(self.as_subclass(Tensor))
@@ -41,37 +53,49 @@ class LatePart(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            run = _gradients if func is torch.autograd.grad else func
+            run = _INSTEAD.get(func, func)
             return run(*args, **(kwargs or {}))
 
 
-def late_parts(learner: Learner, views: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``views``, with those that native programs have used as :class:`LatePart`, which takes
-    nothing from what they are.
+def own_parts(learner: Learner, names: Iterable[str]) -> dict[str, Tensor]:
+    """The parameters ``names`` as they are now, each a tensor of its own.
+
+    Those that native programs have used are :class:`LatePart`, which takes nothing from what they
+    are.
     """
-    if learner.tasks is not None or not learner.used:
-        return views
+    used: Container[str] = learner.used if learner.tasks is None else ()
+    wholes, views = _wholes(learner), learner.connected_parameters()
+    parts = {}
+    with outside(), torch.inference_mode(False), torch.enable_grad():  # in any mode with its graph
+        for name in names:
+            parts[name] = part = views[name].clone()
+            if name in used:  # as_subclass() would make a view
+                part.__class__ = LatePart
+                part.whole = wholes[learner.layout.slots[name].adapted]  # type: ignore[attr-defined]
+                part.parameter = name  # type: ignore[attr-defined]
+                part.made_by = part.grad_fn  # type: ignore[attr-defined]
+    return parts
+
+
+def _wholes(learner: Learner) -> dict[bool, Whole]:
+    """Theta and phi, by whether parameters are adapted."""
     layout, theta, phi = learner.layout, learner.packed_theta, learner.phi
 
     def parts(adapted: bool, gradient: Tensor) -> dict[str, Tensor]:
         row = theta.moved(gradient).rows[0] if adapted else gradient
         return {s.name: layout.view(s, row, row) for s in layout.group(adapted=adapted)}
 
-    wholes = {
-        True: Whole(theta.root, lambda gradient: parts(True, gradient)),
-        False: Whole(phi, lambda gradient: parts(False, gradient)),
+    def flat(gradients: dict[str, Tensor]) -> Tensor:
+        return layout.flat(list(gradients.values()))
+
+    return {
+        True: Whole(theta.root, partial(parts, True), lambda g: theta.ordered(flat(g)[None])),
+        False: Whole(phi, partial(parts, False), flat),
     }
-    late = dict(views)
-    with torch.inference_mode(False), torch.enable_grad():  # in any mode a view with its graph
-        for name in learner.used:
-            part = views[name].as_subclass(LatePart)
-            part.whole, part.parameter = wholes[layout.slots[name].adapted], name
-            late[name] = part
-    return late
 
 
 def _gradients(outputs: Any, inputs: Any, **options: Any) -> tuple[Tensor | None, ...]:
-    owners = [x.whole if isinstance(x, LatePart) else x for x in inputs]
+    owners = [x.whole if _is_late(x) else x for x in inputs]
     targets = {id(o): o.tensor if isinstance(o, Whole) else o for o in owners}
     gradients = torch.autograd.grad(outputs, list(targets.values()), **options)
     found: dict[int, Any] = dict(zip(targets, gradients, strict=True))
@@ -82,6 +106,26 @@ def _gradients(outputs: Any, inputs: Any, **options: Any) -> tuple[Tensor | None
     return tuple(_own(x, found[id(owner)]) for x, owner in zip(inputs, owners, strict=True))
 
 
+def _is_late(x: Any) -> bool:
+    return isinstance(x, LatePart) and x.grad_fn is x.made_by
+
+
+def _register_hook(part: LatePart, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    if not _is_late(part):
+        return part.register_hook(hook)
+    whole, name = part.whole, part.parameter
+
+    def hook_of_whole(gradient: Tensor) -> Tensor | None:
+        gradients = whole.parts(gradient)
+        changed = hook(gradients[name])
+        return None if changed is None else whole.joined({**gradients, name: changed})
+
+    return whole.tensor.register_hook(hook_of_whole)
+
+
 def _own(x: Any, gradient: Any) -> Tensor | None:
     own: Tensor | None = gradient[x.parameter] if isinstance(gradient, dict) else gradient
     return own
+
+
+_INSTEAD = {torch.autograd.grad: _gradients, Tensor.register_hook: _register_hook}

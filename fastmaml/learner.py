@@ -299,7 +299,7 @@ class Learner(BaseLearner):
     @property
     def theta(self) -> Tensor:
         """The adapted parameters, flat: ``[T, P]`` (T = 1 for one task)."""
-        return self._theta.rows
+        return self._now()[0].rows
 
     def set_theta(self, theta: Tensor) -> None:
         """Replace the adapted parameters by ``theta [T, P]``."""
@@ -368,14 +368,20 @@ class Learner(BaseLearner):
 
     def adapted_parameters(self) -> dict[str, Tensor]:
         """Every parameter as it is now, ``[*shape]``, or ``[T, *shape]`` for T tasks."""
-        if self.tasks is None:
-            return self._layout.views(self.theta[0], self._phi)
-        return self._layout.views(self.theta, self._phi.expand(self.tasks, -1))
+        return self._as_views(*self._now())
 
     def connected_parameters(self) -> dict[str, Tensor]:
-        """:meth:`adapted_parameters` with the graph that leads to them, in any gradient mode."""
+        """Views of theta and phi, with the graph that leads to them in any gradient mode.
+
+        What was since done to parameters that were handed out is not in them.
+        """
         with outside(), torch.inference_mode(False), torch.enable_grad():
-            return self.adapted_parameters()
+            return self._as_views(self._theta, self._phi)
+
+    def _as_views(self, theta: Theta, phi: Tensor) -> dict[str, Tensor]:
+        if self.tasks is None:
+            return self._layout.views(theta.rows[0], phi)
+        return self._layout.views(theta.rows, phi.expand(self.tasks, -1))
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
