@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,15 +70,18 @@ class ModuleClone:
                 copy.__dict__["_flat_weights"] = list(vars(module)["_flat_weights"])
         return self._copies[id(module)]
 
-    def set_parameters(self, learner: Learner) -> None:
+    def set_parameters(self, learner: Learner, unmoved: Container[str] = ()) -> None:
         """Give every parameter the learner's present value.
 
-        Those of phi stay the tensors that they are while phi does: they belong to all steps.
+        Those of phi stay the tensors that they are while phi does, for they belong to all steps;
+        so do those that are ``unmoved``, which outputs from before the step lead to as well.
         """
         same_phi = learner.phi is self._phi
         self._phi = learner.phi
         changed = [
-            slot.name for slot in self._layout.slots.values() if slot.adapted or not same_phi
+            slot.name
+            for slot in self._layout.slots.values()
+            if not (slot.name in unmoved if slot.adapted else same_phi)
         ]
         made = own_parts(learner, changed)
         self._made.update(made)

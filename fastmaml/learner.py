@@ -198,8 +198,8 @@ class Learner(BaseLearner):
         second_order = not (self.first_order if first_order is None else first_order)
         lenient = self.allow_unused if allow_unused is None else allow_unused
         gradient = self._gradient(loss, second_order, lenient)
-        theta, _ = self._now()
-        self._move(theta.moved(self._base.update(self, theta, gradient)))
+        theta, _ = self._now(set(self._layout.adapted_names) - self.unused)
+        self._move(theta.moved(self._base.update(self, theta, gradient)), self.unused)
         self.__dict__["steps_taken"] += 1
 
     def _gradient(self, loss: Tensor, second_order: bool, lenient: bool) -> Tensor:
@@ -316,12 +316,12 @@ class Learner(BaseLearner):
         self.moments = tuple(m if m is None else m.moved(m.root.detach()) for m in self.moments)
         self._move(theta.moved(root.detach().requires_grad_(keep)))
 
-    def _move(self, theta: Theta) -> None:
+    def _move(self, theta: Theta, unmoved: Container[str] = ()) -> None:
         self.__dict__["_theta"] = theta
         self._used.difference_update(self._layout.adapted_names)
         self._views.clear()
         if self._clone.built is not None:
-            self._clone.built.set_parameters(self)
+            self._clone.built.set_parameters(self, unmoved)
 
     def clone(
         self,

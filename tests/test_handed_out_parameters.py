@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from adapting import Net, seeded_data, seeded_net
+from adapting import Net, plain_step, seeded_data, seeded_net
 from networks import gradients
 from torch import Tensor
 
@@ -73,3 +73,42 @@ def test_a_derivative_by_one_that_was_changed_in_place(
     output = torch.func.functional_call(net, {"classifier.weight": weight}, (x,))
     (expected,) = torch.autograd.grad(F.cross_entropy(output, y), [weight])
     torch.testing.assert_close(got, expected)
+
+
+def test_one_that_a_step_left_alone_is_still_that_of_earlier_outputs(
+    net: Net, data: tuple[Tensor, Tensor]
+) -> None:
+    """First the head is adapted to given features, then all to those features."""
+    x, y = data
+    twin = copy.deepcopy(net)
+    learner = l2l.MAML(net, lr=0.2).clone()
+    weight, features = learner.module.features[0].weight, learner.module.features(x)
+    head = learner.module.classifier
+    learner.adapt(F.cross_entropy(head(features.detach()), y), allow_unused=True)
+    assert learner.module.features[0].weight is weight
+    assert learner.unused == {n for n, _ in net.named_parameters() if n.startswith("features")}
+    learner.adapt(F.cross_entropy(head(features), y))
+    F.cross_entropy(learner(x), y).backward()
+
+    params = dict(twin.named_parameters())
+    features = twin.features(x)
+    of_head = {n: p for n, p in params.items() if n.startswith("classifier")}
+    names = ("classifier.weight", "classifier.bias")
+    loss = F.cross_entropy(F.linear(features.detach(), *(params[n] for n in names)), y)
+    params |= plain_step(of_head, loss, 0.2)
+    loss = F.cross_entropy(F.linear(features, *(params[n] for n in names)), y)
+    params = plain_step(params, loss, 0.2)
+    F.cross_entropy(torch.func.functional_call(twin, params, (x,)), y).backward()
+    assert relative_error(gradients(net), gradients(twin)) < 1e-10
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+def test_one_that_no_step_needs_is_named_each_time(net: Net, data: tuple[Tensor, Tensor]) -> None:
+    x, y = data
+    learner = l2l.MAML(net, lr=0.2).clone()
+    list(learner.parameters())
+    for _ in range(2):
+        loss = F.cross_entropy(learner.module.classifier(torch.ones(6, 8).double()), y)
+        with pytest.raises(RuntimeError, match=r"depend on the parameters features\.0\.weight"):
+            learner.adapt(loss, allow_unused=False)
+        learner.adapt(loss, allow_unused=True)
