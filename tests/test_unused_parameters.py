@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import fastmaml
 from fastmaml import inner
+from fastmaml.optim import ModuleTransform
 
 OPTIMIZERS = {
     "sgd": lambda: inner.SGD(0.1, momentum=0.9, weight_decay=0.1),
@@ -65,4 +66,22 @@ def test_so_does_the_fused_inner_loop(optimizer, backend, monkeypatch) -> None:
     found = maml.adapted(fastmaml.TaskBatch(x, y, x, None), steps=3).parameters()
     for name, parameter in module.named_parameters():
         stays = torch.equal(found[name], parameter.detach().expand_as(found[name]))
+        assert stays == name.startswith("other.")
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+@pytest.mark.parametrize("tasks", [None, 3])
+def test_neither_does_a_transform_move_it(tasks) -> None:
+    """One with a bias, which makes something of no gradient at all."""
+    module = TwoHeads(nn.Tanh()).double()
+    transform = ModuleTransform(nn.Linear)
+    maml = fastmaml.algorithms.GBML(module, lambda p: transform(p).double(), allow_unused=True)
+    with torch.no_grad():
+        for p in maml.compute_update.parameters():
+            p.add_(0.1)
+    learner = maml.clone(tasks=tasks)
+    x = torch.randn(*(() if tasks is None else (tasks,)), 5, 3, dtype=torch.float64)
+    learner.adapt(learner(x).square().sum())
+    for name, found in learner.adapted_parameters().items():
+        stays = torch.equal(found, module.get_parameter(name).detach().expand_as(found))
         assert stays == name.startswith("other.")

@@ -159,8 +159,12 @@ class GBML(MAML):
         layout, update = learner.layout, learner.compute_update
         rows = layout.parts(theta.moved(gradient).rows)
         parts = dict(zip(layout.adapted_names, rows, strict=True))
-        moves = update.transformed([parts.get(name) for name in layout.slots], tasks=True)
-        flat = torch.cat([move.flatten(1) for move in moves if move is not None], 1)
+        used = parts.keys() - learner.unused
+        moves = update.transformed(
+            [parts[name] if name in used else None for name in layout.slots], tasks=True
+        )
+        found = dict(zip(layout.slots, moves, strict=True))
+        flat = torch.cat([(found[n] if n in used else p).flatten(1) for n, p in parts.items()], 1)
         return theta.root - learner.lr * theta.ordered(flat)
 
     def fused_rates(self, layout: ParameterLayout, theta: Tensor, steps: int) -> FusedRates | None:
