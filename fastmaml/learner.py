@@ -49,7 +49,7 @@ class Learner(BaseLearner):
     allow_unused: bool
     allow_nograd: bool
     steps_taken: int
-    unused: frozenset[str]  # adapted parameters that the loss of the last step does not depend on
+    unused: frozenset[str]  # parameters that the last step left alone: not in its loss, or frozen
     moments: tuple[Theta | None, ...]
     updates_statistics: bool
 
@@ -222,7 +222,7 @@ class Learner(BaseLearner):
         with twice_differentiable(self._base.module):
             found = self._gradients(loss, list(learned.values()), second_order)
         moves = {n: g for n, g in zip(learned, found, strict=True) if g is not None}
-        self._note_unused(moves.keys() | (parts.keys() - learned.keys()), lenient)
+        self._note_unused(moves.keys(), lenient, frozen=parts.keys() - learned.keys())
         flat = self._layout.flat([moves.get(n, torch.zeros_like(p)) for n, p in parts.items()])
         return self._theta.ordered(flat[None])
 
@@ -267,12 +267,13 @@ class Learner(BaseLearner):
         """Whose parameters are the learner's, if any; those of several tasks are values."""
         return self._clone.built if self.tasks is None else None
 
-    def _note_unused(self, used: Set[str], lenient: bool) -> None:
+    def _note_unused(self, used: Set[str], lenient: bool, frozen: Set[str] = frozenset()) -> None:
         unused = [name for name in self._layout.adapted_names if name not in used]
         self.__dict__["unused"] = frozenset(unused)
-        if unused and not lenient:
+        missed = [name for name in unused if name not in frozen]
+        if missed and not lenient:
             raise RuntimeError(
-                f"loss does not depend on the parameters {', '.join(unused)}; "
+                f"loss does not depend on the parameters {', '.join(missed)}; "
                 "pass allow_unused=True to leave them as they are, or freeze them"
             )
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from adapting import Net, plain_step, seeded_data, seeded_net
 from networks import gradients
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastmaml as l2l
 from fastmaml.testing import relative_error
@@ -104,7 +104,7 @@ def test_one_that_a_step_left_alone_is_still_that_of_earlier_outputs(
 
 @pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
 def test_one_that_no_step_needs_is_named_each_time(net: Net, data: tuple[Tensor, Tensor]) -> None:
-    x, y = data
+    _, y = data
     learner = l2l.MAML(net, lr=0.2).clone()
     list(learner.parameters())
     for _ in range(2):
@@ -112,3 +112,14 @@ def test_one_that_no_step_needs_is_named_each_time(net: Net, data: tuple[Tensor,
         with pytest.raises(RuntimeError, match=r"depend on the parameters features\.0\.weight"):
             learner.adapt(loss, allow_unused=False)
         learner.adapt(loss, allow_unused=True)
+
+
+def test_one_that_was_frozen_stays_so(net: Net, data: tuple[Tensor, Tensor]) -> None:
+    x, y = data
+    learner = l2l.MAML(net, lr=0.2).clone()
+    frozen = nn.Parameter(torch.ones(3).double(), requires_grad=False)
+    learner.module.classifier.bias = frozen
+    for _ in range(2):
+        learner.adapt(F.cross_entropy(learner(x), y))
+        assert learner.module.classifier.bias is frozen
+    torch.testing.assert_close(frozen, torch.ones(3).double())
