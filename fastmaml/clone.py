@@ -215,6 +215,12 @@ class LazyClone(dict[str, Any]):
             return None
         return self._replaced(self.built) or self.built.replaced()
 
+    def strangers(self, modules: object) -> str | None:
+        """Which parameters of a learner that has ``modules`` no step of its own would move."""
+        if modules is not self:
+            return "those in a copy of a module that it is a part of are others"
+        return None
+
     def _replaced(self, built: ModuleClone) -> str | None:
         own = self.get("module") is built.module
         return None if own else "the learner's module was replaced"

@@ -114,6 +114,8 @@ class Learner(BaseLearner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output with this learner's parameters."""
+        if self._modules is not self._clone:  # in a copy of a module that this is a part of
+            return self._eagerly(args, kwargs)
         x = args[0] if len(args) == 1 and not kwargs else None
         if self.tasks is not None:
             for item in pytree.tree_leaves((args, kwargs)):
@@ -127,11 +129,14 @@ class Learner(BaseLearner):
             self._record(program, statistics)
             return y
         if self.tasks is None:
-            with twice_differentiable(self.module):
-                return self.module(*args, **kwargs)
+            return self._eagerly(args, kwargs)
         outputs, statistics = program.run(self._views_of_tasks(), args, kwargs)
         self._record(program, statistics)
         return outputs
+
+    def _eagerly(self, args: Any, kwargs: Any) -> Any:
+        with twice_differentiable(self.module):
+            return self.module(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name == "module" and self.tasks is not None:
@@ -194,6 +199,7 @@ class Learner(BaseLearner):
 
         After an error the learner is as it was.
         """
+        self._require_own_parts("adapted")
         loss = checks.adapt_loss(loss, self.tasks)
         second_order = not (self.first_order if first_order is None else first_order)
         lenient = self.allow_unused if allow_unused is None else allow_unused
@@ -356,7 +362,16 @@ class Learner(BaseLearner):
             learner._clone.build().set_state(built.state())
         return learner
 
+    def _require_own_parts(self, done: str) -> None:
+        strangers = self._clone.strangers(self._modules)
+        if strangers is not None:
+            raise RuntimeError(
+                f"the learner must have its own parameters to be {done}, but {strangers}; put them "
+                "into the base module, and clone that"
+            )
+
     def _own_clone(self) -> ModuleClone | None:
+        self._require_own_parts("copied")
         replaced = self._clone.replaced()
         if replaced is not None:
             raise RuntimeError(

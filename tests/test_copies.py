@@ -148,3 +148,35 @@ def test_a_called_learner_of_a_recurrent_layer_can_be_cloned(kind) -> None:
     torch.testing.assert_close(twin(x)[0], learner(x)[0])
     twin.adapt(twin(x)[0].square().mean())
     assert not torch.equal(twin(x)[0], learner(x)[0])
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+@pytest.mark.parametrize("part", [False, True])
+def test_a_cloned_module_s_learner_is_its_own(part: bool) -> None:
+    learner = fastmaml.MAML(nn.Linear(3, 2).double(), lr=0.1).clone()
+    x = torch.ones(4, 3).double()
+    before = learner(x)
+    clone = fastmaml.clone_module(nn.Sequential(learner) if part else learner)
+    fastmaml.update_module(clone, [torch.ones_like(p) for p in clone.parameters()])
+    torch.testing.assert_close(clone(x), before + 4)
+    (clone[0] if part else clone).adapt(clone(x).sum())
+    torch.testing.assert_close(learner(x), before, rtol=0, atol=0)
+    assert not torch.allclose(clone(x), before + 4)
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+def test_a_learner_as_the_module_of_another_wrapper() -> None:
+    base = nn.Linear(3, 2).double()
+    x = torch.randn(4, 3).double()
+    outer = fastmaml.MAML(fastmaml.MAML(base, lr=0.1).clone(), lr=0.1).clone()
+    outer.adapt(outer(x).square().mean())
+    outer(x).square().mean().backward()
+    got = torch.cat([p.grad.flatten() for p in base.parameters()])
+
+    base.zero_grad()
+    plain = fastmaml.MAML(base, lr=0.1).clone()
+    plain.adapt(plain(x).square().mean())
+    plain(x).square().mean().backward()
+    torch.testing.assert_close(got, torch.cat([p.grad.flatten() for p in base.parameters()]))
+    with pytest.raises(RuntimeError, match="in a copy of a module that it is a part of"):
+        outer.module.adapt(outer(x).sum())

@@ -46,6 +46,9 @@ def clone_module(module: Module, memo: dict[Any, Any] | None = None) -> Module:
     memo = {} if memo is None else memo
     if module in memo:
         return memo[module]
+    if isinstance(module, Learner):
+        memo[module] = module.clone()
+        return memo[module]
     clone = module.__new__(type(module))
     memo[module] = clone
     clone.__dict__.update(module.__dict__)
