@@ -102,6 +102,13 @@ class ModuleClone:
         parameter = self._copies[key]._parameters.get(leaf)
         return self._made[name] if parameter is None else parameter
 
+    def strangers(self, module: nn.Module) -> list[str]:
+        """The parameters of ``module`` that could be adapted but are none of this clone's."""
+        now = {name: self._now(name) for name in self._made}
+        own = {id(p) for name, p in now.items() if _alike(p, self._made[name])}
+        found = module.named_parameters()
+        return [name for name, p in found if p.requires_grad and id(p) not in own]
+
     def modes(self) -> tuple[bool, ...]:
         """``training`` of every copy, in the order of the base's ``modules()``."""
         return tuple(self._copies[id(module)].training for module in self._base.modules())
@@ -219,7 +226,8 @@ class LazyClone(dict[str, Any]):
         """Which parameters of a learner that has ``modules`` no step of its own would move."""
         if modules is not self:
             return "those in a copy of a module that it is a part of are others"
-        return None
+        names = [] if self.built is None else self.built.strangers(self["module"])
+        return f"{', '.join(names)} were put into it" if names else None
 
     def _replaced(self, built: ModuleClone) -> str | None:
         own = self.get("module") is built.module

@@ -99,3 +99,19 @@ def test_a_norm_that_lost_its_statistics(batch: l2l.TaskBatch) -> None:
     after: Tensor = maml.clone()(x)
     assert not torch.allclose(after, before)
     torch.testing.assert_close(after, net(x))
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+def test_parameters_put_into_a_learner(batch: l2l.TaskBatch) -> None:
+    """No step would move them, which is said; frozen ones are only used."""
+    x, y = batch.support_x[0], batch.support_y[0]
+    learner = l2l.MAML(tanh_net(), lr=0.1, allow_unused=True).clone()
+    head = learner.module[2] = nn.Linear(6, 2).double()
+    for step in (lambda: learner.adapt(F.mse_loss(learner(x), y)), learner.clone):
+        with pytest.raises(RuntimeError, match=r"but 2\.weight, 2\.bias were put into it"):
+            step()
+    head.requires_grad_(False)
+    before = learner(x)
+    learner.adapt(F.mse_loss(before, y))
+    assert learner.module[2] is head
+    assert not torch.equal(learner(x), before)
