@@ -39,18 +39,19 @@ class ModuleClone:
 
     def __init__(self, learner: Learner) -> None:
         self._layout = learner.layout
-        self._base: nn.Module = learner._base.module
+        base: nn.Module = learner._base.module
+        self._parts = list(base.modules())  # which the base may replace later
         self._copies: dict[int, nn.Module] = {}
         self._places = [
             (id(module), leaf, self._layout.aliases[f"{path}.{leaf}" if path else leaf])
-            for path, module in self._base.named_modules(remove_duplicate=False)
+            for path, module in base.named_modules(remove_duplicate=False)
             for leaf, parameter in module._parameters.items()
             if parameter is not None
         ]
         self._first = {name: (key, leaf) for key, leaf, name in reversed(self._places)}
         self._phi: Tensor | None = None
         self._made: dict[str, Tensor] = {}  # the parameters that were put there
-        self.module = self._copy(self._base)
+        self.module = self._copy(base)
         if len(self._layout.modes) == len(self.modes()):  # else the base has other parts by now
             self.set_modes(self._layout.modes)
         self.set_parameters(learner)
@@ -111,16 +112,16 @@ class ModuleClone:
 
     def modes(self) -> tuple[bool, ...]:
         """``training`` of every copy, in the order of the base's ``modules()``."""
-        return tuple(self._copies[id(module)].training for module in self._base.modules())
+        return tuple(self._copies[id(module)].training for module in self._parts)
 
     def set_modes(self, modes: tuple[bool, ...]) -> None:
         """Set ``training`` of every copy, in the same order."""
-        for module, training in zip(self._base.modules(), modes, strict=True):
+        for module, training in zip(self._parts, modes, strict=True):
             self._copies[id(module)].training = training
 
     def state(self) -> CloneState:
         """What a copy of this clone takes over, if :meth:`replaced` says None."""
-        pairs = [(self._copies[id(module)], module) for module in self._base.modules()]
+        pairs = [(self._copies[id(module)], module) for module in self._parts]
         return CloneState(
             self.modes(),
             tuple(_other(copy._buffers, module._buffers) for copy, module in pairs),
@@ -130,7 +131,7 @@ class ModuleClone:
     def set_state(self, state: CloneState) -> None:
         """Make this clone, of the same parts, what :meth:`state` was taken of."""
         self.set_modes(state.modes)
-        parts = zip(self._base.modules(), state.buffers, state.attributes, strict=True)
+        parts = zip(self._parts, state.buffers, state.attributes, strict=True)
         for module, buffers, attributes in parts:
             copy = self._copies[id(module)]
             copy._buffers.update(buffers)
@@ -141,7 +142,7 @@ class ModuleClone:
         return self.replaced() or self._changed()
 
     def _changed(self) -> str | None:
-        for module in self._base.modules():
+        for module in self._parts:
             changed = _changed(self._copies[id(module)], module)
             if changed is not None:
                 return f"the clone's {changed} was changed"
@@ -149,7 +150,7 @@ class ModuleClone:
 
     def replaced(self) -> str | None:
         """Which part or parameter of the clone is not of its own making any more, or None."""
-        for module in self._base.modules():
+        for module in self._parts:
             copy = self._copies.get(id(module))
             if copy is None or copy._modules.keys() != module._modules.keys():
                 return "a part of the clone was added or removed"

@@ -115,3 +115,16 @@ def test_parameters_put_into_a_learner(batch: l2l.TaskBatch) -> None:
     learner.adapt(F.mse_loss(before, y))
     assert learner.module[2] is head
     assert not torch.equal(learner(x), before)
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+def test_a_learner_s_parts_stay_when_its_base_gets_others(batch: l2l.TaskBatch) -> None:
+    x, y = batch.support_x[0], batch.support_y[0]
+    maml, twin = l2l.MAML(tanh_net(), lr=0.1), l2l.MAML(tanh_net(), lr=0.1).clone()
+    learner = maml.clone()
+    list(learner.parameters())
+    maml.module[2] = nn.Linear(6, 2).double()
+    for one in (learner, twin):
+        one.adapt(F.mse_loss(one(x), y))
+    torch.testing.assert_close(learner(x), twin(x))
+    torch.testing.assert_close(maml.clone()(x), maml.module(x))
