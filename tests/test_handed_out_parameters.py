@@ -123,3 +123,17 @@ def test_one_that_was_frozen_stays_so(net: Net, data: tuple[Tensor, Tensor]) -> 
         learner.adapt(F.cross_entropy(learner(x), y))
         assert learner.module.classifier.bias is frozen
     torch.testing.assert_close(frozen, torch.ones(3).double())
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+@pytest.mark.parametrize("hidden", [nn.Tanh, nn.Mish])  # the latter without a native program
+@pytest.mark.parametrize("tasks", [None, 2])
+def test_several_backward_passes_through_one_learner(hidden, tasks: int | None) -> None:
+    """The last bias is a pair at an odd place."""
+    net = nn.Sequential(nn.Linear(4, 3), hidden(), nn.Linear(3, 2)).double()
+    learner = l2l.MAML(net, lr=0.1).clone(tasks=tasks)
+    x = torch.randn(*(() if tasks is None else (tasks,)), 5, 4).double()
+    held = learner(x).square().sum()
+    learner.adapt(learner(x).square().sum(), first_order=True)
+    for loss in (held, learner(x).square().sum(), learner(x).sum()):
+        loss.backward()

@@ -75,7 +75,7 @@ class ParameterLayout:
             return tensors[0].flatten().clone()
         if tensors:
             if self._odd_pairs:  # whose cotangents would be views of what comes back
-                tensors = [t * 1 if _is_pairs(t.shape) else t for t in tensors]
+                tensors = [_moved(t) if _is_pairs(t.shape) else t for t in tensors]
             if any(not (t.is_floating_point() or t.is_complex()) for t in tensors):
                 tensors = [t if t.is_complex() else t.double() for t in tensors]  # holds integers
             return _flatten_dense_tensors(tensors)
@@ -130,4 +130,11 @@ def _pairs_aligned(view: Tensor) -> Tensor:
     places = (view.storage_offset(), *view.stride()[:-1])
     if not _is_pairs(view.shape) or not any(place % 2 for place in places):
         return view
-    return view * 1  # unlike a clone's, cotangents of any order are moved as well
+    return _moved(view)
+
+
+def _moved(tensor: Tensor) -> Tensor:
+    """The same values in a place of their own; unlike a clone's, cotangents of any order are moved
+    as well. Nothing is saved: as through a clone, any number of backward passes may go through it.
+    """
+    return tensor.neg().neg()
