@@ -39,33 +39,31 @@ class ModuleClone:
 
     def __init__(self, learner: Learner) -> None:
         self._layout = learner.layout
-        base: nn.Module = learner._base.module
-        self._parts = list(base.modules())  # which the base may replace later
+        self._parts = {id(part.module): part for part in self._layout.modules}
         self._copies: dict[int, nn.Module] = {}
         self._places = [
-            (id(module), leaf, self._layout.aliases[f"{path}.{leaf}" if path else leaf])
-            for path, module in base.named_modules(remove_duplicate=False)
-            for leaf, parameter in module._parameters.items()
-            if parameter is not None
+            (key, leaf, name)
+            for key, part in self._parts.items()
+            for leaf, name in part.parameters.items()
+            if name is not None
         ]
         self._first = {name: (key, leaf) for key, leaf, name in reversed(self._places)}
         self._phi: Tensor | None = None
         self._made: dict[str, Tensor] = {}  # the parameters that were put there
-        self.module = self._copy(base)
-        if len(self._layout.modes) == len(self.modes()):  # else the base has other parts by now
-            self.set_modes(self._layout.modes)
+        self.module = self._copy(self._layout.modules[0].module)
+        self.set_modes(self._layout.modes)
         self.set_parameters(learner)
 
     def _copy(self, module: nn.Module) -> nn.Module:
         if id(module) not in self._copies:
-            copy = module.__new__(type(module))
+            copy, part = module.__new__(type(module)), self._parts[id(module)]
             self._copies[id(module)] = copy
             copy.__dict__.update(module.__dict__)
-            copy.__dict__["_parameters"] = dict(module._parameters)
+            copy.__dict__["_parameters"] = dict.fromkeys(part.parameters)
             copy.__dict__["_buffers"] = dict(module._buffers)
             copy.__dict__["_modules"] = {
                 name: None if child is None else self._copy(child)
-                for name, child in module._modules.items()
+                for name, child in part.children.items()
             }
             if isinstance(copy, nn.RNNBase):  # keeps its weights in a list of its own as well
                 copy.__dict__["_flat_weights"] = list(vars(module)["_flat_weights"])
@@ -112,16 +110,16 @@ class ModuleClone:
 
     def modes(self) -> tuple[bool, ...]:
         """``training`` of every copy, in the order of the base's ``modules()``."""
-        return tuple(self._copies[id(module)].training for module in self._parts)
+        return tuple(self._copies[key].training for key in self._parts)
 
     def set_modes(self, modes: tuple[bool, ...]) -> None:
         """Set ``training`` of every copy, in the same order."""
-        for module, training in zip(self._parts, modes, strict=True):
-            self._copies[id(module)].training = training
+        for key, training in zip(self._parts, modes, strict=True):
+            self._copies[key].training = training
 
     def state(self) -> CloneState:
         """What a copy of this clone takes over, if :meth:`replaced` says None."""
-        pairs = [(self._copies[id(module)], module) for module in self._parts]
+        pairs = [(self._copies[key], part.module) for key, part in self._parts.items()]
         return CloneState(
             self.modes(),
             tuple(_other(copy._buffers, module._buffers) for copy, module in pairs),
@@ -132,8 +130,8 @@ class ModuleClone:
         """Make this clone, of the same parts, what :meth:`state` was taken of."""
         self.set_modes(state.modes)
         parts = zip(self._parts, state.buffers, state.attributes, strict=True)
-        for module, buffers, attributes in parts:
-            copy = self._copies[id(module)]
+        for key, buffers, attributes in parts:
+            copy = self._copies[key]
             copy._buffers.update(buffers)
             vars(copy).update(attributes)
 
@@ -142,19 +140,19 @@ class ModuleClone:
         return self.replaced() or self._changed()
 
     def _changed(self) -> str | None:
-        for module in self._parts:
-            changed = _changed(self._copies[id(module)], module)
+        for key, part in self._parts.items():
+            changed = _changed(self._copies[key], part.module)
             if changed is not None:
                 return f"the clone's {changed} was changed"
         return None
 
     def replaced(self) -> str | None:
         """Which part or parameter of the clone is not of its own making any more, or None."""
-        for module in self._parts:
-            copy = self._copies.get(id(module))
-            if copy is None or copy._modules.keys() != module._modules.keys():
+        for own, part in self._parts.items():
+            copy = self._copies[own]
+            if copy._modules.keys() != part.children.keys():
                 return "a part of the clone was added or removed"
-            for name, child in module._modules.items():
+            for name, child in part.children.items():
                 if child is not None and copy._modules[name] is not self._copies.get(id(child)):
                     return f"the clone's {name} was replaced"
         for key, leaf, name in self._places:

@@ -114,13 +114,18 @@ class Learner(BaseLearner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output with this learner's parameters."""
-        if self._modules is not self._clone:  # in a copy of a module that this is a part of
+        now = self._base.layout()
+        in_a_copy = self._modules is not self._clone  # of a module that this is a part of
+        if in_a_copy or not self._layout.fits(now):
+            self._require_one_task(
+                "a base module that was given other parts, or a copy, cannot run"
+            )
             return self._eagerly(args, kwargs)
         x = args[0] if len(args) == 1 and not kwargs else None
         if self.tasks is not None:
             for item in pytree.tree_leaves((args, kwargs)):
                 checks.task_axis(item, self.tasks)
-        program = self._program(x)
+        program = self._program(x, now)
         if isinstance(program, NativeProgram):
             assert isinstance(x, Tensor)
             theta, phi = self._now(program.used)
@@ -146,15 +151,14 @@ class Learner(BaseLearner):
             )
         return super().__getattr__(name)
 
-    def _program(self, x: Any) -> Program:
-        clone, now = self._clone.built, self._base.layout()
+    def _program(self, x: Any, now: ParameterLayout) -> Program:
+        clone = self._clone.built
         modes = self._layout.modes if clone is None else clone.modes()
-        same = modes == now.modes or len(modes) != len(now.modes)  # or the base has other parts
         return self._base.programs.find(
             self._layout,
             x,
             example_axes=1 if self.tasks is None else 2,
-            modes=None if same else modes,
+            modes=None if modes == now.modes else modes,
             why_not=self._clone.why_not(),
             signature=self._base.signature,
         )

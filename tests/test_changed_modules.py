@@ -128,3 +128,36 @@ def test_a_learner_s_parts_stay_when_its_base_gets_others(batch: l2l.TaskBatch) 
         one.adapt(F.mse_loss(one(x), y))
     torch.testing.assert_close(learner(x), twin(x))
     torch.testing.assert_close(maml.clone()(x), maml.module(x))
+
+
+def with_another_part(net: nn.Sequential) -> None:
+    net[1] = nn.ReLU()
+
+
+def with_fewer_parameters(net: nn.Sequential) -> None:
+    net[2] = nn.Linear(6, 2, bias=False).double()
+
+
+def with_a_wider_layer(net: nn.Sequential) -> None:
+    net[0].weight.data, net[2].weight.data = torch.ones(9, 5).double(), torch.ones(2, 9).double()
+    net[0].bias.data = torch.zeros(9).double()
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("change", [with_another_part, with_fewer_parameters, with_a_wider_layer])
+def test_a_learner_is_of_the_module_that_was_cloned(
+    change, called: bool, batch: l2l.TaskBatch
+) -> None:
+    x, y = batch.support_x[0], batch.support_y[0]
+    maml, twin = l2l.MAML(tanh_net(), lr=0.1), l2l.MAML(tanh_net(), lr=0.1).clone()
+    learner, of_tasks = maml.clone(), maml.clone(tasks=3)
+    if called:
+        learner(x)
+    change(maml.module)
+    branch = learner.clone()
+    for one in (learner, branch, twin):
+        one.adapt(F.mse_loss(one(x), y))
+    torch.testing.assert_close(learner(x), twin(x))
+    torch.testing.assert_close(branch(x), twin(x))
+    with pytest.raises(RuntimeError, match=r"was given other parts.* of 3 tasks"):
+        of_tasks(batch.support_x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,15 @@ from torch._utils import _flatten_dense_tensors
 from fastmaml.program.ir import Slot
 
 AdaptFilter = Callable[[str, nn.Parameter], bool]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module within a module, as it was at a time."""
+
+    module: nn.Module
+    children: dict[str, nn.Module | None]
+    parameters: dict[str, str | None]  # their slots, by their own names here; None where not set
 
 
 class ParameterLayout:
@@ -35,6 +45,7 @@ class ParameterLayout:
             chosen = adapt is None or any(adapt(name, parameter) for name in own)
             self._add(own[0], parameter, parameter.requires_grad and chosen)
         self.aliases = {name: own[0] for own in names.values() for name in own}
+        self.modules = [self._part_of(path, part) for path, part in module.named_modules()]
         self.adapted_names = tuple(slot.name for slot in self.group(adapted=True))
         self.adapted_parameters = tuple(p for s, p in self._pairs() if s.adapted)
         self.shared_parameters = tuple(p for s, p in self._pairs() if not s.adapted)
@@ -57,6 +68,23 @@ class ParameterLayout:
             self.theta_size += slot.size
         else:
             self.shared_size += slot.size
+
+    def _part_of(self, path: str, module: nn.Module) -> Part:
+        lead = f"{path}." if path else ""
+        parameters = {
+            leaf: None if parameter is None else self.aliases[lead + leaf]
+            for leaf, parameter in module._parameters.items()
+        }
+        return Part(module, dict(module._modules.items()), parameters)
+
+    def fits(self, other: ParameterLayout) -> bool:
+        """Whether both are of the same parts, with parameters of the same shapes."""
+        if self is other:
+            return True
+        return self._shapes() == other._shapes() and self.modules == other.modules
+
+    def _shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        return [(slot.name, slot.shape) for slot in self.slots.values()]
 
     def _pairs(self) -> Iterator[tuple[Slot, nn.Parameter]]:
         return zip(self.slots.values(), self.parameters, strict=True)
