@@ -6,7 +6,7 @@ later. Code such as ``torch.autograd.grad(loss, learner.parameters())`` needs su
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from fastmaml.program.theta import Theta
 from fastmaml.program.transforms import outside
 
 if TYPE_CHECKING:
@@ -63,9 +64,10 @@ def own_parts(learner: Learner, names: Iterable[str]) -> dict[str, Tensor]:
     Those that native programs have used are :class:`LatePart`, which takes nothing from what they
     are.
     """
-    used: Container[str] = learner.used if learner.tasks is None else ()
-    wholes, views = _wholes(learner), learner.connected_parameters()
-    parts = {}
+    views = learner.connected_parameters()
+    if learner.tasks is not None:  # whose parameters are values, to be looked at
+        return {name: views[name] for name in names}
+    used, wholes, parts = learner.used, _wholes(learner), {}
     with outside(), torch.inference_mode(False), torch.enable_grad():  # in any mode with its graph
         for name in names:
             parts[name] = part = views[name].clone()
@@ -79,18 +81,19 @@ def own_parts(learner: Learner, names: Iterable[str]) -> dict[str, Tensor]:
 
 def _wholes(learner: Learner) -> dict[bool, Whole]:
     """Theta and phi, by whether parameters are adapted."""
-    layout, theta, phi = learner.layout, learner.packed_theta, learner.phi
+    layout, packing = learner.layout, learner.packed_theta.packing
 
     def parts(adapted: bool, gradient: Tensor) -> dict[str, Tensor]:
-        row = theta.moved(gradient).rows[0] if adapted else gradient
+        row = Theta(gradient, packing).rows[0] if adapted else gradient
         return {s.name: layout.view(s, row, row) for s in layout.group(adapted=adapted)}
 
-    def flat(gradients: dict[str, Tensor]) -> Tensor:
-        return layout.flat(list(gradients.values()))
+    def joined(adapted: bool, gradients: dict[str, Tensor]) -> Tensor:
+        flat = layout.flat(list(gradients.values()))
+        return Theta(flat, packing).ordered(flat[None]) if adapted else flat
 
     return {
-        True: Whole(theta.root, partial(parts, True), lambda g: theta.ordered(flat(g)[None])),
-        False: Whole(phi, partial(parts, False), flat),
+        adapted: Whole(tensor, partial(parts, adapted), partial(joined, adapted))
+        for adapted, tensor in ((True, learner.packed_theta.root), (False, learner.phi))
     }
 
 
@@ -113,14 +116,14 @@ def _is_late(x: Any) -> bool:
 def _register_hook(part: LatePart, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
     if not _is_late(part):
         return part.register_hook(hook)
-    whole, name = part.whole, part.parameter
+    parts, joined, name = part.whole.parts, part.whole.joined, part.parameter
 
-    def hook_of_whole(gradient: Tensor) -> Tensor | None:
-        gradients = whole.parts(gradient)
+    def hook_of_whole(gradient: Tensor) -> Tensor | None:  # must not hold the tensor that holds it
+        gradients = parts(gradient)
         changed = hook(gradients[name])
-        return None if changed is None else whole.joined({**gradients, name: changed})
+        return None if changed is None else joined({**gradients, name: changed})
 
-    return whole.tensor.register_hook(hook_of_whole)
+    return part.whole.tensor.register_hook(hook_of_whole)
 
 
 def _own(x: Any, gradient: Any) -> Tensor | None:

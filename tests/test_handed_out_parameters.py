@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -137,3 +139,21 @@ def test_several_backward_passes_through_one_learner(hidden, tasks: int | None) 
     learner.adapt(learner(x).square().sum(), first_order=True)
     for loss in (held, learner(x).square().sum(), learner(x).sum()):
         loss.backward()
+
+
+def test_hooked_ones_need_no_garbage_collector(net: Net, data: tuple[Tensor, Tensor]) -> None:
+    x, y = data
+    maml = l2l.MAML(net, lr=0.2)
+    maml.clone()(x)
+    gc.disable()
+    try:
+        learner = maml.clone()
+        loss = F.cross_entropy(learner(x), y)
+        weight = learner.module.classifier.weight
+        weight.register_hook(lambda gradient: gradient * 3)
+        loss.backward()
+        gone = weakref.ref(learner.packed_theta.root)
+        del learner, weight, loss
+        assert gone() is None
+    finally:
+        gc.enable()
