@@ -249,7 +249,7 @@ def test_a_detached_learner_of_gbml_is_cut_from_its_transform() -> None:
 
 
 def test_a_learners_module_can_be_detached() -> None:
-    """Its parameters are views, which PyTorch refuses to detach in place."""
+    """In place, as any module that was cloned."""
     maml = l2l.MAML(mlp(), lr=0.3)
     learner = maml.clone()
     learner.adapt(F.cross_entropy(learner(X), Y))
