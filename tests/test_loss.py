@@ -66,6 +66,16 @@ def test_large_logits_do_not_overflow() -> None:
     torch.testing.assert_close(rule.gradient(y, target), expected)
 
 
+@pytest.mark.parametrize("label", [-100, -1, 5])
+def test_a_label_out_of_range_gives_nan(label: int) -> None:
+    """Not an error, which on a GPU would be its last."""
+    y, target = problem("cross_entropy", 2, 3, 5)
+    target[1, 2] = label
+    rule = LOSSES["cross_entropy"]
+    assert rule.value(y, target).isnan().tolist() == [False, True]
+    assert torch.equal(rule.gradient(y, target).isnan().any(-1), target == label)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_float32_stays_float32(name: str) -> None:
     y, target = problem(name, 2, 3, 5, torch.float32)

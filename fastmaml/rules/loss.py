@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -23,18 +22,26 @@ class LossRule(Protocol):
 
 
 class CrossEntropy:
-    """y ``[T, N, C]``, int64 labels ``[T, N]``."""
+    """y ``[T, N, C]``, int64 labels ``[T, N]``. One out of range makes value and gradient NaN:
+    PyTorch's own functions would end all work on a GPU.
+    """
 
     def value(self, y: Tensor, target: Tensor) -> Tensor:
-        rows = F.cross_entropy(y.flatten(0, 1), target.flatten(), reduction="none")
-        return rows.view(target.shape).mean(1)
+        own = _own_class(y, target)
+        return -torch.where(own == 0, 0.0, own * y.log_softmax(-1)).sum(-1).mean(1)
 
     def gradient(self, y: Tensor, target: Tensor) -> Tensor:
-        return (y.softmax(-1) - F.one_hot(target, y.shape[-1])) / y.shape[1]
+        return (y.softmax(-1) - _own_class(y, target)) / y.shape[1]
 
     def tangent(self, y: Tensor, target: Tensor, dy: Tensor) -> Tensor:
         p = y.softmax(-1)
         return p * (dy - (p * dy).sum(-1, keepdim=True)) / y.shape[1]
+
+
+def _own_class(y: Tensor, target: Tensor) -> Tensor:
+    """Like y: one for the label's class, zero for others; NaN where no class is the label's."""
+    own = target[..., None] == torch.arange(y.shape[-1], device=y.device)
+    return torch.where(own.any(-1, keepdim=True), own.to(y.dtype), float("nan"))
 
 
 class MeanSquaredError:
