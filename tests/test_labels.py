@@ -72,6 +72,28 @@ def test_others_out_of_range_are_refused_all_the_same() -> None:
             call(tasks)
 
 
+def with_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:invalid value")  # of kernels that are interpreted
+@pytest.mark.parametrize("field", ["support_y", "query_y"])
+@pytest.mark.parametrize("label", [IGNORED_LABEL, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("make", [native, with_norm])
+def test_on_a_gpu_they_give_nan(make: Callable, dtype: torch.dtype, label: int, field: str) -> None:
+    """Nobody waits there to look at them."""
+    tasks = [t.clamp(0) if t.dtype == torch.int64 else t.to(dtype) for t in batch()]
+    known = TaskBatch(*(t.cuda() for t in tasks))
+    unknown = known._replace(**{field: getattr(known, field).clone()})
+    getattr(unknown, field)[0, 1] = label
+    maml = fastmaml.MAML(make().to("cuda", dtype), 0.5)
+    for _ in range(3):  # as it is, captured, replayed
+        assert maml.meta_loss(unknown, steps=2).isnan()
+        assert maml.meta_loss(known, steps=2).isfinite()
+
+
 def test_a_task_without_labels_has_no_loss() -> None:
     y, labels = torch.randn(2, 4, 3), torch.full((2, 4), IGNORED_LABEL)
     labels[0] = 1

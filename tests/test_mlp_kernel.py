@@ -110,6 +110,16 @@ def test_nan_comes_through():
     assert found.mean_loss.isnan()
 
 
+@pytest.mark.parametrize("label", [-100, 5])
+@pytest.mark.parametrize("part", ["support_y", "query_y"])
+def test_a_label_out_of_range_is_noticed(part, label):
+    kernel, _, call = problem(*MODULES["images"], "cross_entropy", torch.float64)
+    getattr(call, part)[1, 0] = label
+    found = kernel.meta_step(call)
+    assert found.losses.isnan().tolist() == [False, True, False, False]
+    assert found.theta_grad.isnan().any()
+
+
 class Branched(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -139,8 +139,9 @@ def test_a_label_out_of_range_is_noticed(label: int) -> None:
     """Without a look at the labels, for which the host would have to wait."""
     y, labels = torch.randn(2, 3, 5, device=DEVICE), torch.zeros(2, 3, dtype=torch.int64)
     labels[1, 2] = label
-    value = LOSSES["cross_entropy"].value(y, labels.to(DEVICE))
-    assert value.isnan().tolist() == [False, True]
+    rule, labels = LOSSES["cross_entropy"], labels.to(DEVICE)
+    assert rule.value(y, labels).isnan().tolist() == [False, True]
+    assert torch.equal(rule.gradient(y, labels).isnan().any(-1), labels == label)
 
 
 @pytest.mark.parametrize("case", CASES["activation"], ids=str)

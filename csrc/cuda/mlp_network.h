@@ -191,11 +191,12 @@ struct Network {
     if constexpr (kTangent) v.ddelta[at] = v.bend[at] * gradient + v.slope[at] * tangent;
   }
 
-  // A label out of range makes the loss NaN, and is not followed.
+  // A label out of range makes the loss NaN, and its gradient.
   template <bool kTangent, typename T>
   FASTMAML_TEAM T cross_entropy(const Examples<T>& examples, const Values<T>& v, int n, int at,
                                 int width) const {
     const Index label = static_cast<const Index*>(examples.targets)[n];
+    const bool known = label >= 0 && label < width;
     const T* y = v.post + at;
     T most = y[0], sum = 0, along = 0;
     for (int c = 1; c < width; ++c) most = y[c] > most ? y[c] : most;
@@ -206,11 +207,10 @@ struct Network {
     for (int c = 0; c < width; ++c) {
       const T p = exp(y[c] - most) / sum;
       const T bent = kTangent ? p * (v.dpost[at + c] - along) : T(0);
-      set_delta<kTangent>(v, at + c, (p - T(c == label)) / T(examples.count),
-                          bent / T(examples.count));
+      const T own = known ? T(c == label) : T(NAN);
+      set_delta<kTangent>(v, at + c, (p - own) / T(examples.count), bent / T(examples.count));
     }
-    if (label < 0 || label >= width) return T(NAN);
-    return (log(sum) + most - y[label]) / T(examples.count);
+    return known ? (log(sum) + most - y[label]) / T(examples.count) : T(NAN);
   }
 
   template <bool kTangent, typename T>

@@ -14,6 +14,12 @@ _VALUE, _GRADIENT, _TANGENT = 0, 1, 2
 
 
 @triton.jit
+def _known(label, columns, value):
+    """``value``; NaN, which callers notice, for a label out of range."""
+    return tl.where((label >= 0) & (label < columns), value, float("nan"))
+
+
+@triton.jit
 def cross_entropy_kernel(
     y, labels, dy, out, columns, scale, PASS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -28,12 +34,12 @@ def cross_entropy_kernel(
     if PASS == 0:
         label = tl.load(labels + row)
         own = tl.sum(tl.where(column == label, shifted, 0.0), 0)
-        own = tl.where((label >= 0) & (label < columns), own, float("nan"))  # which callers notice
-        tl.store(out + row, (tl.log(total) - own) * scale)
+        tl.store(out + row, _known(label, columns, tl.log(total) - own) * scale)
     else:
         p = e / total
         if PASS == 1:
-            moved = p - tl.where(column == tl.load(labels + row), 1.0, 0.0)
+            label = tl.load(labels + row)
+            moved = _known(label, columns, p - tl.where(column == label, 1.0, 0.0))
         else:
             d = tl.load(dy + row * columns + column, mask=inside, other=0.0)
             moved = p * (d - tl.sum(p * d, 0))
