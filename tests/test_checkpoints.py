@@ -1,6 +1,8 @@
 """The files of a training run: whole or refused, never half written."""
 
+import io
 import os
+import zipfile
 
 import pytest
 import torch
@@ -39,7 +41,17 @@ def test_missing_checkpoint(tmp_path):
         load_checkpoint(tmp_path / "none.pt")
 
 
-@pytest.mark.parametrize("content", [b"", b"something else", None])
+def deflated_without_a_stream() -> bytes:
+    """An archive of one stored file that one flipped bit declares to be deflated."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("data.pkl", b"\xff" * 20)
+    content = bytearray(file.getvalue())
+    content[content.index(b"PK\x01\x02") + 10] = zipfile.ZIP_DEFLATED
+    return bytes(content)
+
+
+@pytest.mark.parametrize("content", [b"", b"something else", deflated_without_a_stream(), None])
 def test_a_file_that_is_no_checkpoint(tmp_path, content):
     path = tmp_path / "other.pt"
     if content is None:

@@ -155,6 +155,7 @@ def test_drawings_are_counted_not_listed(tmp_path) -> None:
         (np.zeros((2, 783), np.uint8), r"must hold drawings \[N, 784\] of uint8, got \[2, 783\]"),
         (np.zeros((2, 784)), "of uint8, got .* of float64"),
         (b"\x93NUMPY", r"swan\.npy is damaged"),
+        (b"\x93NUMPY\x01\x00\x02\x00{\n", r"swan\.npy is damaged"),
     ],
 )
 def test_damaged_drawings_are_named(contents, message, tmp_path) -> None:

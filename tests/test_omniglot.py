@@ -10,6 +10,7 @@ from PIL import Image
 from published_files import real_omniglot
 
 from fastmaml.vision.datasets import ImageClasses, load_omniglot, omniglot, split_omniglot
+from fastmaml.vision.datasets.image_classes import load_or_make
 
 ALPHABETS = {
     "images_background": {"Greek": 3, "Latin": 2},
@@ -105,6 +106,25 @@ def test_second_load_reads_the_cache_beside_the_data(root, monkeypatch):
     assert torch.equal(first.images, second.images)
     assert torch.equal(first.labels, second.labels)
     assert first.names == second.names
+
+
+def test_a_cache_with_a_flipped_bit_is_made_anew(tmp_path):
+    place, data = (
+        tmp_path / "kept.npz",
+        ImageClasses(
+            torch.randint(256, (40, 28, 28), dtype=torch.uint8), torch.arange(40), list("abcd") * 10
+        ),
+    )
+    load_or_make([place], "key", lambda: data)
+    whole = place.read_bytes()
+    for position in range(0, len(whole), 61):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        place.write_bytes(damaged)
+        found = load_or_make([place], "key", lambda: data)
+        assert torch.equal(found.images, data.images)
+        assert torch.equal(found.labels, data.labels)
+        assert found.names == data.names
 
 
 def test_changed_contents_are_read_again(tmp_path):

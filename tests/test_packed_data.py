@@ -65,7 +65,9 @@ def kept(root: Path) -> list[Path]:
     return sorted(root.with_name(root.name + ".fastmaml").glob("*-*"))
 
 
-@pytest.mark.parametrize("damage", ["picture", "more", "transform", "labels", "truncated"])
+@pytest.mark.parametrize(
+    "damage", ["picture", "more", "transform", "labels", "truncated", "header"]
+)
 def test_a_packed_file_of_other_data_is_made_anew(tmp_path, damage) -> None:
     folder = ImageFolder(str(write_folder(tmp_path / "data")))
     pack(folder, progress=False)
@@ -82,14 +84,18 @@ def test_a_packed_file_of_other_data_is_made_anew(tmp_path, damage) -> None:
         folder.transform = lambda image: image.rotate(90)
     elif damage == "labels":
         (stored / "labels.json").write_text("{")
-    else:
+    elif damage == "truncated":
         (stored / "images.npy").write_bytes((stored / "images.npy").read_bytes()[:200])
+    else:
+        content = (stored / "images.npy").read_bytes()
+        (stored / "images.npy").write_bytes(content.replace(b"}", b"{", 1))
     again = pack(folder, progress=False)
     expected = pack(folder, progress=False, cache=False)
     assert torch.equal(again.images, expected.images)
     assert again.labels_to_indices == expected.labels_to_indices
     # what belongs to other options stays, what is out of date goes
-    assert (stored in kept(tmp_path / "data")) == (damage in ("transform", "labels", "truncated"))
+    same_name = ("transform", "labels", "truncated", "header")
+    assert (stored in kept(tmp_path / "data")) == (damage in same_name)
     assert len(kept(tmp_path / "data")) == (2 if damage == "transform" else 1)
 
 

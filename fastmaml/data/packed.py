@@ -200,7 +200,7 @@ def _load(place: Path) -> Packed | None:
         labels = json.loads((place / "labels.json").read_text())
         # copy on write: torch asks for memory that could be written
         array = np.load(place / "images.npy", mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError):
+    except Exception:  # damaged files raise nearly anything
         return None
     if len(labels) != len(array):
         return None

@@ -101,7 +101,7 @@ class Labels(Mapping[int, Any]):
 def _mapped(path: Path) -> NDArray[np.uint8]:
     try:
         drawings = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # damaged files raise nearly anything
         raise ValueError(f"{path} is damaged ({error}); delete it and fetch it again") from error
     if drawings.ndim != 2 or drawings.shape[1] != 28 * 28 or drawings.dtype != np.uint8:
         raise ValueError(
