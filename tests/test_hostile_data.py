@@ -218,7 +218,7 @@ def test_labels_that_no_tensor_holds_are_named() -> None:
 
 def test_shots_that_leave_no_query_set_are_refused() -> None:
     data = six_classes()
-    taskset = Taskset(data, two_by_two(data))
-    for shots in (0, 2):
-        with pytest.raises(ValueError, match="at least 1 and fewer than the 2 examples"):
-            taskset.batches(tasks=1, shots=shots)
+    for transforms in (two_by_two(data), [*two_by_two(data), list]):
+        for shots in (0, 2):
+            with pytest.raises(ValueError, match="at least 1 and fewer than the 2 examples"):
+                next(Taskset(data, transforms).batches(tasks=1, shots=shots))

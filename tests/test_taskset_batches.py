@@ -130,6 +130,38 @@ def test_random_pictures_are_not_frozen() -> None:
     assert taskset.explain().endswith("the examples are transformed at random")
 
 
+@pytest.mark.parametrize("shape", [(), (5,), (3, 3), (6, 2), (2, 3, 3)])
+@pytest.mark.parametrize("count", [-1, 3])
+def test_batches_have_the_shape_of_tasks(shape: tuple[int, ...], count: int) -> None:
+    data = MetaDataset(TensorDataset(torch.randn(40, *shape), torch.arange(40) // 4))
+    steps = [NWays(data, 3), KShots(data, 4), LoadData(data), RemapLabels(data)]
+    for taskset in (Taskset(data, steps, count), Taskset(data, [*steps, list], count)):
+        batch = next(taskset.batches(tasks=2, shots=1))
+        assert taskset.sample()[0].shape == (12, *shape)
+        assert batch.support_x.shape == (2, 3, *shape)
+        assert batch.query_x.shape == (2, 9, *shape)
+
+
+def test_pictures_that_are_not_square_are_turned_as_written() -> None:
+    data = MetaDataset(TensorDataset(torch.rand(40, 1, 6, 4), torch.arange(40) // 4))
+    steps = [FusedNWaysKShots(data, 3, 2), LoadData(data), RemapLabels(data)]
+    taskset = Taskset(data, [*steps, RandomClassRotation(data, [0, 90, 180, 270])])
+    assert taskset.explain().endswith("RandomClassRotation cuts pictures that are not square")
+    assert next(taskset.batches(tasks=2)).query_x.shape == (2, 3, 1, 6, 4)
+    square = MetaDataset(TensorDataset(torch.rand(40, 4, 4), torch.arange(40) // 4))
+    steps = [FusedNWaysKShots(square, 3, 2), LoadData(square), RemapLabels(square)]
+    turned = Taskset(square, [*steps, RandomClassRotation(square, [0, 90, 180, 270])])
+    assert next(turned.batches(tasks=2)).query_x.shape == (2, 3, 4, 4)
+
+
+def test_examples_may_have_more_than_a_label() -> None:
+    numbers = torch.arange(40)
+    data = MetaDataset(TensorDataset(torch.randn(40, 3), numbers // 4, numbers))
+    steps = [NWays(data, 3), KShots(data, 4), LoadData(data), RemapLabels(data)]
+    for transforms in (steps, [*steps, list]):
+        assert next(Taskset(data, transforms).batches(tasks=2)).query_y.shape == (2, 6)
+
+
 @pytest.mark.parametrize("tasks", [0, -1, 2.0])
 def test_batches_of_no_tasks(tasks: float) -> None:
     data = pictures()

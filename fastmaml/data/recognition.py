@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,19 +54,18 @@ class Episodes:
         self, tasks: int, shots: int | None, device: torch.device | str | None, seed: int
     ) -> Iterator[TaskBatch]:
         """The native sampler's batches of ``tasks`` tasks each, without end."""
+        drawn: Iterator[TaskBatch]
         if self.fixed is None:
-            return iter(self._sampler(tasks, shots, device, seed))
-        return FixedTasks(self._sampler(1, shots, device, seed), self.fixed, tasks)
+            drawn = self._sampler(tasks, shots, device, seed)
+        else:
+            drawn = FixedTasks(self._sampler(1, shots, device, seed), self.fixed, tasks)
+        shape = _shape(self.dataset)
+        return map(partial(_of_shape, shape), drawn) if len(shape) in (0, 2) else drawn
 
     def _sampler(
         self, tasks: int, shots: int | None, device: torch.device | str | None, seed: int
     ) -> EpisodeSampler:
-        shots = self.images // 2 if shots is None else shots
-        if not 0 < shots < self.images:
-            raise ValueError(
-                f"shots must be at least 1 and fewer than the {self.images} examples that tasks "
-                f"have of each class, got {shots}; draw tasks with more examples"
-            )
+        shots = support_shots(shots, self.images)
         if self.dataset not in _packed:
             _packed[self.dataset] = pack(self.dataset)
         return EpisodeSampler(
@@ -89,6 +89,31 @@ class Episodes:
         )
 
 
+def support_shots(shots: int | None, images: int) -> int:
+    """How many of a class's ``images`` are support examples: ``shots``, or half where it is None.
+
+    Raises:
+        ValueError: the support or the query set would be empty.
+    """
+    shots = images // 2 if shots is None else shots
+    if not 0 < shots < images:
+        raise ValueError(
+            f"shots must be at least 1 and fewer than the {images} examples that tasks "
+            f"have of each class, got {shots}; draw tasks with more examples"
+        )
+    return shots
+
+
+def _shape(dataset: MetaDataset) -> torch.Size:
+    return read_labelled(dataset, 0)[0].shape
+
+
+def _of_shape(shape: torch.Size, batch: TaskBatch) -> TaskBatch:
+    """Without the axis that the sampler gives to pictures that have no channels, and to numbers."""
+    support_x, query_x = (x.view(*x.shape[:2], *shape) for x in (batch.support_x, batch.query_x))
+    return batch._replace(support_x=support_x, query_x=query_x)
+
+
 def recognise(taskset: Taskset) -> Episodes | str:
     """What the native sampler can draw in the same distribution, or why it cannot."""
     transforms = taskset.task_transforms
@@ -102,8 +127,12 @@ def recognise(taskset: Taskset) -> Episodes | str:
     drawn = _drawn(list(transforms))
     if isinstance(drawn, str):
         return drawn
-    fixed = None if taskset.num_tasks == -1 else taskset.num_tasks
-    return _fixed_pictures(taskset.dataset) or _episodes(taskset.dataset, *drawn, fixed)
+    ways, images, allowed, turned = drawn
+    dataset, fixed = taskset.dataset, None if taskset.num_tasks == -1 else taskset.num_tasks
+    reason = _fixed_pictures(dataset)
+    if reason is None and turned:
+        reason = _cut_by_turns(dataset)
+    return reason or _episodes(dataset, ways, images, allowed, turned, fixed)
 
 
 def check_possible(transforms: Sequence[Any], dataset: MetaDataset, stacked: bool) -> None:
@@ -198,6 +227,13 @@ def _drawn(transforms: list[Any]) -> tuple[int, int, list[list[Any]], bool] | st
     ):
         return "LoadData does not come first"
     return ways, images, allowed, turned
+
+
+def _cut_by_turns(dataset: MetaDataset) -> str | None:
+    sides = _shape(dataset)[-2:]
+    if len(sides) == 2 and sides[0] != sides[1]:
+        return "RandomClassRotation cuts pictures that are not square"
+    return None
 
 
 def _episodes(

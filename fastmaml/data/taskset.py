@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, default_collate
 from fastmaml import checks
 from fastmaml.data.examples import check_alike, shape_of
 from fastmaml.data.meta_dataset import MetaDataset, as_meta_dataset
-from fastmaml.data.recognition import Episodes, check_possible, recognise
+from fastmaml.data.recognition import Episodes, check_possible, recognise, support_shots
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.data.transforms import DataDescription, LoadData, TaskDescription
 from fastmaml.data.utils import partition_task
@@ -191,7 +191,7 @@ class Taskset(Dataset):
     ) -> Iterator[TaskBatch]:
         while True:
             drawn = [self.sample() for _ in range(tasks)]
-            parts = [_split(x, y, shots) for x, y in drawn]
+            parts = [_split(x, y, shots) for x, y, *_ in drawn]
             yield TaskBatch(*(torch.stack(part).to(device) for part in zip(*parts, strict=True)))
 
 
@@ -210,8 +210,7 @@ class TaskDataset(Taskset):
 
 
 def _split(x: Any, y: Any, shots: int | None) -> tuple[Any, Any, Any, Any]:
-    if shots is None:
-        shots = len(y) // len(y.unique()) // 2
+    shots = support_shots(shots, len(y) // len(y.unique()))
     (support_x, support_y), (query_x, query_y) = partition_task(x, y, shots)
     return support_x, support_y, query_x, query_y
 
