@@ -140,10 +140,11 @@ def test_every_class_and_example_is_drawn_equally_often() -> None:
 
 
 def test_only_the_chosen_classes_are_drawn() -> None:
-    draw = sampler(classes=[5, 0, 3], ways=3)
-    seen = {i % CLASSES for i in which(draw.sample().support_x).flatten().tolist()}
-    assert seen == {0, 3, 5}
-    assert draw.classes == [5, 0, 3]
+    for classes in ([5, 0, 3], torch.tensor([5, 0, 3])):
+        draw = sampler(classes=classes, ways=3)
+        seen = {i % CLASSES for i in which(draw.sample().support_x).flatten().tolist()}
+        assert seen == {0, 3, 5}
+        assert draw.classes == [5, 0, 3]
 
 
 def test_a_class_index_says_the_same_as_labels() -> None:

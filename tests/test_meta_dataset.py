@@ -50,6 +50,10 @@ def test_labels_may_be_strings_or_tensors() -> None:
     meta = MetaDataset(Listed([torch.tensor(2), torch.tensor([5])]))
     assert meta.labels_to_indices == {2: [0], 5: [1]}
     assert all(type(label) is int for label in meta.labels)
+    given = MetaDataset(
+        Listed([4, 4, 6]), indices_to_labels=dict(enumerate(torch.tensor([4, 4, 6])))
+    )
+    assert given.labels_to_indices == {4: [0, 1], 6: [2]}
 
 
 @pytest.mark.parametrize("label", [torch.tensor([1, 2]), [1, 2], float("nan")])

@@ -19,6 +19,7 @@ from fastmaml.data import (
     MetaDataset,
     OnDeviceDataset,
     TaskDataset,
+    TaskGenerator,
     Taskset,
     TasksetSampler,
     partition_task,
@@ -201,10 +202,14 @@ def test_descriptions_may_be_of_ones_own(numbers) -> None:
     assert taskset.sample()[0].tolist() == [3, 1]
 
 
-def test_labels_to_keep_may_be_tensors(numbers) -> None:
-    keep = list(torch.tensor([17, 170]))
-    task = FilterLabels(numbers, keep)(None)
-    assert {numbers.indices_to_labels[d.index] for d in task} == {17, 170}
+def test_labels_to_keep_may_be_tensors_and_come_twice(numbers) -> None:
+    keep = torch.tensor([17, 170, 17])
+    fused = FusedNWaysKShots(numbers, 2, 1, filter_labels=keep)
+    for task in (FilterLabels(numbers, keep)(None), *(fused(None) for _ in range(20))):
+        assert {numbers.indices_to_labels[d.index] for d in task} == {17, 170}
+    assert FilteredMetaDataset(numbers, keep).labels == [17, 170]
+    generator = TaskGenerator(numbers, ways=2, classes=keep)
+    assert all(set(generator.sample().sampled_task) == {17, 170} for _ in range(20))
 
 
 def test_labels_that_are_words_are_remapped_alike_in_every_process() -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastmaml.data.examples import plain
 from fastmaml.data.meta_dataset import group_by_label
 from fastmaml.data.packed import ClassIndex, pack
 
@@ -63,11 +64,11 @@ def class_index(labels: Labels, images: int) -> ClassIndex:
 def _index_of_list(labels: list[Any], images: int) -> ClassIndex:
     if len(labels) != images:
         raise _not_one_each(images, f"{len(labels)} labels")
-    plain = [label.item() if hasattr(label, "item") else label for label in labels]
-    for i, label in enumerate(plain):
+    values = [plain(label) for label in labels]
+    for i, label in enumerate(values):
         if not isinstance(label, Hashable) or label != label:
             raise _bad_label(i, label)
-    index = group_by_label(enumerate(plain))
+    index = group_by_label(enumerate(values))
     try:
         return {name: index[name] for name in sorted(index)}
     except TypeError:  # numbers and texts, say, have no order but that of appearance
@@ -85,7 +86,7 @@ def _bad_label(i: int, label: object) -> ValueError:
 def chosen_classes(
     index: ClassIndex, classes: Iterable[Any] | None, ways: int, rotated: int
 ) -> list[Any]:
-    chosen = list(index) if classes is None else list(classes)
+    chosen = list(index) if classes is None else [plain(c) for c in classes]
     if unknown := [c for c in chosen if c not in index]:
         raise ValueError(
             f"classes must be among the {len(index)} classes of labels, got {unknown[0]!r}"

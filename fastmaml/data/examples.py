@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +114,26 @@ def read_pair(dataset: Dataset, index: int) -> tuple[Any, Any]:
     return x, label
 
 
+def plain(label: Any) -> Any:
+    """A label as a plain value, where it is a tensor or NumPy number."""
+    return label.item() if hasattr(label, "item") else label
+
+
+def plain_labels(labels: Iterable[Any]) -> list[Label]:
+    """Each label once, as a plain value, in order of appearance."""
+    return list(dict.fromkeys(map(plain, labels)))
+
+
 def label_of(dataset: Dataset, index: int, label: Any) -> Label:
     """The label of an example as a plain value.
 
     Raises:
         ValueError: it is not a single value, or NaN.
     """
-    if hasattr(label, "item"):
-        try:
-            label = label.item()
-        except (RuntimeError, ValueError) as error:
-            raise _bad_label(dataset, index, label) from error
+    try:
+        label = plain(label)
+    except (RuntimeError, ValueError) as error:
+        raise _bad_label(dataset, index, label) from error
     if not isinstance(label, Hashable) or label != label:
         raise _bad_label(dataset, index, label)
     return label

@@ -17,6 +17,8 @@ from fastmaml.data.examples import (
     Label,
     check_finite,
     example_name,
+    plain,
+    plain_labels,
     read_labelled,
     shape_of,
 )
@@ -89,6 +91,7 @@ class MetaDataset(Dataset):
         else:
             if indices_to_labels is None:
                 indices_to_labels = self._read_labels()
+            indices_to_labels = {i: plain(label) for i, label in indices_to_labels.items()}
             labels_to_indices = group_by_label(indices_to_labels.items())
         self._set(labels_to_indices, indices_to_labels)
 
@@ -207,7 +210,7 @@ class FilteredMetaDataset(MetaDataset):
 
     def __init__(self, dataset: Dataset, labels: Iterable[Any]) -> None:
         self.dataset = dataset = as_meta_dataset(dataset)
-        kept = dict.fromkeys(labels)
+        kept = plain_labels(labels)
         if unknown := [label for label in kept if label not in dataset.labels_to_indices]:
             raise ValueError(
                 f"labels must be among the dataset's {len(dataset.labels)} labels, "

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from fastmaml.data.examples import plain_labels
 from fastmaml.data.meta_dataset import as_meta_dataset
 
 Task = Sequence[Any]
@@ -93,7 +94,7 @@ class TaskGenerator:
         self.dataset = as_meta_dataset(dataset)
         self.ways = ways
         self.shots = shots
-        self.classes = list(self.dataset.labels if classes is None else classes)
+        self.classes = plain_labels(self.dataset.labels if classes is None else classes)
         self._check_classes()
         self.tasks = self._make_tasks(tasks)
         self._position = 0

@@ -15,10 +15,9 @@ from itertools import chain
 from numbers import Number
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastmaml.data.examples import read_example
+from fastmaml.data.examples import plain, plain_labels, read_example
 from fastmaml.data.meta_dataset import MetaDataset, as_meta_dataset
 
 TaskDescription = list["DataDescription"]
@@ -122,7 +121,7 @@ class FilterLabels(ClassTransform):
 
     def __init__(self, dataset: Dataset, labels: Iterable[Any]) -> None:
         super().__init__(dataset)
-        self.labels = [label.item() if isinstance(label, Tensor) else label for label in labels]
+        self.labels = plain_labels(labels)
         _check_known(self.dataset, self.labels)
         self._kept = frozenset(self.labels)
 
@@ -172,8 +171,7 @@ class _Remap:
 
     def __call__(self, data: Sequence[Any]) -> list[Any]:
         x, label, *rest = data
-        label = label.item() if hasattr(label, "item") else label
-        return [x, self._positions[label], *rest]
+        return [x, self._positions[plain(label)], *rest]
 
 
 class NWays(ClassTransform):
@@ -263,7 +261,9 @@ class FusedNWaysKShots(ClassTransform):
         self.n = n
         self.k = k
         self.replacement = replacement
-        self.filter_labels = self.dataset.labels if filter_labels is None else list(filter_labels)
+        self.filter_labels = (
+            self.dataset.labels if filter_labels is None else plain_labels(filter_labels)
+        )
         _check_known(self.dataset, self.filter_labels)
         _check_ways(n, len(self.filter_labels))
 
