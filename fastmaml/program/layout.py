@@ -137,11 +137,19 @@ class ParameterLayout:
         return real.to(slot.dtype)
 
     def views(self, theta: Tensor, phi: Tensor) -> dict[str, Tensor]:
-        """Each parameter as a view: ``[*lead, *shape]`` of ``theta [*lead, P]``, or of ``phi``."""
-        return {
-            name: self._converted(slot, _pairs_aligned(self.view(slot, theta, phi)))
-            for name, slot in self.slots.items()
-        }
+        """Each parameter as a view: ``[*lead, *shape]`` of ``theta [*lead, P]``, or of ``phi``.
+
+        They come from one split, whose adjoint puts all of their gradients together; those of
+        single views would each be added to a whole theta.
+        """
+        found: dict[str, Tensor] = {}
+        for source, adapted in ((theta, True), (phi, False)):
+            slots = list(self.group(adapted=adapted))
+            parts = source.split_with_sizes([slot.size for slot in slots], -1)
+            for slot, part in zip(slots, parts, strict=True):
+                view = part.view((*source.shape[:-1], *slot.shape))
+                found[slot.name] = self._converted(slot, _pairs_aligned(view))
+        return {name: found[name] for name in self.slots}
 
     @classmethod
     def view(cls, slot: Slot, theta: Tensor, phi: Tensor) -> Tensor:

@@ -1,0 +1,46 @@
+"""What modules without a native program cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastmaml
+
+
+class WholeThetas(TorchDispatchMode):
+    """Counts the results with at least as many elements as theta has."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.count = size, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        leaves = pytree.tree_leaves(result)
+        self.count += sum(isinstance(t, Tensor) and t.numel() >= self.size for t in leaves)
+        return result
+
+
+def whole_thetas(depth: int, tasks: int | None) -> int:
+    module = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Mish()) for _ in range(depth)))
+    learner = fastmaml.MAML(module, lr=0.1).clone(tasks=tasks)
+    x = torch.randn(*(() if tasks is None else (tasks,)), 2, 4)
+    learner.adapt(learner(x).square().sum())
+    loss = learner(x).square().sum()
+    size = (tasks or 1) * sum(p.numel() for p in module.parameters())
+    with WholeThetas(size) as found:
+        loss.backward()
+    return found.count
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+@pytest.mark.parametrize("tasks", [None, 3])
+def test_gradients_of_parameters_meet_once(tasks: int | None) -> None:
+    """Each is not added to a theta of its own, which would cost parameters times theta."""
+    assert whole_thetas(24, tasks) == whole_thetas(12, tasks) > 0
