@@ -216,6 +216,15 @@ def test_labels_that_no_tensor_holds_are_named() -> None:
         OnDeviceDataset(pairs)
 
 
+def test_what_is_no_tensor_cannot_be_put_on_a_device(tmp_path) -> None:
+    (tmp_path / "owl").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "owl" / "1.png")
+    with pytest.raises(ValueError, match=r"image 0 \(.*1\.png\) must be a tensor, got Image; conv"):
+        OnDeviceDataset(ImageFolder(str(tmp_path)))
+    with pytest.raises(ValueError, match="must have at least one example, got an empty one"):
+        OnDeviceDataset(TensorDataset(torch.zeros(0, 3), torch.zeros(0)))
+
+
 def test_shots_that_leave_no_query_set_are_refused() -> None:
     data = six_classes()
     for transforms in (two_by_two(data), [*two_by_two(data), list]):

@@ -14,7 +14,14 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import ToTensor
 
-from fastmaml.data import EpisodeSampler, FilteredMetaDataset, MetaDataset, Taskset, pack
+from fastmaml.data import (
+    EpisodeSampler,
+    FilteredMetaDataset,
+    MetaDataset,
+    OnDeviceDataset,
+    Taskset,
+    pack,
+)
 from fastmaml.data.packed import PackedImages
 from fastmaml.data.transforms import FusedNWaysKShots, LoadData, RemapLabels
 
@@ -358,8 +365,9 @@ def test_a_stream_of_examples_is_refused() -> None:
         def __iter__(self):
             return iter([])
 
-    with pytest.raises(TypeError, match="must have a length and examples by number, Stream has"):
-        pack(Stream())
+    for use in (pack, MetaDataset, OnDeviceDataset):
+        with pytest.raises(TypeError, match=r"must have a length and examples .*, Stream has none"):
+            use(Stream())
 
 
 def test_a_folder_beside_the_data_needs_a_root() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sized
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,18 @@ def example_name(dataset: Dataset, i: int) -> str:
             if isinstance(file, (str, Path)):
                 return f"image {i} ({file})"
     return f"image {i}"
+
+
+def check_sized(dataset: object) -> None:
+    """Look whether there are examples by number.
+
+    Raises:
+        TypeError: the data set has no length.
+    """
+    if not isinstance(dataset, Sized):
+        raise TypeError(
+            f"dataset must have a length and examples by number, {type(dataset).__name__} has none"
+        )
 
 
 def check_alike(dataset: Dataset, index: int, got: str, first: int, expected: str) -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from fastmaml.data.examples import (
     Label,
     check_finite,
+    check_sized,
     example_name,
     plain,
     plain_labels,
@@ -48,7 +49,7 @@ class MetaDataset(Dataset):
             class have, with the name of the first example that has it; else empty.
 
     Raises:
-        TypeError: ``dataset`` is no torch data set.
+        TypeError: ``dataset`` is no torch data set, or labels are read and it has no length.
         ValueError: where examples are read: one cannot be, has no single label, or holds NaN or
             infinity.
     """
@@ -99,6 +100,7 @@ class MetaDataset(Dataset):
         known = getattr(self.dataset, "known_labels", None)
         if known is not None:
             return dict(enumerate(known()))
+        check_sized(self.dataset)
         return {i: self._read_label(i) for i in range(len(self))}
 
     def _read_label(self, i: int) -> Label:

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Hashable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-from fastmaml.data.examples import check_alike, check_finite, example_name, read_labelled
+from fastmaml.data.examples import (
+    check_alike,
+    check_finite,
+    check_sized,
+    example_name,
+    read_labelled,
+)
 from fastmaml.data.fingerprint import Fingerprint
 from fastmaml.data.meta_dataset import (
     FilteredMetaDataset,
@@ -69,10 +75,7 @@ def pack(
         ValueError: an example cannot be read, or differs from the first in shape or type, or is
             not finite; the message names it. ``cache=True`` with a data set that has no root.
     """
-    if not isinstance(dataset, Sized):
-        raise TypeError(
-            f"dataset must have a length and examples by number, {type(dataset).__name__} has none"
-        )
+    check_sized(dataset)
     folder = _cache_folder(dataset, cache)
     if folder is None:
         images, labels = _read(dataset, progress)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 from fastmaml.data.examples import (
     check_alike,
     check_finite,
+    check_sized,
     example_name,
     label_of,
     read_pair,
@@ -91,8 +92,9 @@ class OnDeviceDataset(TensorDataset):
         transform: applied to x whenever an example is asked for.
 
     Raises:
-        ValueError: an example cannot be read, has another shape than the first, holds NaN or
-            infinity, or has a label that is no number.
+        TypeError: the data set has no length.
+        ValueError: there is no example, or one cannot be read, is no tensor or of another shape
+            than the first, holds NaN or infinity, or has a label that is no number.
     """
 
     def __init__(
@@ -101,8 +103,16 @@ class OnDeviceDataset(TensorDataset):
         device: torch.device | str | None = None,
         transform: Callable[[Tensor], Any] | None = None,
     ) -> None:
+        check_sized(dataset)
         pairs = [read_pair(dataset, i) for i in range(len(dataset))]  # type: ignore[arg-type]
+        if not pairs:
+            raise ValueError("dataset must have at least one example, got an empty one")
         for i, (x, label) in enumerate(pairs):
+            if not isinstance(x, Tensor):
+                raise ValueError(
+                    f"{example_name(dataset, i)} must be a tensor, got {type(x).__name__}; convert "
+                    "it in the dataset's transform"
+                )
             y = label_of(dataset, i, label)
             check_alike(dataset, i, str(shape_of(x)), 0, str(shape_of(pairs[0][0])))
             check_finite(dataset, i, x, y)
