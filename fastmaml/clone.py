@@ -122,8 +122,8 @@ class ModuleClone:
         pairs = [(self._copies[key], part.module) for key, part in self._parts.items()]
         return CloneState(
             self.modes(),
-            tuple(_other(copy._buffers, module._buffers) for copy, module in pairs),
-            tuple(_other(vars(copy), vars(module)) for copy, module in pairs),
+            tuple(dict(_others(copy._buffers, module._buffers)) for copy, module in pairs),
+            tuple(dict(_others(vars(copy), vars(module))) for copy, module in pairs),
         )
 
     def set_state(self, state: CloneState) -> None:
@@ -162,13 +162,13 @@ class ModuleClone:
         return None
 
 
-def _other(own: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
-    """What a copy was given since it was made."""
-    return {
-        name: value
+def _others(own: Mapping[str, Any], original: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What a copy has been given that is another than the module's."""
+    return (
+        (name, value)
         for name, value in own.items()
         if name not in _OF_THE_COPY and value is not original.get(name, _OF_THE_COPY)
-    }
+    )
 
 
 def _changed(copy: nn.Module, module: nn.Module) -> str | None:
@@ -177,9 +177,8 @@ def _changed(copy: nn.Module, module: nn.Module) -> str | None:
     for own, original in pairs:
         if len(own) != len(original):
             return "set of buffers or attributes"
-        for name, value in own.items():
-            if name not in _OF_THE_COPY and value is not original.get(name, _OF_THE_COPY):
-                return name
+        for name, _ in _others(own, original):
+            return name
     return None
 
 
