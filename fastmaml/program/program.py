@@ -195,7 +195,8 @@ class ProgramCache:
         program = self._cached(key)
         if program is None:
             if self._is_rare(key):
-                return self._unlowered(key[:3], modes)
+                reason = f"inputs of more than {_CACHED_PROGRAMS} shapes, of which this one is rare"
+                return self._unlowered((*key[:3], reason), reason, modes)
             try:
                 with modes_set(self._module, modes):
                     program = self._capture(layout, x, example_axes, modes)
@@ -230,15 +231,6 @@ class ProgramCache:
             self._calls.popitem(last=False)
         return True
 
-    def _unlowered(self, state: Signature, modes: Modes | None) -> Program:
-        reason = f"inputs of more than {_CACHED_PROGRAMS} shapes, of which this one is rare"
-        key = (*state, reason)
-        program = self._cached(key)
-        if program is None:
-            program = FunctionalProgram(self._module, reason, modes)
-            self._keep(key, program)
-        return program
-
     def _capture(
         self, layout: ParameterLayout, x: Tensor, example_axes: int, modes: Modes | None
     ) -> NativeProgram:
@@ -257,11 +249,16 @@ class ProgramCache:
     def _functional(
         self, key: Signature, reason: str, modes: Modes | None, task: Tensor | None
     ) -> Program:
+        """The module without a program, which the user is told of."""
+        known = key in self._programs or reason in self._warned
+        if not known and not self._fails(task, reason, modes):
+            report_fallback(self._module, reason)
+            self._warned.add(reason)
+        return self._unlowered(key, reason, modes)
+
+    def _unlowered(self, key: Signature, reason: str, modes: Modes | None) -> Program:
         program = self._cached(key)
         if program is None:
-            if reason not in self._warned and not self._fails(task, reason, modes):
-                report_fallback(self._module, reason)
-                self._warned.add(reason)
             program = FunctionalProgram(self._module, reason, modes)
             self._keep(key, program)
         return program
