@@ -31,6 +31,15 @@ def steps_count(steps: object) -> int:
     return steps
 
 
+def one_task(tasks: int | None, cannot: str) -> None:
+    """Refuse what a learner of several tasks ``cannot`` do with its parameters."""
+    if tasks is not None:
+        raise RuntimeError(
+            f"{cannot} the parameters of a learner of {tasks} tasks, which are values; "
+            "change the base module before clone(), or give theta [T, P] to set_theta()"
+        )
+
+
 def memory_budget(value: object) -> int | None:
     """``value`` as a number of bytes; None for a backend's own."""
     if value is None:

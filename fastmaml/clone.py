@@ -214,14 +214,37 @@ class LazyClone(dict[str, Any]):
         with LOCK:
             return self._replaced(self.built) or self.built.why_not()
 
-    def replaced(self) -> str | None:
-        """Which of the learner's parts or parameters is another's, or None."""
+    def to_copy(self, modules: object) -> ModuleClone | None:
+        """The clone, for a copy of the learner, which has ``modules``; None: not yet built.
+
+        Raises:
+            RuntimeError: parts or parameters of it are none of its own.
+        """
+        self.require_own(modules, "copied")
         if self.built is None:
             return None
-        return self._replaced(self.built) or self.built.replaced()
+        replaced = self._replaced(self.built) or self.built.replaced()
+        if replaced is not None:
+            raise RuntimeError(
+                f"the learner must have its module's own parts to be copied, but {replaced}; "
+                "replace it in the new learner, or in the base module"
+            )
+        return self.built
 
-    def strangers(self, modules: object) -> str | None:
-        """Which parameters of a learner that has ``modules`` no step of its own would move."""
+    def require_own(self, modules: object, done: str) -> None:
+        """Refuse a learner, which has ``modules``, with parameters that none of its steps moves.
+
+        Raises:
+            RuntimeError: there are some; it cannot be ``done``.
+        """
+        strangers = self._strangers(modules)
+        if strangers is not None:
+            raise RuntimeError(
+                f"the learner must have its own parameters to be {done}, but {strangers}; put them "
+                "into the base module, and clone that"
+            )
+
+    def _strangers(self, modules: object) -> str | None:
         if modules is not self:
             return "those in a copy of a module that it is a part of are others"
         names = [] if self.built is None else self.built.strangers(self["module"])

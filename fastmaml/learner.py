@@ -14,6 +14,7 @@ from fastmaml import checks
 from fastmaml.base_learner import BaseLearner
 from fastmaml.clone import LazyClone, ModuleClone
 from fastmaml.program.functional import twice_differentiable
+from fastmaml.program.gradient_step import inner_gradients
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.program import NativeProgram, Program
 from fastmaml.program.statistics import Recorder
@@ -91,7 +92,7 @@ class Learner(BaseLearner):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what a copy makes for itself: the module clone, packed rows, its own records."""
-        built = self._own_clone()
+        built = self._clone.to_copy(self._modules)
         theta, phi = self._now()
         return {
             **self.__dict__,
@@ -117,9 +118,8 @@ class Learner(BaseLearner):
         now = self._base.layout()
         in_a_copy = self._modules is not self._clone  # of a module that this is a part of
         if in_a_copy or not self._layout.fits(now):
-            self._require_one_task(
-                "a base module that was given other parts, or a copy, cannot run"
-            )
+            cannot = "a base module that was given other parts, or a copy, cannot run"
+            checks.one_task(self.tasks, cannot)
             return self._eagerly(args, kwargs)
         x = args[0] if len(args) == 1 and not kwargs else None
         if self.tasks is not None:
@@ -203,7 +203,7 @@ class Learner(BaseLearner):
 
         After an error the learner is as it was.
         """
-        self._require_own_parts("adapted")
+        self._clone.require_own(self._modules, "adapted")
         loss = checks.adapt_loss(loss, self.tasks)
         second_order = not (self.first_order if first_order is None else first_order)
         lenient = self.allow_unused if allow_unused is None else allow_unused
@@ -219,7 +219,7 @@ class Learner(BaseLearner):
         views = self._adapted_views() if self._views else {}
         with twice_differentiable(self._base.module) if views else nullcontext():
             by = [self._theta.root, *views.values()]
-            gradient, *parts = self._gradients(loss, by, second_order)
+            gradient, *parts = inner_gradients(loss, by, second_order)
         seen = {name for name, part in zip(views, parts, strict=True) if part is not None}
         self._note_unused(seen | self._used, lenient)
         return gradient
@@ -230,7 +230,7 @@ class Learner(BaseLearner):
         parts = clone.parameters(adapted=True)
         learned = {n: p for n, p in parts.items() if p.requires_grad} or parts
         with twice_differentiable(self._base.module):
-            found = self._gradients(loss, list(learned.values()), second_order)
+            found = inner_gradients(loss, list(learned.values()), second_order)
         moves = {n: g for n, g in zip(learned, found, strict=True) if g is not None}
         self._note_unused(moves.keys(), lenient, frozen=parts.keys() - learned.keys())
         flat = self._layout.flat([moves.get(n, torch.zeros_like(p)) for n, p in parts.items()])
@@ -239,21 +239,6 @@ class Learner(BaseLearner):
     def _adapted_views(self) -> dict[str, Tensor]:
         """The adapted parameters as others have met them since the last step."""
         return {name: self._views[name] for name in self._layout.adapted_names}
-
-    def _gradients(self, loss: Tensor, by: list[Tensor], second_order: bool) -> tuple[Any, ...]:
-        found = torch.autograd.grad(
-            loss if loss.ndim == 0 else loss.sum(),
-            by,
-            create_graph=second_order,
-            retain_graph=second_order,
-            allow_unused=True,
-        )
-        if all(gradient is None for gradient in found):
-            raise RuntimeError(
-                "loss must depend on this learner's parameters, but none is in its graph; "
-                "compute it from the output of this learner since its last adapt()"
-            )
-        return found
 
     def _now(self, used: Container[str] | None = None) -> tuple[Theta, Tensor]:
         """Theta and phi, computed from the parameters that were handed out, if any were.
@@ -345,7 +330,7 @@ class Learner(BaseLearner):
         Raises:
             RuntimeError: a part or parameter of this learner's module was replaced.
         """
-        built = self._own_clone()
+        built = self._clone.to_copy(self._modules)
         theta, phi = self._now()
         learner = type(self)(
             self._base,
@@ -365,24 +350,6 @@ class Learner(BaseLearner):
         if built is not None:
             learner._clone.build().set_state(built.state())
         return learner
-
-    def _require_own_parts(self, done: str) -> None:
-        strangers = self._clone.strangers(self._modules)
-        if strangers is not None:
-            raise RuntimeError(
-                f"the learner must have its own parameters to be {done}, but {strangers}; put them "
-                "into the base module, and clone that"
-            )
-
-    def _own_clone(self) -> ModuleClone | None:
-        self._require_own_parts("copied")
-        replaced = self._clone.replaced()
-        if replaced is not None:
-            raise RuntimeError(
-                f"the learner must have its module's own parts to be copied, but {replaced}; "
-                "replace it in the new learner, or in the base module"
-            )
-        return self._clone.built
 
     # --- parameters ---------------------------------------------------------------------------
 
@@ -420,21 +387,14 @@ class Learner(BaseLearner):
         Raises:
             RuntimeError: the learner is of several tasks.
         """
-        self._require_one_task("load_state_dict() cannot write")
+        checks.one_task(self.tasks, "load_state_dict() cannot write")
         return super().load_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Learner:
         root = self._theta.root
         if self.tasks is not None and fn(root) is not root:
-            self._require_one_task("to(), double() and the like cannot convert")
+            checks.one_task(self.tasks, "to(), double() and the like cannot convert")
         return super()._apply(fn, recurse)
-
-    def _require_one_task(self, cannot: str) -> None:
-        if self.tasks is not None:
-            raise RuntimeError(
-                f"{cannot} the parameters of a learner of {self.tasks} tasks, which are values; "
-                "change the base module before clone(), or give theta [T, P] to set_theta()"
-            )
 
 
 def _leaf_as(original: Tensor, values: Tensor) -> Tensor:

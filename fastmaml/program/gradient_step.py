@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,6 +61,28 @@ def _to_start(cotangent: Tensor, rate: float, want_gradient: bool) -> tuple[Tens
         threads=torch.get_num_threads(),
     )
     return dgradient, total
+
+
+def inner_gradients(loss: Tensor, by: Sequence[Tensor], second_order: bool) -> tuple[Any, ...]:
+    """Of a loss, or the sum of the losses of several tasks, by a learner's parameters: None by
+    those that it does not depend on.
+
+    Raises:
+        RuntimeError: it depends on none of them.
+    """
+    found = torch.autograd.grad(
+        loss if loss.ndim == 0 else loss.sum(),
+        by,
+        create_graph=second_order,
+        retain_graph=second_order,
+        allow_unused=True,
+    )
+    if all(gradient is None for gradient in found):
+        raise RuntimeError(
+            "loss must depend on this learner's parameters, but none is in its graph; "
+            "compute it from the output of this learner since its last adapt()"
+        )
+    return found
 
 
 def gradient_step(theta: Tensor, gradient: Tensor, rates: Tensor) -> Tensor:
