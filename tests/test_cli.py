@@ -291,6 +291,8 @@ def test_version(capsys):
         (["--ways", "0"], "argument --ways: must be a whole number of 1 or more, got 0"),
         (["--ways", "5.5"], "argument --ways: must be a whole number of 1 or more, got 5.5"),
         (["--seed", "-1"], "argument --seed: must be a whole number of 0 or more, got -1"),
+        (["--seed", f"{2**64}"], f"argument --seed: must be a whole number up to {2**64 - 1}, got"),
+        (["--threads", "9" * 12], f"argument --threads: must be a whole number up to {2**31 - 1}"),
         (["--lr", "-1"], "argument --lr: must be a number above 0, got -1"),
         (["--lr", "inf"], "argument --lr: must be a number above 0, got inf"),
         (["--inner-lr", "fast"], "argument --inner-lr: must be a number above 0, got fast"),

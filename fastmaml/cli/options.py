@@ -16,22 +16,24 @@ Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def positive(text: str) -> int:
-    """An int of 1 or more."""
-    return _whole(text, 1)
+    """An int of 1 or more, in 31 bits: as many threads as torch can be told."""
+    return _whole(text, 1, 2**31 - 1)
 
 
 def not_negative(text: str) -> int:
-    """An int of 0 or more."""
-    return _whole(text, 0)
+    """An int of 0 or more, in 64 bits: any seed."""
+    return _whole(text, 0, 2**64 - 1)
 
 
-def _whole(text: str, least: int) -> int:
+def _whole(text: str, least: int, most: int) -> int:
     try:
         value = int(text)
     except ValueError:
         value = least - 1
     if value < least:
         raise argparse.ArgumentTypeError(f"must be a whole number of {least} or more, got {text}")
+    if value > most:
+        raise argparse.ArgumentTypeError(f"must be a whole number up to {most}, got {text}")
     return value
 
 
