@@ -1,11 +1,17 @@
 """Files that a crash cannot break."""
 
 import os
+import resource
 import stat
 
 import pytest
+import torch
+from glyph_runs import RECIPE, make_data
+from torch.utils.data import TensorDataset
 
+from fastmaml.data import pack
 from fastmaml.files import cache_directory, require_writable, write_atomically
+from fastmaml.training import Trainer, save_checkpoint
 
 
 def test_writes_and_replaces(tmp_path):
@@ -69,3 +75,21 @@ def test_cache_directory(monkeypatch, tmp_path):
     monkeypatch.delenv("FASTMAML_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_directory() == tmp_path / "xdg" / "fastmaml"
+
+
+@pytest.fixture
+def little_room():
+    """Files may have 4096 bytes, as on a disk that is nearly full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path, little_room):
+    checkpoint, data = tmp_path / "run.pt", TensorDataset(torch.ones(40, 900), torch.zeros(40))
+    with pytest.raises(OSError, match=r"File too large: .*run\.pt"):
+        save_checkpoint(checkpoint, Trainer(RECIPE, *make_data()))
+    with pytest.raises(OSError, match=r"packed file .* cannot be written: File too large; make ro"):
+        pack(data, cache=tmp_path, progress=False)
+    assert os.listdir(tmp_path) == [".lock"]

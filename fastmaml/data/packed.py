@@ -126,7 +126,8 @@ def _kept(dataset: Dataset, folder: Path, progress: bool) -> Packed:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         try:
-            _write(dataset, unfinished, progress)
+            with _named(place):
+                _write(dataset, unfinished, progress)
             for outdated in folder.glob(f"{settings}-*"):
                 shutil.rmtree(outdated)
             unfinished.rename(place)
@@ -136,6 +137,18 @@ def _kept(dataset: Dataset, folder: Path, progress: bool) -> Packed:
     if stored is None:
         raise OSError(f"the packed file {place} cannot be read back; pass cache=False")
     return stored
+
+
+@contextmanager
+def _named(place: Path) -> Iterator[None]:
+    """Says what was written when that fails, and how to do without."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"the packed file {place} cannot be written: {error.strerror or error}; make room, "
+            "name another folder with pack(dataset, cache=FOLDER), or pass cache=False"
+        ) from error
 
 
 @contextmanager

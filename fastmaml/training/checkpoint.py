@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import zipfile
 from dataclasses import asdict
@@ -26,7 +27,9 @@ def save_checkpoint(path: str | Path, trainer: Trainer) -> None:
         "root": None if trainer.root is None else str(Path(trainer.root).absolute()),
         "state": trainer.state(),
     }
-    write_atomically(path, lambda file: torch.save(content, file))
+    archive = io.BytesIO()  # torch's own writer reports a full disk as a position that is wrong
+    torch.save(content, archive)
+    write_atomically(path, lambda file: file.write(archive.getbuffer()))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
