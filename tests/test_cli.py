@@ -64,6 +64,15 @@ def test_the_module_is_the_command():
     assert re.search(rf"^fastmaml +{re.escape(fastmaml.__version__)}$", run.stdout, re.MULTILINE)
 
 
+def test_a_result_is_printed_in_whatever_encoding_there_is(monkeypatch):
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    command = "train glyphs --model fc --meta-batch 1 --iterations 1 --test-tasks 1 --test-steps 1"
+    assert main(command.split()) == 0
+    sys.stdout.flush()
+    assert b" % ? 0.00\n" in printed.getvalue()
+
+
 def test_info_tells_what_is_in_use(capsys, monkeypatch):
     monkeypatch.delenv("FASTMAML_BACKEND", raising=False)
     assert main(["info"]) == 0
