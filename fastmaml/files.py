@@ -6,6 +6,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,11 +46,18 @@ def require_writable(path: str | os.PathLike[str]) -> None:
         raise OSError(f"{path} cannot be written: {error.strerror}; name another file") from error
 
 
-def cache_directory() -> Path:
-    """The user's cache folder for fastmaml; `FASTMAML_CACHE` names another one."""
+def cache_directory() -> Path | None:
+    """The user's cache folder for fastmaml; `FASTMAML_CACHE` names another one.
+
+    None where there is neither that, nor a home: for a user without an entry in the system's list.
+    """
     if chosen := os.environ.get("FASTMAML_CACHE"):
         return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmaml"
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "fastmaml"
+    with suppress(RuntimeError):
+        return Path.home() / ".cache" / "fastmaml"
+    return None
 
 
 def _sync_directory(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import resource
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import TensorDataset
 from fastmaml.data import pack
 from fastmaml.files import cache_directory, require_writable, write_atomically
 from fastmaml.training import Trainer, save_checkpoint
+from fastmaml.vision import glyphs
 
 
 def test_writes_and_replaces(tmp_path):
@@ -75,6 +77,19 @@ def test_cache_directory(monkeypatch, tmp_path):
     monkeypatch.delenv("FASTMAML_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_directory() == tmp_path / "xdg" / "fastmaml"
+
+
+def homeless():
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_no_home_is_no_cache(monkeypatch):
+    for name in ("FASTMAML_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(glyphs, "draw_glyphs", lambda: "drawn")
+    assert cache_directory() is None
+    assert glyphs.load_glyphs() == "drawn"
 
 
 @pytest.fixture

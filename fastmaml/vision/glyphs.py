@@ -76,8 +76,9 @@ def load_glyphs() -> ImageClasses:
 
     Class names are `"script/character"`. The same version of matplotlib gives the same images.
     """
-    place = cache_directory() / "glyphs.npz"
-    return load_or_make([place], _fingerprint(), draw_glyphs)
+    cache = cache_directory()
+    places = [] if cache is None else [cache / "glyphs.npz"]
+    return load_or_make(places, _fingerprint(), draw_glyphs)
 
 
 def split_glyphs(data: ImageClasses) -> Split:

@@ -57,7 +57,9 @@ def load_omniglot(root: str | Path, download: bool = False) -> ImageClasses:
         if not _holds(folder, part):
             fetch_part(folder, part, download)
     key = _fingerprint(folder)
-    places = [folder / "fastmaml-28x28.npz", cache_directory() / f"omniglot-{key[:16]}.npz"]
+    places, cache = [folder / "fastmaml-28x28.npz"], cache_directory()
+    if cache is not None:
+        places.append(cache / f"omniglot-{key[:16]}.npz")
     return load_or_make(places, key, lambda: _read_all(folder))
 
 
