@@ -13,6 +13,7 @@ from published_files import (
     WRITERS,
     dump,
     write_aircraft,
+    write_birds,
     write_fc100,
     write_flowers,
     write_fungi,
@@ -70,6 +71,25 @@ def test_truncated_files_are_named(tmp_path) -> None:
     Path(data.samples[0][0]).write_bytes(b"\xff\xd8")
     with pytest.raises(ValueError, match=re.escape(f"{data.samples[0][0]} cannot be read")):
         data[0]
+
+
+@pytest.mark.parametrize(
+    ("write", "kind", "listing"),
+    [
+        (write_birds, datasets.CUBirds200, "CUB_200_2011/images.txt"),
+        (write_birds, datasets.CUBirds200, "CUB_200_2011/bounding_boxes.txt"),
+        (write_aircraft, datasets.FGVCAircraft, "data/images_variant_val.txt"),
+        (write_aircraft, datasets.FGVCAircraft, "data/images_box.txt"),
+    ],
+)
+@pytest.mark.parametrize("end", [b"17", b"\xff\xfe"])
+def test_damaged_listings_are_named(write, kind, listing, end, tmp_path) -> None:
+    write(tmp_path)
+    (path,) = tmp_path.rglob(listing)
+    path.write_bytes(path.read_bytes() + b"\n" + end)
+    message = f"{path} is damaged .* delete {path.parent} and fetch it again"
+    with pytest.raises(ValueError, match=message):
+        kind(tmp_path, bounding_box_crop=True)
 
 
 def test_a_truncated_zip_is_named_and_not_half_unpacked(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -41,6 +42,7 @@ Packed = tuple[Tensor, list[Hashable]]  # images, and the label of each
 _SAMPLED = 64  # examples whose contents go into a fingerprint
 _LEAST_VALUES = 64  # of an image that a data set holds in an array
 _FORMAT = 3
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 class PackedImages(NamedTuple):
@@ -126,7 +128,7 @@ def _kept(dataset: Dataset, folder: Path, progress: bool) -> Packed:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         try:
-            with _named(place):
+            with _room_for(place):
                 _write(dataset, unfinished, progress)
             for outdated in folder.glob(f"{settings}-*"):
                 shutil.rmtree(outdated)
@@ -140,14 +142,18 @@ def _kept(dataset: Dataset, folder: Path, progress: bool) -> Packed:
 
 
 @contextmanager
-def _named(place: Path) -> Iterator[None]:
-    """Says what was written when that fails, and how to do without."""
+def _room_for(place: Path) -> Iterator[None]:
+    """Says what there was no room for, and how to do without."""
     try:
         yield
     except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
         raise OSError(
-            f"the packed file {place} cannot be written: {error.strerror or error}; make room, "
-            "name another folder with pack(dataset, cache=FOLDER), or pass cache=False"
+            error.errno,
+            f"{error.strerror}: the packed file needs more room; make some, name another folder "
+            "with pack(dataset, cache=FOLDER), or pass cache=False",
+            str(place),
         ) from error
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from fastmaml.vision.datasets.fetching import ZENODO, fetch_archive
-from fastmaml.vision.datasets.few_shot import FewShotImages, read_pickle
+from fastmaml.vision.datasets.few_shot import FewShotImages, read_pickle, reading
 
 
 class CIFARFS(FewShotImages):
@@ -30,9 +30,11 @@ class CIFARFS(FewShotImages):
         short = "val" if self.mode == "validation" else self.mode
         split = folder / "splits" / "bertinetto" / f"{short}.txt"
         self.require(split, source, folder)
+        with reading(split, folder):
+            names = sorted(split.read_text().split())
         return [
             (file, label)
-            for label, name in enumerate(sorted(split.read_text().split()))
+            for label, name in enumerate(names)
             for file in self.listed(folder / "data" / name, "*.png", source, folder)
         ]
 

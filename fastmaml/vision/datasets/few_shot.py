@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,26 @@ def chosen_classes(data_set: str, mode: str) -> list[Any]:
     return [c for m in (MODES if mode == "all" else (mode,)) for c in splits[m]]
 
 
+@contextmanager
+def reading(path: Path, unpacked: Path | None = None) -> Iterator[None]:
+    """While a file is read and taken apart: names it where it is damaged.
+
+    Args:
+        unpacked: what is to be deleted so that it is fetched again; None: the file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        yield
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # damaged files raise nearly anything
+        raise ValueError(
+            f"{path} is damaged ({error!r}); delete {unpacked or 'it'} and fetch it again"
+        ) from error
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Reads containers, numbers, strings and numpy arrays, and runs no other code."""
 
@@ -199,10 +220,5 @@ def read_pickle(path: Path, encoding: str = "ASCII") -> Any:
     Raises:
         ValueError: the file is damaged, or holds something else.
     """
-    try:
-        with path.open("rb") as file:
-            return _ArrayUnpickler(file, encoding=encoding).load()
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # damaged pickles raise nearly anything
-        raise ValueError(f"{path} is damaged ({error}); delete it and fetch it again") from error
+    with reading(path), path.open("rb") as file:
+        return _ArrayUnpickler(file, encoding=encoding).load()

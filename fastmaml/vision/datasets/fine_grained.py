@@ -14,6 +14,7 @@ from fastmaml.vision.datasets.few_shot import (
     Transform,
     chosen_classes,
     meta_dataset_splits,
+    reading,
 )
 
 Box = tuple[int, int, int, int]  # left, upper, right, lower
@@ -83,11 +84,13 @@ class CUBirds200(_Boxed):
     def _read_boxes(self, folder: Path) -> None:
         for name in ("images.txt", "bounding_boxes.txt"):
             self.require(folder / name, self._source, folder)
-        names = dict(line.split() for line in (folder / "images.txt").read_text().splitlines())
-        for line in (folder / "bounding_boxes.txt").read_text().splitlines():
-            number, *values = line.split()
-            x, y, width, height = (int(float(v)) for v in values)
-            self.boxes[str(folder / "images" / names[number])] = (x, y, x + width, y + height)
+        with reading(folder / "images.txt", folder):
+            names = dict(line.split() for line in (folder / "images.txt").read_text().splitlines())
+        with reading(folder / "bounding_boxes.txt", folder):
+            for line in (folder / "bounding_boxes.txt").read_text().splitlines():
+                number, *values = line.split()
+                x, y, width, height = (int(float(v)) for v in values)
+                self.boxes[str(folder / "images" / names[number])] = (x, y, x + width, y + height)
 
 
 class FGVCAircraft(_Boxed):
@@ -111,8 +114,10 @@ class FGVCAircraft(_Boxed):
         for part in ("train", "val", "test"):
             listing = folder / f"images_variant_{part}.txt"
             self.require(listing, self._source, folder)
-            for line in listing.read_text().splitlines():
-                image, variant = line.split(" ", 1)
+            with reading(listing, folder):
+                lines = listing.read_text().splitlines()
+                variants = dict(line.split(" ", 1) for line in lines)
+            for image, variant in variants.items():
                 if variant in label_of:
                     file = folder / "images" / f"{image}.jpg"
                     self.require(file, self._source, folder)
@@ -123,10 +128,11 @@ class FGVCAircraft(_Boxed):
 
     def _read_boxes(self, folder: Path) -> None:
         self.require(folder / "images_box.txt", self._source, folder)
-        for line in (folder / "images_box.txt").read_text().splitlines():
-            image, *box = line.split()
-            left, upper, right, lower = (int(v) for v in box)
-            self.boxes[str(folder / "images" / f"{image}.jpg")] = (left, upper, right, lower)
+        with reading(folder / "images_box.txt", folder):
+            for line in (folder / "images_box.txt").read_text().splitlines():
+                image, *box = line.split()
+                left, upper, right, lower = (int(v) for v in box)
+                self.boxes[str(folder / "images" / f"{image}.jpg")] = (left, upper, right, lower)
 
 
 class DescribableTextures(MetaDatasetImages):
@@ -210,12 +216,10 @@ class FGVCFungi(MetaDatasetImages):
 
 def _annotated(path: Path) -> list[tuple[str, int]]:
     """File and class of every image, in the order of the annotations."""
-    try:
+    with reading(path):
         listed = json.loads(path.read_text())
         files = {image["id"]: image["file_name"] for image in listed["images"]}
         return [(files[a["image_id"]], a["category_id"]) for a in listed["annotations"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); delete it and fetch it again") from error
 
 
 def _flower_labels(path: Path) -> list[int]:
@@ -225,7 +229,5 @@ def _flower_labels(path: Path) -> list[int]:
         raise ImportError(
             "VGGFlower102 reads a MATLAB file with scipy: pip install scipy"
         ) from error
-    try:
+    with reading(path):
         return [int(kind) for kind in loadmat(path)["labels"][0]]
-    except (ValueError, KeyError, TypeError, NotImplementedError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and fetch it again") from error

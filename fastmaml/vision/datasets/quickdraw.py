@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fastmaml.data.meta_dataset import checked_index
 from fastmaml.vision.datasets.fetching import fetch
-from fastmaml.vision.datasets.few_shot import MetaDatasetImages, chosen_classes
+from fastmaml.vision.datasets.few_shot import MetaDatasetImages, chosen_classes, reading
 
 
 class Quickdraw(MetaDatasetImages):
@@ -99,10 +99,8 @@ class Labels(Mapping[int, Any]):
 
 
 def _mapped(path: Path) -> NDArray[np.uint8]:
-    try:
-        drawings = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # damaged files raise nearly anything
-        raise ValueError(f"{path} is damaged ({error}); delete it and fetch it again") from error
+    with reading(path):
+        drawings: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
     if drawings.ndim != 2 or drawings.shape[1] != 28 * 28 or drawings.dtype != np.uint8:
         raise ValueError(
             f"{path} must hold drawings [N, 784] of uint8, got {list(drawings.shape)} of "
