@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ from fastmaml.late import own_parts
 from fastmaml.program.substitute import LOCK
 
 if TYPE_CHECKING:
-    from fastmaml.learner import Learner
+    from fastmaml.parameters import LearnerParameters
+    from fastmaml.program.layout import ParameterLayout
 
 _OF_THE_COPY = frozenset(
     {"_parameters", "_buffers", "_modules", "training", "_flat_weights", "_flat_weight_refs"}
@@ -30,15 +31,15 @@ class CloneState:
 
 
 class ModuleClone:
-    """Copies of the base's modules whose parameters come from a learner's theta and phi.
+    """Copies of the base's modules with a learner's parameters.
 
     As in learn2learn, each parameter is a tensor of its own, a tied one the same in every place,
     and buffers and all other attributes are the base's own objects. What is then done to the
     parameters counts: they are changed in place, replaced, or differentiated by.
     """
 
-    def __init__(self, learner: Learner) -> None:
-        self._layout = learner.layout
+    def __init__(self, layout: ParameterLayout, parts: Mapping[str, Tensor]) -> None:
+        self._layout = layout
         self._parts = {id(part.module): part for part in self._layout.modules}
         self._copies: dict[int, nn.Module] = {}
         self._places = [
@@ -48,11 +49,10 @@ class ModuleClone:
             if name is not None
         ]
         self._first = {name: (key, leaf) for key, leaf, name in reversed(self._places)}
-        self._phi: Tensor | None = None
         self._made: dict[str, Tensor] = {}  # the parameters that were put there
         self.module = self._copy(self._layout.modules[0].module)
         self.set_modes(self._layout.modes)
-        self.set_parameters(learner)
+        self.put(parts)
 
     def _copy(self, module: nn.Module) -> nn.Module:
         if id(module) not in self._copies:
@@ -69,31 +69,27 @@ class ModuleClone:
                 copy.__dict__["_flat_weights"] = list(vars(module)["_flat_weights"])
         return self._copies[id(module)]
 
-    def set_parameters(self, learner: Learner, unmoved: Container[str] = ()) -> None:
-        """Give every parameter the learner's present value.
-
-        Those of phi stay the tensors that they are while phi does, for they belong to all steps;
-        so do those that are ``unmoved``, which outputs from before the step lead to as well.
-        """
-        same_phi = learner.phi is self._phi
-        self._phi = learner.phi
-        changed = [
-            slot.name
-            for slot in self._layout.slots.values()
-            if not (slot.name in unmoved if slot.adapted else same_phi)
-        ]
-        made = own_parts(learner, changed)
-        self._made.update(made)
+    def put(self, parts: Mapping[str, Tensor]) -> None:
+        """Replace parameters, by their slots' names."""
+        self._made.update(parts)
         for key, leaf, name in self._places:
-            if name not in made:
+            if name not in parts:
                 continue
             copy = self._copies[key]
-            copy.__dict__["_parameters"][leaf] = made[name]
+            copy.__dict__["_parameters"][leaf] = parts[name]
             if isinstance(copy, nn.RNNBase):
-                copy._flat_weights[copy._flat_weights_names.index(leaf)] = made[name]
+                copy._flat_weights[copy._flat_weights_names.index(leaf)] = parts[name]
+
+    def renew(self, parameters: LearnerParameters, names: Iterable[str]) -> None:
+        """Replace the parameters ``names`` by what they are flat."""
+        self.put(own_parts(parameters, names))
+
+    def all(self) -> dict[str, Tensor]:
+        """Every parameter as it is now, whatever was done to it."""
+        return {name: self._now(name) for name in self._layout.slots}
 
     def parameters(self, *, adapted: bool) -> dict[str, Tensor]:
-        """The group's parameters as they are now, whatever was done to them."""
+        """Of :meth:`all`, those of a group."""
         return {s.name: self._now(s.name) for s in self._layout.group(adapted=adapted)}
 
     def _now(self, name: str) -> Tensor:
@@ -189,21 +185,24 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 class LazyClone(dict[str, Any]):
     """A learner's ``_modules``: builds the clone when anything first looks inside.
 
-    It knows its learner weakly: in a cycle a learner, with the graph of its inner loop, would live
-    until the garbage collector comes by.
+    It knows the learner's parameters weakly: in a cycle they, with the graph of the inner loop,
+    would live until the garbage collector comes by.
     """
 
-    def __init__(self, learner: Learner) -> None:
+    def __init__(self, parameters: LearnerParameters) -> None:
         super().__init__()
-        self._learner = weakref.ref(learner)
+        self._of = weakref.ref(parameters)
         self.built: ModuleClone | None = None
 
-    def build(self) -> ModuleClone:
+    def build(self, parts: Mapping[str, Tensor] | None = None) -> ModuleClone:
+        """The clone; ``parts``: its parameters at first, None where the learner's are flat."""
         if self.built is None:
-            learner = self._learner()
-            assert learner is not None  # whose attribute this is
+            parameters = self._of()
+            assert parameters is not None  # whose attribute this is
+            layout = parameters.layout
             with LOCK:
-                self.built = ModuleClone(learner)
+                own = own_parts(parameters, layout.slots) if parts is None else parts
+                self.built = ModuleClone(layout, own)
             self["module"] = self.built.module
         return self.built
 

@@ -18,7 +18,7 @@ from fastmaml.program.theta import Theta
 from fastmaml.program.transforms import outside
 
 if TYPE_CHECKING:
-    from fastmaml.learner import Learner
+    from fastmaml.parameters import LearnerParameters
 
 
 class Whole:
@@ -58,42 +58,43 @@ class LatePart(Tensor):
             return run(*args, **(kwargs or {}))
 
 
-def own_parts(learner: Learner, names: Iterable[str]) -> dict[str, Tensor]:
-    """The parameters ``names`` as they are now, each a tensor of its own.
+def own_parts(flat: LearnerParameters, names: Iterable[str]) -> dict[str, Tensor]:
+    """The parameters ``names`` as they are flat, each a tensor of its own.
 
     Those that native programs have used are :class:`LatePart`, which takes nothing from what they
     are.
     """
-    views = learner.connected_parameters()
-    if learner.tasks is not None:  # whose parameters are values, to be looked at
+    views = flat.connected()
+    if flat.tasks is not None:  # whose parameters are values, to be looked at
         return {name: views[name] for name in names}
-    used, wholes, parts = learner.used, _wholes(learner), {}
+    used, wholes, parts = flat.used, _wholes(flat), {}
     with outside(), torch.inference_mode(False), torch.enable_grad():  # in any mode with its graph
         for name in names:
             parts[name] = part = views[name].clone()
             if name in used:  # as_subclass() would make a view
                 part.__class__ = LatePart
-                part.whole = wholes[learner.layout.slots[name].adapted]  # type: ignore[attr-defined]
+                part.whole = wholes[flat.layout.slots[name].adapted]  # type: ignore[attr-defined]
                 part.parameter = name  # type: ignore[attr-defined]
                 part.made_by = part.grad_fn  # type: ignore[attr-defined]
     return parts
 
 
-def _wholes(learner: Learner) -> dict[bool, Whole]:
+def _wholes(parameters: LearnerParameters) -> dict[bool, Whole]:
     """Theta and phi, by whether parameters are adapted."""
-    layout, packing = learner.layout, learner.packed_theta.packing
+    layout, theta, phi = parameters.layout, parameters.flat.theta, parameters.flat.phi
+    packing = theta.packing
 
     def parts(adapted: bool, gradient: Tensor) -> dict[str, Tensor]:
         row = Theta(gradient, packing).rows[0] if adapted else gradient
         return {s.name: layout.view(s, row, row) for s in layout.group(adapted=adapted)}
 
     def joined(adapted: bool, gradients: dict[str, Tensor]) -> Tensor:
-        flat = layout.flat(list(gradients.values()))
-        return Theta(flat, packing).ordered(flat[None]) if adapted else flat
+        row = layout.flat(list(gradients.values()))
+        return Theta.of_rows(row[None], packing).root if adapted else row
 
     return {
         adapted: Whole(tensor, partial(parts, adapted), partial(joined, adapted))
-        for adapted, tensor in ((True, learner.packed_theta.root), (False, learner.phi))
+        for adapted, tensor in ((True, theta.root), (False, phi))
     }
 
 

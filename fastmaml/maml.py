@@ -29,6 +29,7 @@ from fastmaml.fused import Adapted, FusedRates
 from fastmaml.inner import InnerOptimizer
 from fastmaml.learner import Learner
 from fastmaml.losses import TaskLoss
+from fastmaml.parameters import Flat, LearnerParameters, Parts
 from fastmaml.program.gradient_step import NumberStep, gradient_step
 from fastmaml.program.layout import AdaptFilter, ParameterLayout
 from fastmaml.program.program import Program, ProgramCache, Signature, module_signature
@@ -133,18 +134,28 @@ class MAML(BaseLearner):
             checks.positive_int("tasks", tasks)
         layout = self.layout()
         with outside():
-            theta = self.programs.start(layout).expand(tasks or 1)
-            phi = layout.pack(adapted=False)
+            held = LearnerParameters(layout, tasks, self._start(layout, tasks))
         return self.learner_class(
             self,
-            layout,
-            theta,
-            phi,
-            tasks=tasks,
+            held,
             first_order=self.first_order if first_order is None else first_order,
             allow_unused=self.allow_unused if allow_unused is None else allow_unused,
             allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,
         )
+
+    def _start(self, layout: ParameterLayout, tasks: int | None) -> Flat | Parts:
+        """The parameters as a program reads them; as parts where learners need nothing else."""
+        none_reads = self.programs.found_none and not torch.is_inference_mode_enabled()
+        if tasks is None and none_reads and self.moves_parts:
+            return {
+                name: p.clone() for name, p in zip(layout.slots, layout.parameters, strict=True)
+            }
+        return Flat(self.programs.start(layout).expand(tasks or 1), layout.pack(adapted=False))
+
+    @property
+    def moves_parts(self) -> bool:
+        """Whether inner steps move each parameter against its own gradient, and no more."""
+        return self.inner is None and type(self).update is MAML.update
 
     def adapt(self, *args: Any, **kwargs: Any) -> None:
         """Not for the wrapper itself: it would overwrite the initialisation.

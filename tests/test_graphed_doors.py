@@ -146,7 +146,7 @@ def test_functions_of_gradients(making: Making) -> None:
     def run(maml: fastmaml.MAML, batch: TaskBatch) -> list[Tensor]:
         learner = maml.clone()
         y = learner(batch.support_x[0])
-        by = learner.packed_theta.root
+        by = learner._held.flat.theta.root
         first, second = (
             torch.autograd.grad(f.sum(), by, create_graph=True)[0] for f in (y.sin(), y.pow(3))
         )
@@ -209,7 +209,11 @@ def test_what_autograd_watches_may_not_be_written_to(
         learner, x = maml.clone(), torch.randn(5, 3).double()
         y = learner(x)
         loss = y.square().mean()
-        target = {"input": x, "theta": learner.packed_theta.root, "shared": learner.phi}[written]
+        target = {
+            "input": x,
+            "theta": learner._held.flat.theta.root,
+            "shared": learner._held.flat.phi,
+        }[written]
         with torch.no_grad():
             target.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -222,7 +226,7 @@ def test_a_cotangent_may_not_be_written_to(making: Making) -> None:
     maml = maml_of("mlp")
     for _ in range(4):
         learner = maml.clone()
-        y, root = learner(torch.randn(5, 3).double()), learner.packed_theta.root
+        y, root = learner(torch.randn(5, 3).double()), learner._held.flat.theta.root
         cotangent = torch.randn_like(y)
         (found,) = torch.autograd.grad(y, root, cotangent, create_graph=True)
         cotangent.mul_(2)

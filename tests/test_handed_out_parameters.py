@@ -152,7 +152,7 @@ def test_hooked_ones_need_no_garbage_collector(net: Net, data: tuple[Tensor, Ten
         weight = learner.module.classifier.weight
         weight.register_hook(lambda gradient: gradient * 3)
         loss.backward()
-        gone = weakref.ref(learner.packed_theta.root)
+        gone = weakref.ref(learner._held.flat.theta.root)
         del learner, weight, loss
         assert gone() is None
     finally:

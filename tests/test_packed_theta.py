@@ -29,7 +29,7 @@ def warm(module: nn.Module, x: Tensor, **options: object) -> fastmaml.MAML:
         maml.clone(tasks=len(x))(x)
     for buffer, before in zip(module.buffers(), buffers, strict=True):
         buffer.copy_(before)
-    assert maml.clone()._theta.packing is not None
+    assert maml.clone()._held.flat.theta.packing is not None
     return maml
 
 
@@ -79,8 +79,8 @@ def test_the_gradient_at_the_start_itself() -> None:
     maml = warm(make("mlp"), batch.support_x, lr=0.3)
     learner = maml.clone(tasks=3)
     loss = per_task(F.cross_entropy, learner(batch.support_x), batch.support_y).sum()
-    (rows,) = torch.autograd.grad(loss, learner._theta.root)
-    assert rows.shape == learner._theta.root.shape
+    (rows,) = torch.autograd.grad(loss, learner._held.flat.theta.root)
+    assert rows.shape == learner._held.flat.theta.root.shape
     assert not torch.equal(rows[0], rows[1])
 
 
@@ -97,7 +97,7 @@ def test_parameters_and_third_derivatives(name: str) -> None:
         penalty = sum(p.square().sum() for p in learner.adapted_parameters().values())
         losses = per_task(F.cross_entropy, learner(batch.support_x), batch.support_y)
         learner.adapt(losses.sum() + 0.1 * penalty)
-        assert (learner._theta.packing is not None) == packed
+        assert (learner._held.flat.theta.packing is not None) == packed
         views = learner.adapted_parameters()
         value = per_task(F.cross_entropy, learner(batch.query_x), batch.query_y).mean()
         value = value + sum(v.pow(3).mean() for v in views.values())
@@ -114,7 +114,7 @@ def test_other_dtypes_start_in_torchs_order() -> None:
     maml = warm(make("mlp", torch.float32), batch.support_x, lr=0.1)
     maml.module.double()
     learner = maml.clone(tasks=3)
-    assert learner._theta.packing is None
+    assert learner._held.flat.theta.packing is None
     assert learner(batch.support_x.double()).dtype == torch.float64
 
 

@@ -91,7 +91,7 @@ class StepwiseLearner(Learner):
         norms: PerStepNorms | None = self._base.norms
         if norms is None:
             return super().forward(*args, **kwargs)
-        clone = self._clone.built
+        clone = self._held.clone.built
         copies = () if clone is None else (clone.module,)
         with norms.in_use(self.steps_taken, self._base.module, *copies):
             return super().forward(*args, **kwargs)
@@ -106,11 +106,9 @@ class StepwiseLearner(Learner):
         norms: PerStepNorms | None = self._base.norms
         if norms is None:
             return
-        self.__dict__["_phi"] = norms.shared(self.layout, self.steps_taken)
+        self._held.share(norms.shared(self.layout, self.steps_taken))
         if norms.row(self.steps_taken) != norms.row(self.steps_taken - 1):
             self.__dict__["_recorders"] = {}  # of other running statistics
-        if self._clone.built is not None:
-            self._clone.built.set_parameters(self)
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,13 @@ def inner_gradients(loss: Tensor, by: Sequence[Tensor], second_order: bool) -> t
     return found
 
 
+def part_step(part: Tensor, gradient: Tensor, lr: float | Tensor) -> Tensor:
+    """``part - lr * gradient`` of one parameter; ``lr`` is one number."""
+    if isinstance(lr, Tensor):
+        return part - lr.reshape(()).to(gradient) * gradient
+    return torch.add(part, gradient, alpha=-lr)  # whose backward is one product
+
+
 def gradient_step(theta: Tensor, gradient: Tensor, rates: Tensor) -> Tensor:
     """``theta - rates * gradient``, differentiable in all three any number of times.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from math import prod
 
 import torch
@@ -139,6 +140,7 @@ class ProgramCache:
         self._warned: set[str] = set()
         self._calls: OrderedDict[Signature, int] = OrderedDict()  # for which there is no room
         self._latest: NativeProgram | None = None
+        self.found_none = False  # native, when one was last looked for
         self._start: Start | None = None
 
     def __getstate__(self) -> dict[str, nn.Module]:
@@ -175,28 +177,43 @@ class ProgramCache:
         *,
         example_axes: int = 2,
         modes: Modes | None = None,
-        why_not: str | None = None,
+        why_not: Callable[[], str | None] | None = None,
         signature: Signature | None = None,
     ) -> Program:
         """The program for inputs like ``x``, whose first ``example_axes`` axes are T and N.
 
         ``modes``: ``training`` of each of the module's ``modules()`` where not as they are now;
-        ``why_not``: a reason known to the caller why there can be no native program;
+        ``why_not``: finds a reason why there can be no native program for the caller;
         ``signature``: the module's, where the caller has just taken it.
         """
         state = module_signature(self._module) if signature is None else signature
-        key: Signature = (layout.adapted_names, state, modes)
-        if not isinstance(x, Tensor) or x.ndim < example_axes or why_not:
-            if why_not and self._warned:  # a forward sets attributes, and was said to run so
-                self._warned.add(why_not)
-            reason = why_not or "it is not called with one tensor of examples"
-            return self._functional((*key, reason), reason, modes, None)
-        key = (*key, x.shape[example_axes:], x.dtype, x.device, forced_backend())
+        known: Signature = (layout.adapted_names, state, modes)
+        program = self._find(known, layout, x, example_axes, modes, why_not)
+        self.found_none = isinstance(program, FunctionalProgram)
+        return program
+
+    def _find(
+        self,
+        known: Signature,
+        layout: ParameterLayout,
+        x: object,
+        example_axes: int,
+        modes: Modes | None,
+        why_not: Callable[[], str | None] | None,
+    ) -> Program:
+        if not isinstance(x, Tensor) or x.ndim < example_axes:
+            reason = self._reason(why_not) or "it is not called with one tensor of examples"
+            return self._functional((*known, reason), reason, modes, None)
+        key = (*known, x.shape[example_axes:], x.dtype, x.device, forced_backend())
         program = self._cached(key)
+        if isinstance(program, FunctionalProgram):
+            return program
+        if (changed := self._reason(why_not)) is not None:
+            return self._functional((*known, changed), changed, modes, None)
         if program is None:
             if self._is_rare(key):
-                reason = f"inputs of more than {_CACHED_PROGRAMS} shapes, of which this one is rare"
-                return self._unlowered((*key[:3], reason), reason, modes)
+                rare = f"inputs of more than {_CACHED_PROGRAMS} shapes, of which this one is rare"
+                return self._unlowered((*known, rare), rare, modes)
             try:
                 with modes_set(self._module, modes):
                     program = self._capture(layout, x, example_axes, modes)
@@ -204,13 +221,19 @@ class ProgramCache:
                 task = _one_task(x, example_axes)
                 return self._functional(key, str(refusal), modes, task)
             self._keep(key, program)
-        if isinstance(program, NativeProgram):
-            refused = program.why_not(x.shape[example_axes - 1])
-            if refused is not None:
-                task = _one_task(x, example_axes)
-                return self._functional((*key, refused), refused, modes, task)
-            self._latest = program
+        refused = program.why_not(x.shape[example_axes - 1])
+        if refused is not None:
+            task = _one_task(x, example_axes)
+            return self._functional((*key, refused), refused, modes, task)
+        self._latest = program
         return program
+
+    def _reason(self, why_not: Callable[[], str | None] | None) -> str | None:
+        """The caller's."""
+        reason = None if why_not is None else why_not()
+        if reason is not None and self._warned:  # a forward sets attributes, and was said to run so
+            self._warned.add(reason)
+        return reason
 
     def _cached(self, key: Signature) -> Program | None:
         found = self._programs.get(key)

@@ -86,6 +86,11 @@ class Theta:
             return cls(layout.flat(tensors)[None].clone())
         return _packed(layout, tensors, packing)[1]
 
+    @classmethod
+    def of_rows(cls, rows: Tensor, packing: PackedExecutor | None) -> Theta:
+        """Rows in torch's order ``[T, P]``, in the order of ``packing``."""
+        return cls(rows if packing is None else Pack.apply(packing, rows), packing)
+
     def expand(self, tasks: int) -> Theta:
         """One row for each of ``tasks`` tasks."""
         if tasks == 1 and self.packing is None:
@@ -118,10 +123,7 @@ class Theta:
 
     def ordered(self, rows: Tensor) -> Tensor:
         """Rows in torch's order ``[T, P]`` in the order of ``root``."""
-        if self.packing is None:
-            return rows
-        packed: Tensor = Pack.apply(self.packing, rows)
-        return packed
+        return Theta.of_rows(rows, self.packing).root
 
     def like(self, other: Theta) -> Tensor:
         """The values of ``other`` in the order of ``root``."""

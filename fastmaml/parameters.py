@@ -1,0 +1,202 @@
+"""A learner's parameters: flat, as programs read them, or each a tensor of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastmaml.clone import CloneState, LazyClone, ModuleClone
+from fastmaml.program.layout import ParameterLayout
+from fastmaml.program.theta import Theta
+from fastmaml.program.transforms import outside
+
+Parts = Mapping[str, Tensor]  # by the names of the layout's slots
+
+
+@dataclass(frozen=True)
+class Flat:
+    """``theta [T, P]`` and ``phi [Q]``."""
+
+    theta: Theta
+    phi: Tensor
+
+
+@dataclass(frozen=True)
+class ParametersState:
+    """What a copy of :class:`LearnerParameters` is made of; of leaves leaves."""
+
+    layout: ParameterLayout
+    tasks: int | None
+    start: Flat | Parts
+    used: frozenset[str]
+    clone: CloneState | None
+
+
+class LearnerParameters:
+    """The parameters of T tasks, or of one (``tasks`` is None), through their inner loop.
+
+    They start flat, or as parts: tensors of their own in copies of the modules, which ``clone``
+    builds. Flat ones get parts when anybody looks inside. From then on the parts count, whatever is
+    done to them, and flat ones are computed from them where needed.
+    """
+
+    def __init__(self, layout: ParameterLayout, tasks: int | None, start: Flat | Parts) -> None:
+        self.layout = layout
+        self.tasks = tasks
+        self.used: set[str] = set()  # by native programs, as they are now
+        self.views: dict[str, Tensor] = {}  # that others have run all tasks with since
+        self.clone = LazyClone(self)
+        self._flat: Flat | None = None
+        self._packing = None
+        if isinstance(start, Flat):
+            self._flat, self._packing = start, start.theta.packing
+        else:
+            self.clone.build(start)
+
+    @property
+    def flat(self) -> Flat:
+        """What they were when they were last flat: what is computed from parts is not in it."""
+        assert self._flat is not None
+        return self._flat
+
+    @property
+    def parts(self) -> ModuleClone | None:
+        """Whose parameters these are, if any were handed out; those of several tasks are values."""
+        return self.clone.built if self.tasks is None else None
+
+    def now(self, used: Container[str] | None = None) -> Flat:
+        """Flat, and computed from the parts if there are any.
+
+        ``used``: the names of those that matter; the others stay out of the graph.
+        """
+        if self.parts is None:
+            return self.flat
+        with outside():
+            theta, phi = (
+                self.layout.flat(
+                    [p if used is None or n in used else p.detach() for n, p in group.items()]
+                )
+                for group in (self.parts.parameters(adapted=a) for a in (True, False))
+            )
+            return Flat(Theta.of_rows(theta[None], self._packing), phi)
+
+    def ordered(self, rows: Tensor) -> Tensor:
+        """Rows in torch's order ``[T, P]`` in the order of :attr:`flat`'s."""
+        return Theta.of_rows(rows, self._packing).root
+
+    def values(self) -> dict[str, Tensor]:
+        """Every parameter as it is now, ``[*shape]``, or ``[T, *shape]`` for T tasks."""
+        return self._as_views(self.now())
+
+    def connected(self) -> dict[str, Tensor]:
+        """Views of :attr:`flat`, with the graph that leads to it in any gradient mode."""
+        with outside(), torch.inference_mode(False), torch.enable_grad():
+            return self._as_views(self.flat)
+
+    def views_of_tasks(self) -> dict[str, Tensor]:
+        """The same tensors until the next step, which looks for their gradients."""
+        if not self.views:
+            self.views.update(self.connected())
+        return self.views
+
+    def _as_views(self, flat: Flat) -> dict[str, Tensor]:
+        if self.tasks is None:
+            return self.layout.views(flat.theta.rows[0], flat.phi)
+        return self.layout.views(flat.theta.rows, flat.phi.expand(self.tasks, -1))
+
+    # --- changes ------------------------------------------------------------------------------
+
+    def move(self, theta: Theta, unmoved: Container[str] = ()) -> None:
+        """Replace the adapted parameters.
+
+        Parts that are ``unmoved`` stay: outputs from before the step lead to them as well.
+        """
+        phi = self.now().phi if self._flat is None else self._flat.phi
+        self._moved_to(Flat(theta, phi))
+        if self.clone.built is not None:
+            self.clone.built.renew(self, [n for n in self.layout.adapted_names if n not in unmoved])
+
+    def move_parts(self, moved: Parts) -> None:
+        """Replace some of the parts."""
+        assert self.parts is not None
+        self._moved_to(None)
+        self.parts.put(moved)
+
+    def _moved_to(self, flat: Flat | None) -> None:
+        self._flat = flat
+        self.used.difference_update(self.layout.adapted_names)
+        self.views.clear()
+
+    def share(self, phi: Tensor) -> None:
+        """Replace the shared parameters ``[Q]``, which otherwise are those of all steps."""
+        self._flat = Flat(self.now().theta if self._flat is None else self._flat.theta, phi)
+        if self.clone.built is not None:
+            self.clone.built.renew(self, [s.name for s in self.layout.group(adapted=False)])
+
+    def detach(self, keep_requires_grad: bool) -> None:
+        """Cut them from their graph."""
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor.detach().requires_grad_(keep_requires_grad and tensor.requires_grad)
+
+        if self.parts is not None:
+            self.move_parts({name: cut(part) for name, part in self.parts.all().items()})
+            self.used.clear()
+            return
+        theta, phi = self.flat.theta, self.flat.phi
+        self._moved_to(Flat(theta.moved(cut(theta.root)), cut(phi)))
+
+    # --- copies -------------------------------------------------------------------------------
+
+    def cloned(self, modules: object) -> LearnerParameters:
+        """The same values for another learner, with a graph back to these.
+
+        Raises:
+            RuntimeError: a part or parameter of the learner's ``modules`` was replaced.
+        """
+        built = self.clone.to_copy(modules)
+        if built is not None and self.parts is not None:
+            parts = {name: part.clone() for name, part in self.parts.all().items()}
+            twin = LearnerParameters(self.layout, self.tasks, parts)
+            twin.clone.build().set_state(built.state())
+            return twin
+        theta, phi = self.flat.theta, self.flat.phi
+        self.used.update(self.layout.slots)  # a loss of the other learner uses them all
+        start = Flat(theta.moved(theta.root.clone()), phi.clone())
+        return LearnerParameters(self.layout, self.tasks, start)
+
+    def state(self, modules: object) -> ParametersState:
+        """For a copy: without what that makes for itself, the copied modules and packed rows."""
+        built = self.clone.to_copy(modules)
+        start: Flat | Parts
+        if self._flat is None:
+            assert self.parts is not None
+            start = {name: _leaf(part) for name, part in self.parts.all().items()}
+        else:
+            now = self.now()
+            root = _leaf_as(self._flat.theta.root, now.theta.root)
+            start = Flat(now.theta.moved(root).unpacked(), _leaf_as(self._flat.phi, now.phi))
+        clone = None if built is None else built.state()
+        return ParametersState(self.layout, self.tasks, start, frozenset(self.used), clone)
+
+    @classmethod
+    def of_state(cls, state: ParametersState) -> LearnerParameters:
+        """The copy."""
+        made = cls(state.layout, state.tasks, state.start)
+        made.used.update(state.used)
+        if state.clone is not None:
+            made.clone.build().set_state(state.clone)
+        return made
+
+
+def _leaf(part: Tensor) -> Tensor:
+    """A plain tensor, where it is a leaf of the graph: only leaves can be copied."""
+    return part.detach().requires_grad_(part.requires_grad) if part.is_leaf else part
+
+
+def _leaf_as(original: Tensor, values: Tensor) -> Tensor:
+    """``values``, a leaf where ``original`` is one."""
+    return values.detach().requires_grad_(original.requires_grad) if original.is_leaf else values
