@@ -111,7 +111,7 @@ class ModuleClone:
     def set_modes(self, modes: tuple[bool, ...]) -> None:
         """Set ``training`` of every copy, in the same order."""
         for key, training in zip(self._parts, modes, strict=True):
-            self._copies[key].training = training
+            self._copies[key].__dict__["training"] = training  # past nn.Module's slow __setattr__
 
     def state(self) -> CloneState:
         """What a copy of this clone takes over, if :meth:`replaced` says None."""

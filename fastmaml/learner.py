@@ -14,10 +14,10 @@ from fastmaml import checks
 from fastmaml.base_learner import BaseLearner
 from fastmaml.clone import ModuleClone
 from fastmaml.parameters import LearnerParameters
-from fastmaml.program.functional import twice_differentiable
 from fastmaml.program.gradient_step import inner_gradients, part_step
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.program import NativeProgram, Program
+from fastmaml.program.settings import twice_differentiable
 from fastmaml.program.statistics import Recorder
 from fastmaml.program.theta import Theta
 
@@ -39,6 +39,7 @@ class Learner(BaseLearner):
     _base: MAML
     _held: LearnerParameters
     _recorders: dict[str, Recorder]  # also of the learners that branched off
+    _functional: tuple[object, ...] | None  # of what shape inputs were that had no native program
     lr: float | Tensor
     tasks: int | None
     first_order: bool
@@ -65,6 +66,7 @@ class Learner(BaseLearner):
             _held=held,
             _modules=held.clone,
             _recorders={},
+            _functional=None,
             lr=base.lr,
             tasks=held.tasks,
             first_order=first_order,
@@ -94,6 +96,10 @@ class Learner(BaseLearner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output with this learner's parameters."""
+        x = args[0] if len(args) == 1 and not kwargs else None
+        kind = (x.shape, x.dtype) if isinstance(x, Tensor) else ()
+        if kind == self._functional:
+            return self._eagerly(args, kwargs)
         now = self._base.layout()
         held = self._held
         in_a_copy = self._modules is not held.clone  # of a module that this is a part of
@@ -101,7 +107,6 @@ class Learner(BaseLearner):
             cannot = "a base module that was given other parts, or a copy, cannot run"
             checks.one_task(self.tasks, cannot)
             return self._eagerly(args, kwargs)
-        x = args[0] if len(args) == 1 and not kwargs else None
         if self.tasks is not None:
             for item in pytree.tree_leaves((args, kwargs)):
                 checks.task_axis(item, self.tasks)
@@ -114,14 +119,16 @@ class Learner(BaseLearner):
             self._record(program, statistics)
             return y
         if self.tasks is None:
+            self.__dict__["_functional"] = kind
             return self._eagerly(args, kwargs)
         outputs, statistics = program.run(held.views_of_tasks(), args, kwargs)
         self._record(program, statistics)
         return outputs
 
     def _eagerly(self, args: Any, kwargs: Any) -> Any:
-        with twice_differentiable(self.module):
-            return self.module(*args, **kwargs)
+        module: Any = self._modules["module"]  # past nn.Module's slow __getattr__
+        with twice_differentiable(module):
+            return module(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name == "module" and self.tasks is not None:

@@ -44,3 +44,16 @@ def whole_thetas(depth: int, tasks: int | None) -> int:
 def test_gradients_of_parameters_meet_once(tasks: int | None) -> None:
     """Each is not added to a theta of its own, which would cost parameters times theta."""
     assert whole_thetas(24, tasks) == whole_thetas(12, tasks) > 0
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+def test_one_task_has_no_theta() -> None:
+    """Once it is known that no program reads one."""
+    module = nn.Sequential(nn.Linear(4, 4), nn.Mish(), nn.Linear(4, 4))
+    maml, x = fastmaml.MAML(module, lr=0.1), torch.randn(2, 4)
+    maml.clone()(x)
+    with WholeThetas(sum(p.numel() for p in module.parameters())) as found:
+        learner = maml.clone()
+        learner.adapt(learner(x).square().sum())
+        learner.clone()(x).square().sum().backward()
+    assert found.count == 0

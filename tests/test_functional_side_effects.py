@@ -7,9 +7,8 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 import fastmaml
 from fastmaml import FallbackWarning, TaskBatch
-from fastmaml.program.functional import _Setting
+from fastmaml.program.settings import Settings, Switch, twice_differentiable
 from fastmaml.testing import relative_error, sequential_maml
 
 TASKS = 3
@@ -292,23 +291,25 @@ def test_a_clone_made_during_a_capture_is_of_the_module() -> None:
 
 
 def test_a_setting_may_be_left_by_another_thread() -> None:
-    """As PyTorch's own since 2.15, this one goes back to what a context variable tells it."""
-    inner, made = ContextVar("inner", default=False), []
-
-    @contextmanager
-    def make() -> Iterator[None]:
-        token = inner.set(True)
-        made.append("in")
-        yield
-        inner.reset(token)
-        made.append("out")
-
-    setting = _Setting(make)
-    thread = threading.Thread(target=setting.__enter__)
+    state = {"math": False}
+    settings = Settings(Switch(lambda: state["math"], partial(state.__setitem__, "math"), True))
+    thread = threading.Thread(target=settings.__enter__)
     thread.start()
     thread.join()
-    with setting:
-        assert made == ["in"]
-    setting.__exit__()
-    assert made == ["in", "out"]
-    assert not inner.get()
+    with settings:
+        assert state["math"]
+    assert state["math"]
+    settings.__exit__()
+    assert not state["math"]
+
+
+def test_the_kernels_of_attention_are_those_of_before() -> None:
+    cuda = torch.backends.cuda
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION):
+        with twice_differentiable(nn.Identity()):
+            assert cuda.math_sdp_enabled()
+            assert not cuda.mem_efficient_sdp_enabled()
+        assert not cuda.math_sdp_enabled()
+        assert cuda.mem_efficient_sdp_enabled()
+    with twice_differentiable(nn.Identity()):
+        assert not (cuda.flash_sdp_enabled() or cuda.cudnn_sdp_enabled())

@@ -14,69 +14,27 @@ Each task's call is that of a copy of the module, as in a clone of learn2learn's
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from contextvars import Context
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from operator import itemgetter
-from threading import Lock
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fastmaml.backends.select import FallbackWarning, users_level
 from fastmaml.errors import UnbatchableError, first_line
 from fastmaml.program.attributes import Attributes
+from fastmaml.program.settings import twice_differentiable
 from fastmaml.program.shared import unchanged
 from fastmaml.program.statistics import RunningStatistics, Tracked
 from fastmaml.program.substitute import LOCK, Modes, call_with, copy_with, modes_set
 from fastmaml.program.trace import NotCovered
-
-
-class _Setting:
-    """A setting of the whole process, made as long as any thread is within.
-
-    PyTorch's settings may keep in a context variable what they go back to: they are made and left
-    in a context of their own, since other threads than the first may leave last.
-    """
-
-    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
-        self._make = make
-        self._lock = Lock()
-        self._within = 0
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._within == 0:
-                self._made, self._context = self._make(), Context()
-                self._context.run(self._made.__enter__)
-            self._within += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._within -= 1
-            if self._within == 0:
-                self._context.run(self._made.__exit__, None, None, None)
-
-
-_MATH_ATTENTION = _Setting(lambda: sdpa_kernel(SDPBackend.MATH))
-_NO_CUDNN = _Setting(lambda: torch.backends.cudnn.flags(enabled=False))
-
-
-@contextmanager
-def twice_differentiable(module: nn.Module) -> Iterator[None]:
-    """Kernels that autograd can differentiate twice, where PyTorch has a choice."""
-    with ExitStack() as stack:
-        if torch.cuda.is_available() and any(isinstance(m, nn.RNNBase) for m in module.modules()):
-            stack.enter_context(_NO_CUDNN)
-        stack.enter_context(_MATH_ATTENTION)
-        yield
 
 
 class _PastTheCopy(Exception):

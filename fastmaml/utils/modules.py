@@ -1,7 +1,7 @@
 """Modules whose parameters are tensors of a graph: clone, detach, update.
 
 For one's own inner loops, as with learn2learn's functions of these names. ``fastmaml.MAML`` does
-not use them: its learners keep their parameters in one flat tensor.
+not use them: its learners keep their parameters in one flat tensor while programs run them.
 """
 
 from __future__ import annotations
