@@ -111,7 +111,8 @@ class ModuleClone:
     def set_modes(self, modes: tuple[bool, ...]) -> None:
         """Set ``training`` of every copy, in the same order."""
         for key, training in zip(self._parts, modes, strict=True):
-            self._copies[key].__dict__["training"] = training  # past nn.Module's slow __setattr__
+            if self._copies[key].training != training:
+                self._copies[key].training = training
 
     def state(self) -> CloneState:
         """What a copy of this clone takes over, if :meth:`replaced` says None."""
@@ -180,6 +181,24 @@ def _changed(copy: nn.Module, module: nn.Module) -> str | None:
 
 def _alike(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+
+
+def detach_tensors(module: nn.Module, keep_requires_grad: bool) -> None:
+    """Cut a module's parameters, and buffers with a gradient, from their graph, in place."""
+    memo: dict[Tensor, Tensor] = {}
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.requires_grad:
+                    tensors[name] = _detached(tensor, keep_requires_grad, memo)  # type: ignore[assignment]
+
+
+def _detached(tensor: Tensor, keep_requires_grad: bool, memo: dict[Tensor, Tensor]) -> Tensor:
+    if tensor not in memo:
+        view = tensor._is_view()  # which PyTorch does not detach in place
+        leaf = tensor.detach() if view else tensor.detach_()
+        memo[tensor] = leaf.requires_grad_(keep_requires_grad)
+    return memo[tensor]
 
 
 class LazyClone(dict[str, Any]):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastmaml.clone import CloneState, LazyClone, ModuleClone
+from fastmaml.clone import CloneState, LazyClone, ModuleClone, detach_tensors
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.theta import Theta
 from fastmaml.program.transforms import outside
@@ -137,16 +137,17 @@ class LearnerParameters:
             self.clone.built.renew(self, [s.name for s in self.layout.group(adapted=False)])
 
     def detach(self, keep_requires_grad: bool) -> None:
-        """Cut them from their graph."""
+        """Cut them from their graph: parts in place, as in any module."""
+        if self.parts is not None:
+            detach_tensors(self.parts.module, keep_requires_grad)
+            self._moved_to(None)
+            self.used.clear()
+            return
+        theta, phi = self.flat.theta, self.flat.phi
 
         def cut(tensor: Tensor) -> Tensor:
             return tensor.detach().requires_grad_(keep_requires_grad and tensor.requires_grad)
 
-        if self.parts is not None:
-            self.move_parts({name: cut(part) for name, part in self.parts.all().items()})
-            self.used.clear()
-            return
-        theta, phi = self.flat.theta, self.flat.phi
         self._moved_to(Flat(theta.moved(cut(theta.root)), cut(phi)))
 
     # --- copies -------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from fastmaml.clone import detach_tensors
 from fastmaml.learner import Learner
 
 Module = TypeVar("Module")
@@ -85,20 +86,7 @@ def detach_module(module: Any, keep_requires_grad: bool = False) -> None:
         return
     if not isinstance(module, nn.Module):
         return
-    memo: dict[Tensor, Tensor] = {}
-    for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and tensor.requires_grad:
-                    tensors[name] = _detached(tensor, keep_requires_grad, memo)  # type: ignore[assignment]
-
-
-def _detached(tensor: Tensor, keep_requires_grad: bool, memo: dict[Tensor, Tensor]) -> Tensor:
-    if tensor not in memo:
-        view = tensor._is_view()  # which PyTorch does not detach in place
-        leaf = tensor.detach() if view else tensor.detach_()
-        memo[tensor] = leaf.requires_grad_(keep_requires_grad)
-    return memo[tensor]
+    detach_tensors(module, keep_requires_grad)
 
 
 def update_module(
