@@ -76,6 +76,20 @@ def pooled(kind: type[nn.Module], affine: bool = True, tracking: bool = True) ->
     )
 
 
+def mobile() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 5, 3, padding=1),
+        nn.Hardswish(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(5, 4, 2),
+        nn.Mish(),
+        nn.Flatten(),
+        nn.Linear(4 * 2 * 2, 6),
+        nn.CELU(0.5),
+        nn.Linear(6, 3),
+    )
+
+
 def frozen() -> nn.Module:
     module = mlp(batch_norm=True)
     module[0].weight.requires_grad_(False)
@@ -112,6 +126,7 @@ NETWORKS = {
     "residual_eval": Network(evaluated(Residual), (2, 7, 6), 3),
     "max_pool": Network(lambda: pooled(nn.MaxPool2d), (2, 8, 9), 3),
     "avg_pool": Network(lambda: pooled(nn.AvgPool2d, affine=False, tracking=False), (2, 8, 9), 3),
+    "mobile": Network(mobile, (2, 6, 7), 3),
     "mixer": Network(Mixer, (6, 4), 3),
     "tied_unseen": Network(Tied, (5,), 3),
     "frozen": Network(frozen, (3,), 3),

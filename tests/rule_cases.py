@@ -59,7 +59,7 @@ def _batch_norm(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
 _FUNCTIONS = {
     "relu": lambda x, a, b: F.relu(x),
     "leaky_relu": lambda x, a, b: F.leaky_relu(x, a),
-    "elu": lambda x, a, b: F.elu(x, a),
+    "elu": lambda x, a, b: torch.ops.aten.elu(x, a, 1.0, b),
     "selu": lambda x, a, b: F.selu(x),
     "gelu": lambda x, a, b: F.gelu(x),
     "gelu_tanh": lambda x, a, b: F.gelu(x, approximate="tanh"),
@@ -68,7 +68,11 @@ _FUNCTIONS = {
     "tanh": lambda x, a, b: torch.tanh(x),
     "softplus": lambda x, a, b: F.softplus(x, a, b),
     "hardtanh": lambda x, a, b: F.hardtanh(x, a, b),
+    "hardsigmoid": lambda x, a, b: F.hardtanh(x / 6 + 0.5, 0.0, 1.0),  # F's has one derivative
+    "hardswish": lambda x, a, b: F.hardswish(x),
+    "mish": lambda x, a, b: x * torch.tanh(F.softplus(x)),  # F.mish bends by NaN at 800
     "log_sigmoid": lambda x, a, b: F.logsigmoid(x),
+    "abs": lambda x, a, b: x.abs(),
     "square": lambda x, a, b: x.square(),
     "sin": lambda x, a, b: x.sin(),
     "cos": lambda x, a, b: x.cos(),
@@ -271,7 +275,7 @@ CASES: dict[str, list[Case]] = {
     "activation": [
         _activation_case("relu"),
         _activation_case("leaky_relu", 0.1),
-        _activation_case("elu", 1.3),
+        _activation_case("elu", 1.3, 0.7),
         _activation_case("selu"),
         _activation_case("gelu"),
         _activation_case("gelu_tanh"),
@@ -280,7 +284,11 @@ CASES: dict[str, list[Case]] = {
         _activation_case("tanh"),
         _activation_case("softplus", 1.7, 2.0),
         _activation_case("hardtanh", -0.75, 1.125),
+        _activation_case("hardsigmoid"),
+        _activation_case("hardswish"),
+        _activation_case("mish"),
         _activation_case("log_sigmoid"),
+        _activation_case("abs"),
         _activation_case("square"),
         _activation_case("sin"),
         _activation_case("cos"),

@@ -83,6 +83,8 @@ def test_linear_on_a_permuted_input_keeps_its_bias() -> None:
         (lambda x: F.selu(F.elu(x, 0.5)), ["elu", "selu"]),
         (lambda x: F.gelu(F.gelu(x), approximate="tanh"), ["gelu", "gelu_tanh"]),
         (lambda x: F.relu6(F.logsigmoid(x)), ["log_sigmoid", "hardtanh"]),
+        (lambda x: F.hardswish(F.mish(x)), ["mish", "hardswish"]),
+        (lambda x: F.hardsigmoid(F.celu(x, 1.5)).abs(), ["elu", "hardsigmoid", "abs"]),
         (lambda x: F.softplus(x.sin().cos().exp()), ["sin", "cos", "exp", "softplus"]),
         (lambda x: x**2 / 2 - 1, ["square", "scale", "scale"]),
         (lambda x: x - 2 * torch.sigmoid(x), ["sigmoid", "scale", "add"]),

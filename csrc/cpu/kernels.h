@@ -25,7 +25,7 @@ struct Share {
 enum class Activation : int {
   kRelu,
   kLeakyRelu,  // alpha: negative slope
-  kElu,        // alpha: scale of the negative part
+  kElu,        // alpha: scale of the negative part, beta: of its input (celu: 1 / alpha)
   kSelu,
   kGelu,
   kGeluTanh,
@@ -34,7 +34,11 @@ enum class Activation : int {
   kTanh,
   kSoftplus,  // alpha: beta, beta: threshold
   kHardtanh,  // alpha: lower bound, beta: upper bound (relu6 is 0, 6)
+  kHardsigmoid,
+  kHardswish,
+  kMish,
   kLogSigmoid,
+  kAbs,
   kSquare,
   kSin,
   kCos,

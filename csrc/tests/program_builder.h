@@ -86,7 +86,7 @@ class ProgramBuilder {
 
   int activation(int x, const std::string& function) {
     const std::map<std::string, std::pair<double, double>> constants = {
-        {"elu", {1, 0}}, {"softplus", {1, 20}}, {"hardtanh", {0, 1e30}}};
+        {"elu", {1, 1}}, {"softplus", {1, 20}}, {"hardtanh", {0, 1e30}}};
     const auto found = constants.find(function);
     const auto [alpha, beta] = found == constants.end() ? std::pair(0.0, 0.0) : found->second;
     return op("activation", {x}, shape(x), {},

@@ -109,12 +109,17 @@ _SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)  
 
 def _elu(trace: Trace, a: Arguments, result: Tensor) -> None:
     alpha, scale, input_scale = (float(a[k]) for k in ("alpha", "scale", "input_scale"))
-    if scale == 1.0 and input_scale == 1.0:
-        _activation(trace, a, result, function="elu", alpha=alpha)
+    if scale == 1.0:
+        _activation(trace, a, result, function="elu", alpha=alpha, beta=input_scale)
     elif (alpha, scale, input_scale) == (*_SELU, 1.0):
         _activation(trace, a, result, function="selu")
     else:
-        raise NotCovered("elu with scales")
+        raise NotCovered("elu with a scale")
+
+
+def _celu(trace: Trace, a: Arguments, result: Tensor) -> None:
+    alpha = float(a["alpha"])
+    _activation(trace, a, result, function="elu", alpha=alpha, beta=1 / alpha)
 
 
 def _gelu(trace: Trace, a: Arguments, result: Tensor) -> None:
@@ -244,13 +249,14 @@ def _detach(trace: Trace, a: Arguments, result: Tensor) -> None:
 
 
 def _activations() -> dict[str, Lowering]:
-    plain = ("relu", "silu", "sigmoid", "tanh", "sin", "cos", "exp", "square")
+    plain = ["relu", "silu", "sigmoid", "tanh", "sin", "cos", "exp", "square", "abs"]
+    plain += ["mish", "hardswish", "hardsigmoid"]
     table: dict[str, Lowering] = {n: partial(_activation, function=n) for n in plain}
     table["leaky_relu"] = partial(_activation, function="leaky_relu", alpha="negative_slope")
     table["softplus"] = partial(_activation, function="softplus", alpha="beta", beta="threshold")
     table["hardtanh"] = partial(_activation, function="hardtanh", alpha="min_val", beta="max_val")
     table["log_sigmoid_forward"] = partial(_activation, function="log_sigmoid")
-    table |= {"elu": _elu, "gelu": _gelu, "pow": _power}
+    table |= {"elu": _elu, "celu": _celu, "gelu": _gelu, "pow": _power}
     return table
 
 
