@@ -29,6 +29,26 @@ class Residual(nn.Module):
         return self.head(F.adaptive_avg_pool2d(h, 2).flatten(1))
 
 
+class Gated(nn.Module):
+    """Squeeze and excitation, then a gated layer and a centred one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3, padding=1)
+        self.squeeze = nn.Linear(6, 3)
+        self.excite = nn.Linear(3, 6)
+        self.up = nn.Linear(6, 5)
+        self.gate = nn.Linear(6, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.conv(x))
+        weights = torch.sigmoid(self.excite(F.silu(self.squeeze(h.mean((2, 3))))))
+        h = (h * weights[:, :, None, None]).mean((2, 3))
+        h = self.up(h) * F.silu(self.gate(h))
+        return self.head(1 - (h - h.mean(1, keepdim=True)) * h)
+
+
 class Mixer(nn.Module):
     """A layer over positions, then one over channels, on a permuted input."""
 
@@ -124,6 +144,7 @@ NETWORKS = {
     "mlp_norm_eval": Network(evaluated(lambda: mlp(batch_norm=True)), (3,), 3),
     "residual": Network(Residual, (2, 7, 6), 3),
     "residual_eval": Network(evaluated(Residual), (2, 7, 6), 3),
+    "gated": Network(Gated, (2, 4, 5), 3),
     "max_pool": Network(lambda: pooled(nn.MaxPool2d), (2, 8, 9), 3),
     "avg_pool": Network(lambda: pooled(nn.AvgPool2d, affine=False, tracking=False), (2, 8, 9), 3),
     "mobile": Network(mobile, (2, 6, 7), 3),

@@ -112,6 +112,7 @@ _PLAIN = {
     "avg_pool2d": _avg_pool2d,
     "mean": _mean,
     "permute": _permute,
+    "mul": lambda op, params, buffers, a, b: a * b,
     "add": lambda op, params, buffers, a, b: torch.add(a, b, alpha=op.attrs["alpha"]),
     "scale": lambda op, params, buffers, x: op.attrs["alpha"] * x + op.attrs["beta"],
 }
@@ -121,6 +122,8 @@ def plain(op: Op, out_shape: Shape, params: Tensors, buffers: Tensors, *inputs: 
     """The op for one task: parameters ``[*shape]``, inputs ``[N, *shape]``."""
     if op.kind == "view":
         return inputs[0].reshape(-1, *out_shape)
+    if op.kind == "expand":
+        return inputs[0].expand(-1, *out_shape)
     if op.kind == "adaptive_avg_pool2d":
         return F.adaptive_avg_pool2d(inputs[0], out_shape[1:])
     return _PLAIN[op.kind](op, params, buffers, *inputs)
@@ -294,6 +297,10 @@ CASES: dict[str, list[Case]] = {
         _activation_case("cos"),
         _activation_case("exp"),
     ],
+    "mul": [
+        _case("images", "mul", ((3, 5, 7), (3, 5, 7))),
+        _case("features", "mul", ((17,), (17,))),
+    ],
     "pool": [
         _max_case("2x2", (3, 5, 7), (2, 2), (2, 2)),
         _max_case("3x2_padded", (17, 5, 7), (3, 2), (1, 2), (1, 1)),
@@ -319,6 +326,10 @@ CASES: dict[str, list[Case]] = {
         _case("channels", "mean", ((3, 5, 7),), dims=(0,), keepdim=True),
         _case("outer", "mean", ((3, 5, 7),), dims=(0, 2), keepdim=False),
         _case("all", "mean", ((3, 5),), dims=(0, 1), keepdim=True),
+        _case("over_positions", "expand", ((17, 1, 1),), out=(17, 5, 7)),
+        _case("over_channels", "expand", ((1, 5, 7),), out=(3, 5, 7)),
+        _case("over_columns", "expand", ((3, 5, 1),), out=(3, 5, 7)),
+        _case("over_features", "expand", ((1,),), out=(17,)),
         _case("plus", "add", ((3, 5, 7), (3, 5, 7)), alpha=1.0),
         _case("minus", "add", ((17,), (17,)), alpha=-0.5),
         _case("affine", "scale", ((3, 5, 7),), alpha=-1.5, beta=0.25),

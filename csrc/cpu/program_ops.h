@@ -106,7 +106,11 @@ std::unique_ptr<Op<T>> make_activation(OpReader& reader);
 template <typename T>
 std::unique_ptr<Op<T>> make_add(OpReader& reader);
 template <typename T>
+std::unique_ptr<Op<T>> make_mul(OpReader& reader);
+template <typename T>
 std::unique_ptr<Op<T>> make_scale(OpReader& reader);
+template <typename T>
+std::unique_ptr<Op<T>> make_expand(OpReader& reader);
 template <typename T>
 std::unique_ptr<Op<T>> make_max_pool2d(OpReader& reader);
 template <typename T>

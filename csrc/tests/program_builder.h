@@ -138,6 +138,8 @@ class ProgramBuilder {
   int add(int a, int b, double alpha) {
     return op("add", {a, b}, shape(a), {}, {{"alpha", alpha}});
   }
+  int mul(int a, int b) { return op("mul", {a, b}, shape(a), {}, {}); }
+  int expand(int x, Shape output) { return op("expand", {x}, std::move(output), {}, {}); }
   int scale(int x, double alpha, double beta) {
     return op("scale", {x}, shape(x), {}, {{"alpha", alpha}, {"beta", beta}});
   }

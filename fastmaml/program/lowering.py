@@ -140,11 +140,34 @@ def _add(trace: Trace, a: Arguments, result: Tensor, *, sign: int = 1) -> None:
     if isinstance(trace.lookup(other), Read) and alpha == 1:
         return _add_bias(trace, x, other, result)
     if isinstance(other, Tensor):
-        y = trace.value(other)
-        if x.shape != y.shape or x.merged != y.merged:
-            raise NotCovered("an addition that broadcasts")
-        return trace.emit("add", result, (x, y), alpha=float(alpha))
+        return trace.emit("add", result, _operands(trace, a, result), alpha=float(alpha))
     return trace.emit("scale", result, (x,), alpha=1.0, beta=float(alpha * other))
+
+
+def _operands(trace: Trace, a: Arguments, result: Tensor) -> tuple[Value, Value]:
+    """Both in the result's shape: one that broadcasts is expanded first."""
+
+    def expanded(tensor: Tensor) -> Value:
+        value = trace.value(tensor)
+        if tensor.shape == result.shape:
+            return value
+        if value.merged or tensor.ndim != result.ndim:
+            raise NotCovered("an operand that broadcasts over examples")
+        repeated = tensor.expand(result.shape)
+        trace.emit("expand", repeated, (value,))
+        return trace.value(repeated)
+
+    x, y = expanded(a["self"]), expanded(a["other"])
+    if x.merged != y.merged:
+        raise NotCovered("operands that mix examples")
+    return x, y
+
+
+def _subtract_from(trace: Trace, a: Arguments, result: Tensor) -> None:
+    x, other = trace.value(a["self"]), a["other"]
+    if isinstance(other, Tensor):
+        raise NotCovered("a difference of tensors")
+    trace.emit("scale", result, (x,), alpha=-float(a["alpha"]), beta=float(other))
 
 
 def _add_bias(trace: Trace, x: Value, bias: Tensor, result: Tensor) -> None:
@@ -163,9 +186,13 @@ def _add_bias(trace: Trace, x: Value, bias: Tensor, result: Tensor) -> None:
 
 def _multiply(trace: Trace, a: Arguments, result: Tensor, *, divide: bool = False) -> None:
     x, other = trace.value(a["self"]), a["other"]
+    if isinstance(other, Tensor) and not divide:
+        return trace.emit("mul", result, _operands(trace, a, result))
     if isinstance(other, Tensor) or a.get("rounding_mode") is not None:
-        raise NotCovered("a product of tensors")
-    trace.emit("scale", result, (x,), alpha=1 / float(other) if divide else float(other), beta=0.0)
+        raise NotCovered("a quotient of tensors")
+    return trace.emit(
+        "scale", result, (x,), alpha=1 / float(other) if divide else float(other), beta=0.0
+    )
 
 
 def _negate(trace: Trace, a: Arguments, result: Tensor) -> None:
@@ -223,6 +250,15 @@ def _view(trace: Trace, a: Arguments, result: Tensor) -> None:
     trace.reshape(result, trace.value(a["self"]))
 
 
+def _expand(trace: Trace, a: Arguments, result: Tensor) -> None:
+    x = trace.value(a["self"])
+    if x.merged or a["self"].ndim != result.ndim:
+        raise NotCovered("a new axis in front of the examples")
+    if a["self"].shape == result.shape:
+        return trace.alias(result, x)
+    return trace.emit("expand", result, (x,))
+
+
 def _permute(trace: Trace, a: Arguments, result: Tensor) -> None:
     x, ndim = trace.value(a["self"]), a["self"].ndim
     if "dims" in a:
@@ -275,6 +311,7 @@ TABLE: Mapping[str, Lowering] = {
     "_local_scalar_dense": _count_batches,
     "add": _add,
     "sub": partial(_add, sign=-1),
+    "rsub": _subtract_from,
     "mul": _multiply,
     "div": partial(_multiply, divide=True),
     "neg": _negate,
@@ -283,6 +320,7 @@ TABLE: Mapping[str, Lowering] = {
     "_adaptive_avg_pool2d": _adaptive_avg_pool,
     "mean": _mean,
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unsqueeze", "squeeze"), _view),
+    "expand": _expand,
     **dict.fromkeys(("permute", "transpose"), _permute),
     "detach": _detach,
     **dict.fromkeys(("clone", "contiguous", "alias", "lift_fresh", "_to_copy"), _same),

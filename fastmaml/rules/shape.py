@@ -1,4 +1,4 @@
-"""Moving and mixing elements: ``view``, ``permute``, ``mean``, ``add``, ``scale``."""
+"""Moving and mixing elements: ``view``, ``permute``, ``expand``, ``mean``, ``add``, ``scale``."""
 
 from __future__ import annotations
 
@@ -31,6 +31,16 @@ class Permute(LinearMapRule):
     def transpose(self, op: Op, inputs: Sequence[Tensor], gy: Tensor) -> list[Tensor | None]:
         dims = op.attrs["dims"]
         return [gy.permute(0, 1, *(dims.index(d) + 2 for d in range(len(dims))))]
+
+
+class Expand(LinearMapRule):
+    """Repeated along per-example axes of length one, as ``Tensor.expand`` does."""
+
+    def apply(self, op: Op, out_shape: Shape, inputs: Sequence[Tensor]) -> Tensor:
+        return inputs[0].expand(*inputs[0].shape[:2], *out_shape)
+
+    def transpose(self, op: Op, inputs: Sequence[Tensor], gy: Tensor) -> list[Tensor | None]:
+        return [gy.sum_to_size(inputs[0].shape)]
 
 
 class Mean(LinearMapRule):
@@ -74,6 +84,7 @@ class Scale(LinearMapRule):
 RULES: dict[str, Rule] = {
     "view": View(),
     "permute": Permute(),
+    "expand": Expand(),
     "mean": Mean(),
     "add": Add(),
     "scale": Scale(),
