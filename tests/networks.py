@@ -49,6 +49,25 @@ class Gated(nn.Module):
         return self.head(1 - (h - h.mean(1, keepdim=True)) * h)
 
 
+class Dense(nn.Module):
+    """Every block reads all that came before it; the halves of a layer gate each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3, padding=1)
+        self.second = nn.Conv2d(6, 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(3)
+        self.layer = nn.Linear(9, 10)
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([x, torch.tanh(self.first(x))], 1)
+        h = torch.cat([F.silu(self.norm(self.second(h))), h], dim=1)
+        rows, centre = h[:, :, 1:].sum((2, 3)), h[..., 2, -3]
+        values, rest = self.layer(torch.sin(rows + centre)).split([8, 2], 1)
+        return self.head(torch.cat((F.glu(values), rest, values[:, 3:4]), -1))
+
+
 class Mixer(nn.Module):
     """A layer over positions, then one over channels, on a permuted input."""
 
@@ -145,6 +164,8 @@ NETWORKS = {
     "residual": Network(Residual, (2, 7, 6), 3),
     "residual_eval": Network(evaluated(Residual), (2, 7, 6), 3),
     "gated": Network(Gated, (2, 4, 5), 3),
+    "dense": Network(Dense, (2, 4, 5), 3),
+    "dense_eval": Network(evaluated(Dense), (2, 4, 5), 3),
     "max_pool": Network(lambda: pooled(nn.MaxPool2d), (2, 8, 9), 3),
     "avg_pool": Network(lambda: pooled(nn.AvgPool2d, affine=False, tracking=False), (2, 8, 9), 3),
     "mobile": Network(mobile, (2, 6, 7), 3),

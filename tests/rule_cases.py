@@ -112,6 +112,7 @@ _PLAIN = {
     "avg_pool2d": _avg_pool2d,
     "mean": _mean,
     "permute": _permute,
+    "cat": lambda op, params, buffers, *inputs: torch.cat(inputs, op.attrs["dim"] + 1),
     "mul": lambda op, params, buffers, a, b: a * b,
     "add": lambda op, params, buffers, a, b: torch.add(a, b, alpha=op.attrs["alpha"]),
     "scale": lambda op, params, buffers, x: op.attrs["alpha"] * x + op.attrs["beta"],
@@ -124,6 +125,9 @@ def plain(op: Op, out_shape: Shape, params: Tensors, buffers: Tensors, *inputs: 
         return inputs[0].reshape(-1, *out_shape)
     if op.kind == "expand":
         return inputs[0].expand(-1, *out_shape)
+    if op.kind == "narrow":
+        dim = op.attrs["dim"]
+        return inputs[0].narrow(dim + 1, op.attrs["start"], out_shape[dim])
     if op.kind == "adaptive_avg_pool2d":
         return F.adaptive_avg_pool2d(inputs[0], out_shape[1:])
     return _PLAIN[op.kind](op, params, buffers, *inputs)
@@ -330,6 +334,12 @@ CASES: dict[str, list[Case]] = {
         _case("over_channels", "expand", ((1, 5, 7),), out=(3, 5, 7)),
         _case("over_columns", "expand", ((3, 5, 1),), out=(3, 5, 7)),
         _case("over_features", "expand", ((1,),), out=(17,)),
+        _case("join_channels", "cat", ((3, 5, 7), (3, 5, 7)), dim=0),
+        _case("join_columns", "cat", ((3, 5, 7), (3, 5, 7)), dim=2),
+        _case("join_features", "cat", ((17,), (17,)), dim=0),
+        _case("some_channels", "narrow", ((5, 4, 3),), out=(2, 4, 3), dim=0, start=1),
+        _case("last_columns", "narrow", ((3, 5, 7),), out=(3, 5, 3), dim=2, start=4),
+        _case("some_features", "narrow", ((40,),), out=(17,), dim=0, start=3),
         _case("plus", "add", ((3, 5, 7), (3, 5, 7)), alpha=1.0),
         _case("minus", "add", ((17,), (17,)), alpha=-0.5),
         _case("affine", "scale", ((3, 5, 7),), alpha=-1.5, beta=0.25),

@@ -36,6 +36,9 @@ Layout channels_first(const Shape& shape, int lanes);  // (C, ...), as convoluti
 Layout channels_last(const Shape& shape, int lanes);   // (..., C), as linear layers want
 
 Layout with_ld(const Layout& layout, Index ld);
+// Of a value of this shape only those elements whose index along `axis` is in [start, start +
+// length).
+Layout narrowed(const Layout& layout, const Shape& shape, Index axis, Index start, Index length);
 Layout permuted(const Layout& layout, const Shape& shape, const std::vector<Index>& dims);
 
 // The map of kernels.gather that turns `from` into `to`: -1 in padding.

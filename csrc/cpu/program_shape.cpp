@@ -1,4 +1,4 @@
-// Rearranging: between layouts, and values repeated along an axis.
+// Rearranging: between layouts; parts of values, joined values and repeated ones.
 #include <algorithm>
 
 #include "cpu/program_ops.h"
@@ -38,6 +38,79 @@ class GatherOp final : public LinearOp<T> {
 
   std::vector<std::int32_t> map_, inverse_;
   Index from_size_ = 0, gradient_size_ = 0;
+};
+
+// The layout that most readers of such a value want.
+Layout usual_layout(const Shape& shape, int lanes) {
+  return shape.size() == 3 ? channels_first(shape, lanes) : channels_last(shape, lanes);
+}
+
+// One after the other along an axis.
+template <typename T>
+class CatOp final : public Op<T> {
+ public:
+  explicit CatOp(OpReader& reader) {
+    const Shape& y = reader.output();
+    const Layout out = usual_layout(y, reader.lanes());
+    const Index axis = reader.axis("dim");
+    Index start = 0;
+    for (int i = 0; i < static_cast<int>(reader.op().inputs.size()); ++i) {
+      Shape expected = y;
+      expected[axis] = reader.input(i).size() == y.size() ? reader.input(i)[axis] : 0;
+      if (reader.input(i) != expected || start + expected[axis] > y[axis]) {
+        reader.fail("output must be the inputs joined, got " + to_string(y) + " where input " +
+                    std::to_string(i) + " has shape " + to_string(reader.input(i)));
+      }
+      const Place place = reader.need_any(i);
+      const Layout part = narrowed(out, y, axis, start, expected[axis]);
+      this->inputs.push_back(place.storage);
+      forth_.push_back(gather_map(place.layout, part));
+      back_.push_back(gather_map(part, place.layout));
+      start += expected[axis];
+    }
+    if (start != y[axis]) {
+      reader.fail("output must be as long as the inputs together, " + std::to_string(start) +
+                  ", got " + to_string(y));
+    }
+    this->output = reader.produce(out);
+  }
+
+  void forward(Run<T>& run) const override {
+    join(run, run.value_out(this->output), [&](int storage) { return run.value(storage); });
+  }
+  void tangent(Run<T>& run) const override {
+    join(run, run.tangent_out(this->output), [&](int storage) { return run.tangent(storage); });
+  }
+  void backward(Run<T>& run, Flow<T>& flow) const override {
+    const T* gy = run.arrived(flow, this->output);
+    for (std::size_t i = 0; i < back_.size(); ++i) {
+      const Target<T> gx = run.into(flow, this->inputs[i]);
+      if (!gx) continue;
+      run.kernels.gather(run.examples(), out_size(), size(i), back_[i].data(), gy, gx.data,
+                         gx.accumulate, run.share);
+    }
+  }
+  void backward_tangent(Run<T>& run) const override {
+    if (run.arrived(run.second, this->output) != nullptr) backward(run, run.second);
+  }
+
+ private:
+  Index size(std::size_t i) const { return static_cast<Index>(back_[i].size()); }
+  Index out_size() const { return static_cast<Index>(forth_[0].size()); }
+
+  template <typename Source>
+  void join(Run<T>& run, T* out, Source source) const {
+    bool written = false;
+    for (std::size_t i = 0; i < forth_.size(); ++i) {
+      const T* x = source(this->inputs[i]);
+      if (x == nullptr) continue;
+      run.kernels.gather(run.examples(), size(i), out_size(), forth_[i].data(), x, out, written,
+                         run.share);
+      written = true;
+    }
+  }
+
+  std::vector<std::vector<std::int32_t>> forth_, back_;  // by input
 };
 
 // Rows of channels, the axes that are kept; each is repeated at all positions.
@@ -90,6 +163,28 @@ class ExpandOp final : public LinearOp<T> {
 }  // namespace
 
 template <typename T>
+std::unique_ptr<Op<T>> make_cat(OpReader& reader) {
+  return std::make_unique<CatOp<T>>(reader);
+}
+
+template <typename T>
+std::unique_ptr<Op<T>> make_narrow(OpReader& reader) {
+  const Shape &x = reader.input(0), &y = reader.output();
+  const Index axis = reader.axis("dim"), start = reader.integer("start", 0);
+  Shape expected = x;
+  expected[axis] = y.size() == x.size() ? y[axis] : 0;
+  if (y != expected || start + expected[axis] > x[axis]) {
+    reader.fail("output must be a part of the input " + to_string(x) + ", got " + to_string(y) +
+                " from " + std::to_string(start));
+  }
+  const Place from = reader.need_any(0);
+  const Layout part = narrowed(from.layout, x, axis, start, expected[axis]);
+  const Layout out = usual_layout(y, reader.lanes());
+  const int output = reader.produce(out);
+  return std::make_unique<GatherOp<T>>(from.storage, part, part.ld, output, out);
+}
+
+template <typename T>
 std::unique_ptr<Op<T>> make_expand(OpReader& reader) {
   return std::make_unique<ExpandOp<T>>(reader);
 }
@@ -100,6 +195,8 @@ std::unique_ptr<Op<T>> make_gather(int from, const Layout& from_layout, Index fr
   return std::make_unique<GatherOp<T>>(from, from_layout, from_gradient_ld, to, to_layout);
 }
 
+FASTMAML_INSTANTIATE_OP(make_cat)
+FASTMAML_INSTANTIATE_OP(make_narrow)
 FASTMAML_INSTANTIATE_OP(make_expand)
 template std::unique_ptr<Op<float>> make_gather<float>(int, const Layout&, Index, int,
                                                        const Layout&);

@@ -139,6 +139,16 @@ class ProgramBuilder {
     return op("add", {a, b}, shape(a), {}, {{"alpha", alpha}});
   }
   int mul(int a, int b) { return op("mul", {a, b}, shape(a), {}, {}); }
+  int cat(std::vector<int> parts, Index axis) {
+    Shape output = shape(parts[0]);
+    for (std::size_t i = 1; i < parts.size(); ++i) output[axis] += shape(parts[i])[axis];
+    return op("cat", std::move(parts), output, {}, {{"dim", axis}});
+  }
+  int narrow(int x, Index axis, Index start, Index length) {
+    Shape output = shape(x);
+    output[axis] = length;
+    return op("narrow", {x}, output, {}, {{"dim", axis}, {"start", start}});
+  }
   int expand(int x, Shape output) { return op("expand", {x}, std::move(output), {}, {}); }
   int scale(int x, double alpha, double beta) {
     return op("scale", {x}, shape(x), {}, {{"alpha", alpha}, {"beta", beta}});

@@ -113,6 +113,18 @@ inline ProgramSpec gated() {
   return p.spec();
 }
 
+// Images grow by what is made of them; both halves of a layer's outputs go on, one twice.
+inline ProgramSpec joined_and_parted() {
+  ProgramBuilder p({2, 4, 3});
+  int h = p.activation(p.conv2d(0, 17), "tanh");
+  h = p.cat({h, 0, p.conv2d(p.cat({0, h}, 0), 3)}, 0);
+  h = p.cat({h, p.narrow(h, 2, 1, 2)}, 2);
+  h = p.activation(p.linear(p.mean(p.narrow(h, 0, 2, 19), {1, 2}), 20), "tanh");
+  const int low = p.narrow(h, 0, 0, 10), high = p.activation(p.narrow(h, 0, 10, 10), "sigmoid");
+  p.linear(p.cat({p.mul(low, high), low, low}, 0), 3);
+  return p.spec();
+}
+
 // Only the second branch reaches the output; an image comes out.
 inline ProgramSpec dead_branch() {
   ProgramBuilder p({2, 4, 4});
@@ -136,6 +148,7 @@ inline std::vector<ProgramCase> program_cases() {
       {"tied", tied_weights()},
       {"input of many", input_of_many(), true, false},
       {"gated", gated()},
+      {"joined and parted", joined_and_parted()},
       {"dead branch", dead_branch(), false},
   };
 }

@@ -12,9 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastmaml.program.lowering_shape import SHAPE_TABLE, Arguments, lower_split
 from fastmaml.program.trace import Lowering, NotCovered, Read, Trace, Value, in_batch_norm
-
-Arguments = Mapping[str, Any]
 
 
 def _pair(value: Any, default: Any = None) -> tuple[int, int]:
@@ -127,6 +126,14 @@ def _gelu(trace: Trace, a: Arguments, result: Tensor) -> None:
     _activation(trace, a, result, function=name)
 
 
+def _glu(trace: Trace, a: Arguments, result: Tensor) -> None:
+    values, gates = parts = a["self"].chunk(2, a["dim"])
+    lower_split(trace, a, parts)
+    opened = gates.sigmoid()
+    _activation(trace, {"self": gates}, opened, function="sigmoid")
+    trace.emit("mul", result, (trace.value(values), trace.value(opened)))
+
+
 def _power(trace: Trace, a: Arguments, result: Tensor) -> None:
     if isinstance(a["exponent"], Tensor) or a["exponent"] != 2:
         raise NotCovered(f"exponent {a['exponent']}")
@@ -199,7 +206,7 @@ def _negate(trace: Trace, a: Arguments, result: Tensor) -> None:
     trace.emit("scale", result, (trace.value(a["self"]),), alpha=-1.0, beta=0.0)
 
 
-# --- pooling and shapes ---------------------------------------------------------------------------
+# --- pooling ------------------------------------------------------------------------------------
 
 
 def _max_pool(trace: Trace, a: Arguments, result: Any) -> None:
@@ -233,43 +240,6 @@ def _avg_pool(trace: Trace, a: Arguments, result: Tensor) -> None:
 
 def _adaptive_avg_pool(trace: Trace, a: Arguments, result: Tensor) -> None:
     trace.emit("adaptive_avg_pool2d", result, (_image(trace, a["self"]),))
-
-
-def _mean(trace: Trace, a: Arguments, result: Tensor) -> None:
-    x, dims = trace.value(a["self"]), a.get("dim")
-    if x.merged or not dims or a["dtype"] not in (None, a["self"].dtype):
-        raise NotCovered("a mean over examples")
-    axes = sorted(d % a["self"].ndim for d in dims)
-    if axes[0] == 0:
-        raise NotCovered("a mean over examples")
-    keepdim = bool(a["keepdim"])
-    trace.emit("mean", result, (x,), dims=tuple(d - 1 for d in axes), keepdim=keepdim)
-
-
-def _view(trace: Trace, a: Arguments, result: Tensor) -> None:
-    trace.reshape(result, trace.value(a["self"]))
-
-
-def _expand(trace: Trace, a: Arguments, result: Tensor) -> None:
-    x = trace.value(a["self"])
-    if x.merged or a["self"].ndim != result.ndim:
-        raise NotCovered("a new axis in front of the examples")
-    if a["self"].shape == result.shape:
-        return trace.alias(result, x)
-    return trace.emit("expand", result, (x,))
-
-
-def _permute(trace: Trace, a: Arguments, result: Tensor) -> None:
-    x, ndim = trace.value(a["self"]), a["self"].ndim
-    if "dims" in a:
-        order = [d % ndim for d in a["dims"]]
-    else:
-        order = list(range(ndim))
-        i, j = a["dim0"] % ndim, a["dim1"] % ndim
-        order[i], order[j] = j, i
-    if x.merged or order[0] != 0:
-        raise NotCovered("a permutation that moves the examples")
-    trace.emit("permute", result, (x,), dims=tuple(d - 1 for d in order[1:]))
 
 
 def _same(trace: Trace, a: Arguments, result: Tensor) -> None:
@@ -318,10 +288,8 @@ TABLE: Mapping[str, Lowering] = {
     "max_pool2d_with_indices": _max_pool,
     "avg_pool2d": _avg_pool,
     "_adaptive_avg_pool2d": _adaptive_avg_pool,
-    "mean": _mean,
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unsqueeze", "squeeze"), _view),
-    "expand": _expand,
-    **dict.fromkeys(("permute", "transpose"), _permute),
+    "glu": _glu,
+    **SHAPE_TABLE,
     "detach": _detach,
     **dict.fromkeys(("clone", "contiguous", "alias", "lift_fresh", "_to_copy"), _same),
 }
