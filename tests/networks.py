@@ -64,7 +64,7 @@ class Dense(nn.Module):
         h = torch.cat([x, torch.tanh(self.first(x))], 1)
         h = torch.cat([F.silu(self.norm(self.second(h))), h], dim=1)
         rows, centre = h[:, :, 1:].sum((2, 3)), h[..., 2, -3]
-        values, rest = self.layer(torch.sin(rows + centre)).split([8, 2], 1)
+        values, rest = self.layer(torch.sin(rows / 12 + centre)).split([8, 2], 1)
         return self.head(torch.cat((F.glu(values), rest, values[:, 3:4]), -1))
 
 

@@ -99,6 +99,7 @@ def test_linear_on_a_permuted_input_keeps_its_bias() -> None:
         (lambda x: x[..., 1:-1], ["narrow"]),
         (lambda x: x[:, -1], ["narrow", "view"]),
         (lambda x: x.split([1, 3], -1)[1], ["narrow"]),
+        (lambda x: x.sin()[..., :2].mul_(x[..., 2:]), ["sin", "narrow", "narrow", "mul"]),
         (F.glu, ["narrow", "narrow", "sigmoid", "mul"]),
         (lambda x: x.transpose(1, 2).reshape(x.size(0), -1), ["permute", "view"]),
         (lambda x: x.unsqueeze(1).flatten(2), ["view", "view"]),
@@ -234,10 +235,11 @@ def test_a_refusal_is_not_caught() -> None:
         capture(Lambda(f), torch.randn(3, 4))
 
 
-def test_a_view_changed_in_place_is_not_used_again() -> None:
+@pytest.mark.parametrize("view", [lambda h: h.view(-1, 2, 2), lambda h: h[:, :2]])
+def test_a_view_changed_in_place_is_not_used_again(view) -> None:
     def f(x: Tensor) -> Tensor:
         h = torch.tanh(x)
-        h.view(-1, 2, 2).relu_()
+        view(h).relu_()
         return h
 
     with pytest.raises(NotCovered, match="changed in place through another"):

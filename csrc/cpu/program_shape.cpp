@@ -126,9 +126,10 @@ class ExpandOp final : public LinearOp<T> {
       kept[axis] = x[axis] == y[axis];
       fits = kept[axis] || x[axis] == 1;
     }
-    if (!fits)
+    if (!fits) {
       reader.fail("output must repeat axes of length 1 of the input " + to_string(x) + ", got " +
                   to_string(y));
+    }
     const Layout in = channel_layout(x, kept, reader.lanes());
     const Layout out = channel_layout(y, kept, reader.lanes());
     positions_ = out.positions;
@@ -172,13 +173,13 @@ std::unique_ptr<Op<T>> make_narrow(OpReader& reader) {
   const Shape &x = reader.input(0), &y = reader.output();
   const Index axis = reader.axis("dim"), start = reader.integer("start", 0);
   Shape expected = x;
-  expected[axis] = y.size() == x.size() ? y[axis] : 0;
-  if (y != expected || start + expected[axis] > x[axis]) {
+  if (x.size() == y.size()) expected[axis] = y[axis];
+  if (y != expected || start + y[axis] > x[axis]) {
     reader.fail("output must be a part of the input " + to_string(x) + ", got " + to_string(y) +
                 " from " + std::to_string(start));
   }
   const Place from = reader.need_any(0);
-  const Layout part = narrowed(from.layout, x, axis, start, expected[axis]);
+  const Layout part = narrowed(from.layout, x, axis, start, y[axis]);
   const Layout out = usual_layout(y, reader.lanes());
   const int output = reader.produce(out);
   return std::make_unique<GatherOp<T>>(from.storage, part, part.ld, output, out);

@@ -1,7 +1,7 @@
 """Triton kernels, batched over tasks: rules (see ``fastmaml.rules``) for float32 CUDA tensors.
 
-The stems are those of ``fastmaml/rules``. What is not here (views, sums of values, normalisation by
-given statistics) runs through the reference rules, on the device too.
+The stems are those of ``fastmaml/rules``. What is not here (views, parts and sums of values,
+normalisation by given statistics) runs through the reference rules, on the device too.
 """
 
 from collections.abc import Mapping
