@@ -36,8 +36,7 @@ Layout channels_first(const Shape& shape, int lanes);  // (C, ...), as convoluti
 Layout channels_last(const Shape& shape, int lanes);   // (..., C), as linear layers want
 
 Layout with_ld(const Layout& layout, Index ld);
-// Of a value of this shape only those elements whose index along `axis` is in [start, start +
-// length).
+// Only the elements at `length` places of `axis`, from `start` on.
 Layout narrowed(const Layout& layout, const Shape& shape, Index axis, Index start, Index length);
 Layout permuted(const Layout& layout, const Shape& shape, const std::vector<Index>& dims);
 
