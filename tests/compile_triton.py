@@ -22,6 +22,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 import torch
 import torch.nn.functional as F
 import triton
+from networks import Gated
 from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -83,6 +84,11 @@ def many() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
     """More examples than a norm's tile holds."""
     net = nn.Sequential(nn.Linear(3, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 5))
     return net, torch.randn(2, 1100, 3), F.cross_entropy
+
+
+def gated() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
+    """Products of values."""
+    return Gated(), torch.randn(2, 3, 2, 4, 5), F.cross_entropy
 
 
 def ones() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
@@ -218,6 +224,7 @@ def compile_all(capability: int) -> None:
         meta_step(*cnn_without())
         meta_step(*many())
         meta_step(*ones())
+        meta_step(*gated())
     functions()
     for name, stack in done.values():
         sys.stdout.write(f"{name} {stack}\n")

@@ -57,7 +57,7 @@ class Pointwise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         special = {
             "leaky_relu": lambda: nn.functional.leaky_relu(x, 0.3),
-            "elu": lambda: nn.functional.elu(x, 0.7),
+            "elu": lambda: nn.functional.celu(x, 0.7),
             "gelu_tanh": lambda: nn.functional.gelu(x, approximate="tanh"),
             "softplus": lambda: nn.functional.softplus(x, 1.3, 0.8),
             "hardtanh": lambda: nn.functional.hardtanh(x, -0.4, 0.6),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from networks import evaluated
+from networks import Dense, Gated, evaluated
 from rule_cases import Case, random_tensors
 from torch import Tensor, nn
 
@@ -218,6 +218,10 @@ CHAINS = {
     "tied": Chain(Tied, (5,)),
     "tied_eval": Chain(evaluated(Tied), (5,)),
     "tied_shared": Chain(Tied, (5,), lambda name, p: "linear.weight" not in name),
+    "gated": Chain(Gated, (2, 4, 5)),
+    "gated_shared": Chain(Gated, (2, 4, 5), lambda name, p: name.startswith("gate")),
+    "dense": Chain(Dense, (2, 4, 5)),
+    "dense_shared": Chain(Dense, (2, 4, 5), lambda name, p: "first" not in name),
     "view_of_input": Chain(ViewOfInput, (2, 3, 4)),
 }
 

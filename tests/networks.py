@@ -29,6 +29,45 @@ class Residual(nn.Module):
         return self.head(F.adaptive_avg_pool2d(h, 2).flatten(1))
 
 
+class Gated(nn.Module):
+    """Squeeze and excitation, then a gated layer and a centred one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3, padding=1)
+        self.squeeze = nn.Linear(6, 3)
+        self.excite = nn.Linear(3, 6)
+        self.up = nn.Linear(6, 5)
+        self.gate = nn.Linear(6, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.conv(x))
+        weights = torch.sigmoid(self.excite(F.silu(self.squeeze(h.mean((2, 3))))))
+        h = (h * weights[:, :, None, None]).mean((2, 3))
+        h = self.up(h) * F.silu(self.gate(h))
+        return self.head(1 - (h - h.mean(1, keepdim=True)) * h)
+
+
+class Dense(nn.Module):
+    """Every block reads all that came before it; the halves of a layer gate each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3, padding=1)
+        self.second = nn.Conv2d(6, 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(3)
+        self.layer = nn.Linear(9, 10)
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat([x, torch.tanh(self.first(x))], 1)
+        h = torch.cat([F.silu(self.norm(self.second(h))), h], dim=1)
+        rows, centre = h[:, :, 1:].sum((2, 3)), h[..., 2, -3]
+        values, rest = self.layer(torch.sin(rows / 12 + centre)).split([8, 2], 1)
+        return self.head(torch.cat((F.glu(values), rest, values[:, 3:4]), -1))
+
+
 class Mixer(nn.Module):
     """A layer over positions, then one over channels, on a permuted input."""
 
@@ -76,6 +115,20 @@ def pooled(kind: type[nn.Module], affine: bool = True, tracking: bool = True) ->
     )
 
 
+def mobile() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 5, 3, padding=1),
+        nn.Hardswish(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(5, 4, 2),
+        nn.Mish(),
+        nn.Flatten(),
+        nn.Linear(4 * 2 * 2, 6),
+        nn.CELU(0.5),
+        nn.Linear(6, 3),
+    )
+
+
 def frozen() -> nn.Module:
     module = mlp(batch_norm=True)
     module[0].weight.requires_grad_(False)
@@ -110,8 +163,12 @@ NETWORKS = {
     "mlp_norm_eval": Network(evaluated(lambda: mlp(batch_norm=True)), (3,), 3),
     "residual": Network(Residual, (2, 7, 6), 3),
     "residual_eval": Network(evaluated(Residual), (2, 7, 6), 3),
+    "gated": Network(Gated, (2, 4, 5), 3),
+    "dense": Network(Dense, (2, 4, 5), 3),
+    "dense_eval": Network(evaluated(Dense), (2, 4, 5), 3),
     "max_pool": Network(lambda: pooled(nn.MaxPool2d), (2, 8, 9), 3),
     "avg_pool": Network(lambda: pooled(nn.AvgPool2d, affine=False, tracking=False), (2, 8, 9), 3),
+    "mobile": Network(mobile, (2, 6, 7), 3),
     "mixer": Network(Mixer, (6, 4), 3),
     "tied_unseen": Network(Tied, (5,), 3),
     "frozen": Network(frozen, (3,), 3),

@@ -59,7 +59,7 @@ def _batch_norm(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
 _FUNCTIONS = {
     "relu": lambda x, a, b: F.relu(x),
     "leaky_relu": lambda x, a, b: F.leaky_relu(x, a),
-    "elu": lambda x, a, b: F.elu(x, a),
+    "elu": lambda x, a, b: torch.ops.aten.elu(x, a, 1.0, b),
     "selu": lambda x, a, b: F.selu(x),
     "gelu": lambda x, a, b: F.gelu(x),
     "gelu_tanh": lambda x, a, b: F.gelu(x, approximate="tanh"),
@@ -68,7 +68,11 @@ _FUNCTIONS = {
     "tanh": lambda x, a, b: torch.tanh(x),
     "softplus": lambda x, a, b: F.softplus(x, a, b),
     "hardtanh": lambda x, a, b: F.hardtanh(x, a, b),
+    "hardsigmoid": lambda x, a, b: F.hardtanh(x / 6 + 0.5, 0.0, 1.0),  # F's has one derivative
+    "hardswish": lambda x, a, b: F.hardswish(x),
+    "mish": lambda x, a, b: x * torch.tanh(F.softplus(x)),  # F.mish bends by NaN at 800
     "log_sigmoid": lambda x, a, b: F.logsigmoid(x),
+    "abs": lambda x, a, b: x.abs(),
     "square": lambda x, a, b: x.square(),
     "sin": lambda x, a, b: x.sin(),
     "cos": lambda x, a, b: x.cos(),
@@ -108,6 +112,8 @@ _PLAIN = {
     "avg_pool2d": _avg_pool2d,
     "mean": _mean,
     "permute": _permute,
+    "cat": lambda op, params, buffers, *inputs: torch.cat(inputs, op.attrs["dim"] + 1),
+    "mul": lambda op, params, buffers, a, b: a * b,
     "add": lambda op, params, buffers, a, b: torch.add(a, b, alpha=op.attrs["alpha"]),
     "scale": lambda op, params, buffers, x: op.attrs["alpha"] * x + op.attrs["beta"],
 }
@@ -117,6 +123,11 @@ def plain(op: Op, out_shape: Shape, params: Tensors, buffers: Tensors, *inputs: 
     """The op for one task: parameters ``[*shape]``, inputs ``[N, *shape]``."""
     if op.kind == "view":
         return inputs[0].reshape(-1, *out_shape)
+    if op.kind == "expand":
+        return inputs[0].expand(-1, *out_shape)
+    if op.kind == "narrow":
+        dim = op.attrs["dim"]
+        return inputs[0].narrow(dim + 1, op.attrs["start"], out_shape[dim])
     if op.kind == "adaptive_avg_pool2d":
         return F.adaptive_avg_pool2d(inputs[0], out_shape[1:])
     return _PLAIN[op.kind](op, params, buffers, *inputs)
@@ -271,7 +282,7 @@ CASES: dict[str, list[Case]] = {
     "activation": [
         _activation_case("relu"),
         _activation_case("leaky_relu", 0.1),
-        _activation_case("elu", 1.3),
+        _activation_case("elu", 1.3, 0.7),
         _activation_case("selu"),
         _activation_case("gelu"),
         _activation_case("gelu_tanh"),
@@ -280,11 +291,19 @@ CASES: dict[str, list[Case]] = {
         _activation_case("tanh"),
         _activation_case("softplus", 1.7, 2.0),
         _activation_case("hardtanh", -0.75, 1.125),
+        _activation_case("hardsigmoid"),
+        _activation_case("hardswish"),
+        _activation_case("mish"),
         _activation_case("log_sigmoid"),
+        _activation_case("abs"),
         _activation_case("square"),
         _activation_case("sin"),
         _activation_case("cos"),
         _activation_case("exp"),
+    ],
+    "mul": [
+        _case("images", "mul", ((3, 5, 7), (3, 5, 7))),
+        _case("features", "mul", ((17,), (17,))),
     ],
     "pool": [
         _max_case("2x2", (3, 5, 7), (2, 2), (2, 2)),
@@ -311,6 +330,16 @@ CASES: dict[str, list[Case]] = {
         _case("channels", "mean", ((3, 5, 7),), dims=(0,), keepdim=True),
         _case("outer", "mean", ((3, 5, 7),), dims=(0, 2), keepdim=False),
         _case("all", "mean", ((3, 5),), dims=(0, 1), keepdim=True),
+        _case("over_positions", "expand", ((17, 1, 1),), out=(17, 5, 7)),
+        _case("over_channels", "expand", ((1, 5, 7),), out=(3, 5, 7)),
+        _case("over_columns", "expand", ((3, 5, 1),), out=(3, 5, 7)),
+        _case("over_features", "expand", ((1,),), out=(17,)),
+        _case("join_channels", "cat", ((3, 5, 7), (3, 5, 7)), dim=0),
+        _case("join_columns", "cat", ((3, 5, 7), (3, 5, 7)), dim=2),
+        _case("join_features", "cat", ((17,), (17,)), dim=0),
+        _case("some_channels", "narrow", ((5, 4, 3),), out=(2, 4, 3), dim=0, start=1),
+        _case("last_columns", "narrow", ((3, 5, 7),), out=(3, 5, 3), dim=2, start=4),
+        _case("some_features", "narrow", ((40,),), out=(17,), dim=0, start=3),
         _case("plus", "add", ((3, 5, 7), (3, 5, 7)), alpha=1.0),
         _case("minus", "add", ((17,), (17,)), alpha=-0.5),
         _case("affine", "scale", ((3, 5, 7),), alpha=-1.5, beta=0.25),

@@ -13,6 +13,9 @@ KINKS = {
     "elu": [0.0],
     "selu": [0.0],
     "hardtanh": [-0.75, 1.125],
+    "hardsigmoid": [-3.0, 3.0],
+    "hardswish": [-3.0, 3.0],
+    "abs": [0.0],
 }
 UNBOUNDED = ("exp",)
 

@@ -44,6 +44,10 @@ def squeezed(module: Branching, x: Tensor) -> Tensor:
     return module.linear(x).unsqueeze(1).squeeze()
 
 
+def truncated(module: Branching, x: Tensor) -> Tensor:
+    return module.linear(x[:5])
+
+
 def by_mode(module: Branching, x: Tensor) -> Tensor:
     return module.linear(x) if torch.is_grad_enabled() else 2 * module.linear(x)
 
@@ -59,7 +63,7 @@ def kind(module: nn.Module, *shape: int) -> str:
 
 @pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
 @pytest.mark.parametrize("gradients", [torch.enable_grad, torch.no_grad])
-@pytest.mark.parametrize("branch", [many, normed, squeezed, by_mode, by_input])
+@pytest.mark.parametrize("branch", [many, normed, squeezed, truncated, by_mode, by_input])
 def test_outputs_are_those_of_the_branch_that_is_taken(branch: Branch, gradients: type) -> None:
     module = Branching(branch)
     learner = fastmaml.MAML(module, lr=0.1).clone()

@@ -83,11 +83,24 @@ def test_linear_on_a_permuted_input_keeps_its_bias() -> None:
         (lambda x: F.selu(F.elu(x, 0.5)), ["elu", "selu"]),
         (lambda x: F.gelu(F.gelu(x), approximate="tanh"), ["gelu", "gelu_tanh"]),
         (lambda x: F.relu6(F.logsigmoid(x)), ["log_sigmoid", "hardtanh"]),
+        (lambda x: F.hardswish(F.mish(x)), ["mish", "hardswish"]),
+        (lambda x: F.hardsigmoid(F.celu(x, 1.5)).abs(), ["elu", "hardsigmoid", "abs"]),
         (lambda x: F.softplus(x.sin().cos().exp()), ["sin", "cos", "exp", "softplus"]),
         (lambda x: x**2 / 2 - 1, ["square", "scale", "scale"]),
         (lambda x: x - 2 * torch.sigmoid(x), ["sigmoid", "scale", "add"]),
         (lambda x: -F.silu(x), ["silu", "scale"]),
+        (lambda x: 1 - x * x.sigmoid(), ["sigmoid", "mul", "scale"]),
+        (lambda x: x - x.mean(2, keepdim=True), ["mean", "expand", "add"]),
+        (lambda x: x.mean(1, keepdim=True).expand_as(x), ["mean", "expand"]),
         (lambda x: x.mean(1), ["mean"]),
+        (lambda x: x.sum(-1), ["mean", "scale"]),
+        (lambda x: torch.cat([x, x.sin()[:]], 2), ["sin", "cat"]),
+        (lambda x: torch.sub(*x.chunk(2, -1)), ["narrow", "narrow", "add"]),
+        (lambda x: x[..., 1:-1], ["narrow"]),
+        (lambda x: x[:, -1], ["narrow", "view"]),
+        (lambda x: x.split([1, 3], -1)[1], ["narrow"]),
+        (lambda x: x.sin()[..., :2].mul_(x[..., 2:]), ["sin", "narrow", "narrow", "mul"]),
+        (F.glu, ["narrow", "narrow", "sigmoid", "mul"]),
         (lambda x: x.transpose(1, 2).reshape(x.size(0), -1), ["permute", "view"]),
         (lambda x: x.unsqueeze(1).flatten(2), ["view", "view"]),
         (lambda x: F.dropout(x, training=False), []),
@@ -117,10 +130,12 @@ def test_batch_norm_knows_its_buffers() -> None:
         (nn.LayerNorm(3), (3,), "native_layer_norm in LayerNorm"),
         (nn.Sequential(nn.Linear(3, 3), nn.Dropout()), (3,), "in Dropout"),
         (nn.Conv2d(2, 4, 3, groups=2), (2, 5, 5), r"groups > 1\) in Conv2d"),
-        (Lambda(lambda x: x[:, ::2]), (3,), "aten.slice in Lambda"),
+        (Lambda(lambda x: x[:, ::2]), (3,), r"aten.slice \(a step of 2\) in Lambda"),
+        (Lambda(lambda x: x[:2]), (3,), "examples chosen"),
+        (Lambda(lambda x: torch.cat([x, x])), (3,), "examples joined"),
         (Lambda(lambda x: x - x.mean(0)), (3,), "mean over examples"),
         (Lambda(lambda x: x.relu_()), (3,), "network's input changed in place"),
-        (Lambda(lambda x: x if x.sum() > 0 else -x), (3,), "aten.sum"),
+        (Lambda(lambda x: x if x.sum() > 0 else -x), (3,), "sum or mean over examples"),
         (Lambda(lambda x: x * float(x.numpy().max())), (3,), "examples or their values"),
         (Lambda(lambda x: x * x.shape[0]), (3,), "number of examples"),
         (Lambda(lambda x: x.flatten()), (3,), "whose first axis is not the examples"),
@@ -220,10 +235,11 @@ def test_a_refusal_is_not_caught() -> None:
         capture(Lambda(f), torch.randn(3, 4))
 
 
-def test_a_view_changed_in_place_is_not_used_again() -> None:
+@pytest.mark.parametrize("view", [lambda h: h.view(-1, 2, 2), lambda h: h[:, :2]])
+def test_a_view_changed_in_place_is_not_used_again(view) -> None:
     def f(x: Tensor) -> Tensor:
         h = torch.tanh(x)
-        h.view(-1, 2, 2).relu_()
+        view(h).relu_()
         return h
 
     with pytest.raises(NotCovered, match="changed in place through another"):

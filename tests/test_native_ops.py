@@ -65,7 +65,7 @@ def test_max_pool_ties(case: Case, dtype: torch.dtype) -> None:
 @each_dtype
 @pytest.mark.parametrize("case", CASES["activation"], ids=str)
 def test_activation_far_from_zero_and_at_kinks(case: Case, dtype: torch.dtype) -> None:
-    points = [-90.0, -30.0, -9.0, -0.75, -1e-4, 0.0, 1e-4, 1.125, 6.0, 9.0]
+    points = [-90.0, -30.0, -9.0, -3.0, -0.75, -1e-4, 0.0, 1e-4, 1.125, 3.0, 6.0, 9.0]
     if case.name == "exp":
         points = [p for p in points if p < 2]
     elif case.name != "square":

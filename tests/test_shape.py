@@ -1,4 +1,4 @@
-"""The rules ``view``, ``permute``, ``mean``, ``add`` and ``scale``."""
+"""The rules of ``fastmaml/rules/shape.py``."""
 
 from rule_checks import RuleTests
 

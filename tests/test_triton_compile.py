@@ -22,6 +22,7 @@ KERNELS = {
     "tangent_kernel",
     "backward_tangent_kernel",
     "pointwise_kernel",
+    "multiply_kernel",
     "maximum_kernel",
     "winners_kernel",
     "to_winners_kernel",

@@ -23,15 +23,17 @@ struct LeakyRelu {  // relu: alpha = 0
 };
 
 template <typename T>
-struct Elu {  // scale * x above zero, alpha * (exp(x) - 1) below
-  Vec<T> alpha, scale;
+struct Elu {  // scale * x above zero, alpha * (exp(rate * x) - 1) below
+  Vec<T> alpha, rate, scale;
   Vec<T> value(Vec<T> x) const {
-    const Vec<T> low = select<T>(x > Vec<T>{}, Vec<T>{}, x);
+    const Vec<T> low = select<T>(x > Vec<T>{}, Vec<T>{}, rate * x);
     return select<T>(x > Vec<T>{}, scale * x, alpha * vector_expm1<T>(low));
   }
-  Vec<T> slope(Vec<T> x) const { return select<T>(x > Vec<T>{}, scale, alpha * vector_exp<T>(x)); }
+  Vec<T> slope(Vec<T> x) const {
+    return select<T>(x > Vec<T>{}, scale, alpha * rate * vector_exp<T>(rate * x));
+  }
   Vec<T> curvature(Vec<T> x) const {
-    return select<T>(x > Vec<T>{}, Vec<T>{}, alpha * vector_exp<T>(x));
+    return select<T>(x > Vec<T>{}, Vec<T>{}, alpha * rate * rate * vector_exp<T>(rate * x));
   }
 };
 
@@ -130,6 +132,55 @@ struct Hardtanh {
 };
 
 template <typename T>
+struct Hardsigmoid {
+  static Vec<T> line(Vec<T> x) { return fma(constant<T>(1.0 / 6), x, constant<T>(0.5)); }
+  static MaskVec<T> inside(Vec<T> x) { return (x > constant<T>(-3)) & (x < constant<T>(3)); }
+  Vec<T> value(Vec<T> x) const {
+    return select<T>(x <= constant<T>(-3), Vec<T>{},
+                     select<T>(x >= constant<T>(3), constant<T>(1), line(x)));
+  }
+  Vec<T> slope(Vec<T> x) const { return select<T>(inside(x), constant<T>(1.0 / 6), Vec<T>{}); }
+  Vec<T> curvature(Vec<T>) const { return Vec<T>{}; }
+};
+
+template <typename T>
+struct Hardswish {  // x * hardsigmoid(x)
+  using Gate = Hardsigmoid<T>;
+  Vec<T> value(Vec<T> x) const { return x * Gate().value(x); }
+  Vec<T> slope(Vec<T> x) const {
+    const Vec<T> line = fma(constant<T>(1.0 / 3), x, constant<T>(0.5));
+    return select<T>(Gate::inside(x), line, Gate().value(x));
+  }
+  Vec<T> curvature(Vec<T> x) const {
+    return select<T>(Gate::inside(x), constant<T>(1.0 / 3), Vec<T>{});
+  }
+};
+
+template <typename T>
+struct Mish {  // x t, t = tanh(log(1 + e)), e = exp(x): 1 - t = 2 / ((e + 1)^2 + 1)
+  struct Gate {
+    Vec<T> t, bend, s;  // bend = (1 - t^2) s, s = sigmoid(x)
+  };
+  static Gate gate(Vec<T> x) {
+    const Vec<T> one = constant<T>(1), limit = constant<T>(40);  // there t is 1
+    const Vec<T> e = vector_exp<T>(select<T>(x > limit, limit, x));
+    const Vec<T> numerator = e * (e + constant<T>(2)), part = one / (numerator + constant<T>(2));
+    const Vec<T> t = numerator * part, s = e / (one + e);
+    return {t, constant<T>(2) * part * (one + t) * s, s};
+  }
+  Vec<T> value(Vec<T> x) const { return x * gate(x).t; }
+  Vec<T> slope(Vec<T> x) const {
+    const Gate g = gate(x);
+    return fma(x, g.bend, g.t);
+  }
+  Vec<T> curvature(Vec<T> x) const {
+    const Gate g = gate(x);
+    const Vec<T> one = constant<T>(1), two = constant<T>(2);
+    return g.bend * fma(x, one - g.s - two * g.t * g.s, two);
+  }
+};
+
+template <typename T>
 struct LogSigmoid {
   Vec<T> value(Vec<T> x) const {
     const Vec<T> low = select<T>(x > Vec<T>{}, Vec<T>{}, x);
@@ -140,6 +191,16 @@ struct LogSigmoid {
     const Vec<T> s = vector_sigmoid<T>(x);
     return -s * (constant<T>(1) - s);
   }
+};
+
+template <typename T>
+struct Abs {
+  Vec<T> value(Vec<T> x) const { return absolute<T>(x); }
+  Vec<T> slope(Vec<T> x) const {
+    const Vec<T> one = constant<T>(1);
+    return select<T>(x > Vec<T>{}, one, select<T>(x < Vec<T>{}, -one, Vec<T>{}));
+  }
+  Vec<T> curvature(Vec<T>) const { return Vec<T>{}; }
 };
 
 template <typename T>
@@ -182,9 +243,10 @@ FASTMAML_INLINE void with_function(Activation kind, T alpha, T beta, Body body) 
     case Activation::kLeakyRelu:
       return body(LeakyRelu<T>{a});
     case Activation::kElu:
-      return body(Elu<T>{a, constant<T>(1)});
+      return body(Elu<T>{a, b, constant<T>(1)});
     case Activation::kSelu:
-      return body(Elu<T>{constant<T>(kSeluScale * kSeluAlpha), constant<T>(kSeluScale)});
+      return body(
+          Elu<T>{constant<T>(kSeluScale * kSeluAlpha), constant<T>(1), constant<T>(kSeluScale)});
     case Activation::kGelu:
       return body(Gelu<T>{});
     case Activation::kGeluTanh:
@@ -199,8 +261,16 @@ FASTMAML_INLINE void with_function(Activation kind, T alpha, T beta, Body body) 
       return body(Softplus<T>{a, b});
     case Activation::kHardtanh:
       return body(Hardtanh<T>{a, b});
+    case Activation::kHardsigmoid:
+      return body(Hardsigmoid<T>{});
+    case Activation::kHardswish:
+      return body(Hardswish<T>{});
+    case Activation::kMish:
+      return body(Mish<T>{});
     case Activation::kLogSigmoid:
       return body(LogSigmoid<T>{});
+    case Activation::kAbs:
+      return body(Abs<T>{});
     case Activation::kSquare:
       return body(Square<T>{});
     case Activation::kSin:

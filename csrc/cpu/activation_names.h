@@ -11,14 +11,26 @@ namespace fastmaml {
 
 inline std::optional<Activation> activation_named(const std::string& name) {
   static const std::map<std::string, Activation> names = {
-      {"relu", Activation::kRelu},         {"leaky_relu", Activation::kLeakyRelu},
-      {"elu", Activation::kElu},           {"selu", Activation::kSelu},
-      {"gelu", Activation::kGelu},         {"gelu_tanh", Activation::kGeluTanh},
-      {"silu", Activation::kSilu},         {"sigmoid", Activation::kSigmoid},
-      {"tanh", Activation::kTanh},         {"softplus", Activation::kSoftplus},
-      {"hardtanh", Activation::kHardtanh}, {"log_sigmoid", Activation::kLogSigmoid},
-      {"square", Activation::kSquare},     {"sin", Activation::kSin},
-      {"cos", Activation::kCos},           {"exp", Activation::kExp},
+      {"relu", Activation::kRelu},
+      {"leaky_relu", Activation::kLeakyRelu},
+      {"elu", Activation::kElu},
+      {"selu", Activation::kSelu},
+      {"gelu", Activation::kGelu},
+      {"gelu_tanh", Activation::kGeluTanh},
+      {"silu", Activation::kSilu},
+      {"sigmoid", Activation::kSigmoid},
+      {"tanh", Activation::kTanh},
+      {"softplus", Activation::kSoftplus},
+      {"hardtanh", Activation::kHardtanh},
+      {"log_sigmoid", Activation::kLogSigmoid},
+      {"hardsigmoid", Activation::kHardsigmoid},
+      {"hardswish", Activation::kHardswish},
+      {"mish", Activation::kMish},
+      {"abs", Activation::kAbs},
+      {"square", Activation::kSquare},
+      {"sin", Activation::kSin},
+      {"cos", Activation::kCos},
+      {"exp", Activation::kExp},
   };
   const auto found = names.find(name);
   if (found == names.end()) return std::nullopt;

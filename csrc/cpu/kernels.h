@@ -25,7 +25,7 @@ struct Share {
 enum class Activation : int {
   kRelu,
   kLeakyRelu,  // alpha: negative slope
-  kElu,        // alpha: scale of the negative part
+  kElu,        // alpha: scale of the negative part, beta: of its input (celu: 1 / alpha)
   kSelu,
   kGelu,
   kGeluTanh,
@@ -34,7 +34,11 @@ enum class Activation : int {
   kTanh,
   kSoftplus,  // alpha: beta, beta: threshold
   kHardtanh,  // alpha: lower bound, beta: upper bound (relu6 is 0, 6)
+  kHardsigmoid,
+  kHardswish,
+  kMish,
   kLogSigmoid,
+  kAbs,
   kSquare,
   kSin,
   kCos,
@@ -251,6 +255,9 @@ struct Kernels {
   // out = (accumulate ? out : 0) + a * x + b * y; y may be null.
   void (*axpby)(Index count, T a, const T* x, T b, const T* y, T* out, bool accumulate,
                 Share share);
+  // out = (accumulate ? out : 0) + a[i] * b[i] + c[i] * d[i]; c and d may be null.
+  void (*multiply)(Index count, const T* a, const T* b, const T* c, const T* d, T* out,
+                   bool accumulate, Share share);
   // out = x + a * rate[i] * g[i]; rate may be null (one).
   void (*update)(Index count, T a, const T* rate, const T* x, const T* g, T* out, Share share);
 

@@ -83,6 +83,20 @@ Layout with_ld(const Layout& layout, Index ld) {
   return result;
 }
 
+Layout narrowed(const Layout& layout, const Shape& shape, Index axis, Index start, Index length) {
+  Index inner = 1;
+  for (std::size_t i = axis + 1; i < shape.size(); ++i) inner *= shape[i];
+  const Index block = shape[axis] * inner;
+  Layout result = layout;
+  result.offsets.clear();
+  const Index count = static_cast<Index>(layout.offsets.size());
+  for (Index first = start * inner; first < count; first += block) {
+    const auto from = layout.offsets.begin() + first;
+    result.offsets.insert(result.offsets.end(), from, from + length * inner);
+  }
+  return result;
+}
+
 Layout permuted(const Layout& layout, const Shape& shape, const std::vector<Index>& dims) {
   std::vector<Index> strides(shape.size());
   Index stride = 1;

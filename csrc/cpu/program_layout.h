@@ -36,6 +36,8 @@ Layout channels_first(const Shape& shape, int lanes);  // (C, ...), as convoluti
 Layout channels_last(const Shape& shape, int lanes);   // (..., C), as linear layers want
 
 Layout with_ld(const Layout& layout, Index ld);
+// Only the elements at `length` places of `axis`, from `start` on.
+Layout narrowed(const Layout& layout, const Shape& shape, Index axis, Index start, Index length);
 Layout permuted(const Layout& layout, const Shape& shape, const std::vector<Index>& dims);
 
 // The map of kernels.gather that turns `from` into `to`: -1 in padding.

@@ -41,6 +41,8 @@ class OpReader {
   Index integer(const std::string& name, Index minimum) const;
   std::string text(const std::string& name) const;
   std::array<int, 2> pair(const std::string& name, int minimum) const;
+  // A per-example axis of the output.
+  Index axis(const std::string& name) const;
   // Per-example axes, each at most once.
   std::vector<Index> axes(const std::string& name) const;
 
@@ -106,7 +108,15 @@ std::unique_ptr<Op<T>> make_activation(OpReader& reader);
 template <typename T>
 std::unique_ptr<Op<T>> make_add(OpReader& reader);
 template <typename T>
+std::unique_ptr<Op<T>> make_mul(OpReader& reader);
+template <typename T>
 std::unique_ptr<Op<T>> make_scale(OpReader& reader);
+template <typename T>
+std::unique_ptr<Op<T>> make_cat(OpReader& reader);
+template <typename T>
+std::unique_ptr<Op<T>> make_narrow(OpReader& reader);
+template <typename T>
+std::unique_ptr<Op<T>> make_expand(OpReader& reader);
 template <typename T>
 std::unique_ptr<Op<T>> make_max_pool2d(OpReader& reader);
 template <typename T>

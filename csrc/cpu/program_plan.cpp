@@ -378,11 +378,16 @@ int Planner<T>::add_op(int index) {
       {"adaptive_avg_pool2d", make_adaptive_avg_pool2d<T>},
       {"mean", make_mean<T>},
       {"add", make_add<T>},
+      {"mul", make_mul<T>},
+      {"cat", make_cat<T>},
+      {"narrow", make_narrow<T>},
+      {"expand", make_expand<T>},
       {"scale", make_scale<T>},
   };
   Reader reader(*this, index);
   const OpSpec& op = reader.op();
-  if (op.kind != "add") reader.expect_inputs(1);
+  const bool joins = op.kind == "add" || op.kind == "mul" || op.kind == "cat";
+  if (!joins) reader.expect_inputs(1);
   if (is_alias(op)) {
     const Place& from = values_[op.inputs[0]];
     if (element_count(reader.output()) != element_count(reader.input(0))) {

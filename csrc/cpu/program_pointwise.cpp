@@ -1,4 +1,6 @@
-// Activations, sums and scalings: ops on elements, in whatever layout they find.
+// Activations, sums, products and scalings: ops on elements, in whatever layout they find.
+#include <utility>
+
 #include "cpu/activation_names.h"
 #include "cpu/program_ops.h"
 
@@ -123,6 +125,65 @@ class AddOp final : public Op<T> {
 };
 
 template <typename T>
+class MulOp final : public Op<T> {
+ public:
+  explicit MulOp(OpReader& reader) {
+    reader.expect_inputs(2);
+    reader.expect_output(reader.input(0));
+    reader.expect_output(reader.input(1));
+    const Place a = reader.need_any(0);
+    const Place b = reader.need(1, a.layout, Padding::kRequired);
+    size_ = a.layout.size();
+    this->inputs = {a.storage, b.storage};
+    this->output = reader.produce(a.layout);
+  }
+
+  void forward(Run<T>& run) const override {
+    const T* b = run.value(this->inputs[1]);
+    products(run, run.value(this->inputs[0]), b, nullptr, b, {run.value_out(this->output)});
+  }
+
+  void backward(Run<T>& run, Flow<T>& flow) const override {
+    const T* gy = run.arrived(flow, this->output);
+    for (int i = 0; i < 2; ++i) {
+      const T* other = run.value(this->inputs[1 - i]);
+      const Target<T> gx = run.into(flow, this->inputs[i]);
+      if (gx) products(run, gy, other, nullptr, other, gx);
+    }
+  }
+
+  void tangent(Run<T>& run) const override {
+    products(run, run.tangent(this->inputs[0]), run.value(this->inputs[1]),
+             run.tangent(this->inputs[1]), run.value(this->inputs[0]),
+             {run.tangent_out(this->output)});
+  }
+
+  void backward_tangent(Run<T>& run) const override {
+    const T* gy = run.gradient(this->output);
+    const T* dgy = run.arrived(run.second, this->output);
+    for (int i = 0; i < 2; ++i) {
+      const int other = this->inputs[1 - i];
+      if (dgy == nullptr && !run.has_tangent(other)) continue;
+      const Target<T> dgx = run.into(run.second, this->inputs[i]);
+      if (dgx) products(run, dgy, run.value(other), run.tangent(other), gy, dgx);
+    }
+  }
+
+ private:
+  // out (+)= a b + c d, without a product whose first factor is null (zero).
+  void products(Run<T>& run, const T* a, const T* b, const T* c, const T* d,
+                const Target<T>& out) const {
+    if (a == nullptr) {
+      std::swap(a, c);
+      std::swap(b, d);
+    }
+    run.kernels.multiply(run.examples() * size_, a, b, c, d, out.data, out.accumulate, run.share);
+  }
+
+  Index size_ = 0;
+};
+
+template <typename T>
 class ScaleOp final : public LinearOp<T> {
  public:
   explicit ScaleOp(OpReader& reader)
@@ -170,12 +231,17 @@ std::unique_ptr<Op<T>> make_add(OpReader& reader) {
   return std::make_unique<AddOp<T>>(reader);
 }
 template <typename T>
+std::unique_ptr<Op<T>> make_mul(OpReader& reader) {
+  return std::make_unique<MulOp<T>>(reader);
+}
+template <typename T>
 std::unique_ptr<Op<T>> make_scale(OpReader& reader) {
   return std::make_unique<ScaleOp<T>>(reader);
 }
 
 FASTMAML_INSTANTIATE_OP(make_activation)
 FASTMAML_INSTANTIATE_OP(make_add)
+FASTMAML_INSTANTIATE_OP(make_mul)
 FASTMAML_INSTANTIATE_OP(make_scale)
 
 }  // namespace fastmaml

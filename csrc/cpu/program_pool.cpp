@@ -1,4 +1,4 @@
-// Pooling, means, and the rearrangement between layouts.
+// Pooling and means.
 #include <algorithm>
 
 #include "cpu/program_ops.h"
@@ -163,39 +163,6 @@ std::unique_ptr<Op<T>> image_average(OpReader& reader, PoolGeometry geometry) {
                                             std::move(geometry));
 }
 
-template <typename T>
-class GatherOp final : public LinearOp<T> {
- public:
-  GatherOp(int from, const Layout& from_layout, Index from_gradient_ld, int to,
-           const Layout& to_layout)
-      : map_(gather_map(from_layout, to_layout)) {
-    const Layout gradient = with_ld(from_layout, from_gradient_ld);
-    from_size_ = from_layout.size();
-    gradient_size_ = gradient.size();
-    inverse_ = gather_map(to_layout, gradient);
-    this->inputs = {from};
-    this->output = to;
-  }
-
-  void backward(Run<T>& run, Flow<T>& flow) const override {
-    const T* gy = run.arrived(flow, this->output);
-    const Target<T> gx = run.into(flow, this->inputs[0]);
-    run.kernels.gather(run.examples(), size(), gradient_size_, inverse_.data(), gy, gx.data,
-                       gx.accumulate, run.share);
-  }
-
- protected:
-  void apply(Run<T>& run, const T* x, T* y) const override {
-    run.kernels.gather(run.examples(), from_size_, size(), map_.data(), x, y, false, run.share);
-  }
-
- private:
-  Index size() const { return static_cast<Index>(map_.size()); }
-
-  std::vector<std::int32_t> map_, inverse_;
-  Index from_size_ = 0, gradient_size_ = 0;
-};
-
 }  // namespace
 
 template <typename T>
@@ -260,19 +227,9 @@ std::unique_ptr<Op<T>> make_mean(OpReader& reader) {
                     [&](const Window&, const Window&) { return scale; }));
 }
 
-template <typename T>
-std::unique_ptr<Op<T>> make_gather(int from, const Layout& from_layout, Index from_gradient_ld,
-                                   int to, const Layout& to_layout) {
-  return std::make_unique<GatherOp<T>>(from, from_layout, from_gradient_ld, to, to_layout);
-}
-
 FASTMAML_INSTANTIATE_OP(make_max_pool2d)
 FASTMAML_INSTANTIATE_OP(make_avg_pool2d)
 FASTMAML_INSTANTIATE_OP(make_adaptive_avg_pool2d)
 FASTMAML_INSTANTIATE_OP(make_mean)
-template std::unique_ptr<Op<float>> make_gather<float>(int, const Layout&, Index, int,
-                                                       const Layout&);
-template std::unique_ptr<Op<double>> make_gather<double>(int, const Layout&, Index, int,
-                                                         const Layout&);
 
 }  // namespace fastmaml

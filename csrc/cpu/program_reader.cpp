@@ -53,6 +53,15 @@ std::array<int, 2> OpReader::pair(const std::string& name, int minimum) const {
   return {static_cast<int>(values[0]), static_cast<int>(values[1])};
 }
 
+Index OpReader::axis(const std::string& name) const {
+  const Index value = integer(name, 0);
+  if (value >= static_cast<Index>(output().size())) {
+    fail(name + " must be an axis of an output of shape " + to_string(output()) + ", got " +
+         std::to_string(value));
+  }
+  return value;
+}
+
 std::vector<Index> OpReader::axes(const std::string& name) const {
   const auto& values = attribute<std::vector<Index>>(name, "a tuple of ints");
   const Index rank = static_cast<Index>(input(0).size());

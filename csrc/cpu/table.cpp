@@ -5,6 +5,7 @@
 #include "inner_update.h"
 #include "lanes.h"
 #include "loss.h"
+#include "mul.h"
 #include "norm.h"
 #include "norm_relu.h"
 #include "peak.h"
@@ -49,6 +50,7 @@ const Kernels<T>& table() {
       &act_tangent<T>,
       &act_backward_tangent<T>,
       &axpby<T>,
+      &multiply<T>,
       &update<T>,
       &inner_update<T>,
       &inner_adjoint<T>,

@@ -26,10 +26,10 @@ struct Jet {
 };
 
 template <typename T>
-FASTMAML_TEAM Jet<T> exponential_unit(T x, T positive, T negative) {
+FASTMAML_TEAM Jet<T> exponential_unit(T x, T positive, T negative, T rate) {
   if (x > 0) return {positive * x, positive, 0};
-  const T e = negative * exp(x);
-  return {negative * expm1(x), e, e};
+  const T slope = negative * rate * exp(rate * x);
+  return {negative * expm1(rate * x), slope, rate * slope};
 }
 
 template <typename T>
@@ -74,6 +74,20 @@ FASTMAML_TEAM Jet<T> softplus(T x, T beta, T threshold) {
 }
 
 template <typename T>
+FASTMAML_TEAM Jet<T> hardsigmoid(T x) {
+  if (x <= -3) return {0, 0, 0};
+  return x >= 3 ? Jet<T>{1, 0, 0} : Jet<T>{x / 6 + T(0.5), T(1) / 6, 0};
+}
+
+template <typename T>
+FASTMAML_TEAM Jet<T> mish(T x) {
+  const T e = exp(x > 40 ? T(40) : x), numerator = e * (e + 2);
+  const T t = numerator / (numerator + 2), s = e / (1 + e);
+  const T bend = 2 / (numerator + 2) * (1 + t) * s;  // (1 - t^2) s
+  return {x * t, t + x * bend, bend * (2 + x * (1 - s - 2 * t * s))};
+}
+
+template <typename T>
 FASTMAML_TEAM Jet<T> activation(Activation function, T x, T alpha, T beta) {
   switch (function) {
     case Activation::kRelu:
@@ -81,11 +95,11 @@ FASTMAML_TEAM Jet<T> activation(Activation function, T x, T alpha, T beta) {
     case Activation::kLeakyRelu:
       return x > 0 ? Jet<T>{x, 1, 0} : Jet<T>{alpha * x, alpha, 0};
     case Activation::kElu:
-      return exponential_unit(x, T(1), alpha);
+      return exponential_unit(x, T(1), alpha, beta);
     case Activation::kSelu:
       return exponential_unit(
           x, T(1.0507009873554804934193349852946),
-          T(1.0507009873554804934193349852946 * 1.6732632423543772848170429916717));
+          T(1.0507009873554804934193349852946 * 1.6732632423543772848170429916717), T(1));
     case Activation::kGelu:
       return gelu(x);
     case Activation::kGeluTanh:
@@ -106,10 +120,20 @@ FASTMAML_TEAM Jet<T> activation(Activation function, T x, T alpha, T beta) {
       if (x <= alpha) return {alpha, 0, 0};
       return x >= beta ? Jet<T>{beta, 0, 0} : Jet<T>{x, 1, 0};
     }
+    case Activation::kHardsigmoid:
+      return hardsigmoid(x);
+    case Activation::kHardswish: {
+      const Jet<T> gate = hardsigmoid(x);
+      return {x * gate.value, gate.value + x * gate.first, 2 * gate.first};
+    }
+    case Activation::kMish:
+      return mish(x);
     case Activation::kLogSigmoid: {
       const T s = logistic(-x);
       return {-log1p_exp(-x), s, -s * (1 - s)};
     }
+    case Activation::kAbs:
+      return {fabs(x), T(x > 0) - T(x < 0), 0};
     case Activation::kSquare:
       return {x * x, 2 * x, 2};
     case Activation::kSin:

@@ -86,7 +86,7 @@ class ProgramBuilder {
 
   int activation(int x, const std::string& function) {
     const std::map<std::string, std::pair<double, double>> constants = {
-        {"elu", {1, 0}}, {"softplus", {1, 20}}, {"hardtanh", {0, 1e30}}};
+        {"elu", {1, 1}}, {"softplus", {1, 20}}, {"hardtanh", {0, 1e30}}};
     const auto found = constants.find(function);
     const auto [alpha, beta] = found == constants.end() ? std::pair(0.0, 0.0) : found->second;
     return op("activation", {x}, shape(x), {},
@@ -138,6 +138,18 @@ class ProgramBuilder {
   int add(int a, int b, double alpha) {
     return op("add", {a, b}, shape(a), {}, {{"alpha", alpha}});
   }
+  int mul(int a, int b) { return op("mul", {a, b}, shape(a), {}, {}); }
+  int cat(std::vector<int> parts, Index axis) {
+    Shape output = shape(parts[0]);
+    for (std::size_t i = 1; i < parts.size(); ++i) output[axis] += shape(parts[i])[axis];
+    return op("cat", std::move(parts), output, {}, {{"dim", axis}});
+  }
+  int narrow(int x, Index axis, Index start, Index length) {
+    Shape output = shape(x);
+    output[axis] = length;
+    return op("narrow", {x}, output, {}, {{"dim", axis}, {"start", start}});
+  }
+  int expand(int x, Shape output) { return op("expand", {x}, std::move(output), {}, {}); }
   int scale(int x, double alpha, double beta) {
     return op("scale", {x}, shape(x), {}, {{"alpha", alpha}, {"beta", beta}});
   }

@@ -99,6 +99,32 @@ inline ProgramSpec input_of_many() {
   return p.spec();
 }
 
+// Channels are excited, positions gated by what is read off them; the input gates itself.
+inline ProgramSpec gated() {
+  ProgramBuilder p({3, 4, 5});
+  int h = p.activation(p.conv2d(p.mul(0, p.scale(0, 0.5, 1.0)), 18), "tanh");
+  const int channels = p.activation(p.linear(p.linear(p.mean(h, {1, 2}), 3), 18), "sigmoid");
+  h = p.mul(h, p.expand(p.view(channels, {18, 1, 1}), {18, 4, 5}));
+  const int positions = p.activation(p.conv2d(h, 1), "sigmoid");
+  h = p.mul(p.expand(positions, {18, 4, 5}), h);
+  h = p.mean(p.mul(h, h), {1, 2});
+  const int centre = p.view(p.mean(h, {0}), {1});
+  p.linear(p.add(h, p.expand(centre, {18}), -1.0), 3);
+  return p.spec();
+}
+
+// Images grow by what is made of them; both halves of a layer's outputs go on, one twice.
+inline ProgramSpec joined_and_parted() {
+  ProgramBuilder p({2, 4, 3});
+  int h = p.activation(p.conv2d(0, 17), "tanh");
+  h = p.cat({h, 0, p.conv2d(p.cat({0, h}, 0), 3)}, 0);
+  h = p.cat({h, p.narrow(h, 2, 1, 2)}, 2);
+  h = p.activation(p.linear(p.mean(p.narrow(h, 0, 2, 19), {1, 2}), 20), "tanh");
+  const int low = p.narrow(h, 0, 0, 10), high = p.activation(p.narrow(h, 0, 10, 10), "sigmoid");
+  p.linear(p.cat({p.mul(low, high), low, low}, 0), 3);
+  return p.spec();
+}
+
 // Only the second branch reaches the output; an image comes out.
 inline ProgramSpec dead_branch() {
   ProgramBuilder p({2, 4, 4});
@@ -121,6 +147,8 @@ inline std::vector<ProgramCase> program_cases() {
       {"skips", skips_and_rearrangements()},
       {"tied", tied_weights()},
       {"input of many", input_of_many(), true, false},
+      {"gated", gated()},
+      {"joined and parted", joined_and_parted()},
       {"dead branch", dead_branch(), false},
   };
 }

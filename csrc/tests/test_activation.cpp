@@ -15,7 +15,7 @@ Real value(Activation kind, Real a, Real b, Real x) {
     case Activation::kLeakyRelu:
       return x > 0 ? x : a * x;
     case Activation::kElu:
-      return x > 0 ? x : a * std::expm1(x);
+      return x > 0 ? x : a * std::expm1(b * x);
     case Activation::kSelu:
       return 1.0507009873554804934193349852946L *
              (x > 0 ? x : 1.6732632423543772848170429916717L * std::expm1(x));
@@ -34,8 +34,16 @@ Real value(Activation kind, Real a, Real b, Real x) {
       return a * x > b ? x : std::log1p(std::exp(a * x)) / a;
     case Activation::kHardtanh:
       return std::min(std::max(x, a), b);
+    case Activation::kHardsigmoid:
+      return std::min(std::max(x / 6 + 0.5L, 0.0L), 1.0L);
+    case Activation::kHardswish:
+      return x * std::min(std::max(x / 6 + 0.5L, 0.0L), 1.0L);
+    case Activation::kMish:
+      return x * std::tanh(std::log1p(std::exp(x)));
     case Activation::kLogSigmoid:
       return -std::log1p(std::exp(-x));
+    case Activation::kAbs:
+      return std::fabs(x);
     case Activation::kSquare:
       return x * x;
     case Activation::kSin:
@@ -62,13 +70,13 @@ Real curvature(Activation kind, Real a, Real b, Real x) {
 struct Function {
   Activation kind;
   const char* name;
-  double alpha, beta;
+  double alpha, beta;  // or kinks of a function without constants
 };
 
 const Function kFunctions[] = {
     {Activation::kRelu, "relu", 0, 0},
     {Activation::kLeakyRelu, "leaky_relu", 0.125, 0},
-    {Activation::kElu, "elu", 1.5, 0},
+    {Activation::kElu, "elu", 1.5, 0.75},
     {Activation::kSelu, "selu", 0, 0},
     {Activation::kGelu, "gelu", 0, 0},
     {Activation::kGeluTanh, "gelu_tanh", 0, 0},
@@ -77,7 +85,11 @@ const Function kFunctions[] = {
     {Activation::kTanh, "tanh", 0, 0},
     {Activation::kSoftplus, "softplus", 2, 6},
     {Activation::kHardtanh, "hardtanh", -1.5, 2},
+    {Activation::kHardsigmoid, "hardsigmoid", -3, 3},
+    {Activation::kHardswish, "hardswish", -3, 3},
+    {Activation::kMish, "mish", 0, 0},
     {Activation::kLogSigmoid, "log_sigmoid", 0, 0},
+    {Activation::kAbs, "abs", 0, 0},
     {Activation::kSquare, "square", 0, 0},
     {Activation::kSin, "sin", 0, 0},
     {Activation::kCos, "cos", 0, 0},
@@ -154,10 +166,10 @@ void check_range(const Kernels<T>& k, Activation kind, const char* what, double 
   for (Index i = 0; i < kCount; ++i) {
     x[i] = static_cast<T>(low + (high - low) * static_cast<double>(i) / kCount);
   }
-  k.act_forward(kind, T(1), T(0), kCount, x.data(), y.data(), {});
+  k.act_forward(kind, T(1), T(1), kCount, x.data(), y.data(), {});
   Real worst = 0;
   for (Index i = 0; i < kCount; ++i) {
-    const Real expected = value(kind, 1, 0, x[i]);
+    const Real expected = value(kind, 1, 1, x[i]);
     if (expected != 0) worst = std::max(worst, std::fabs((y[i] - expected) / expected));
   }
   const Real units = worst / std::numeric_limits<T>::epsilon();
@@ -183,6 +195,8 @@ void check_special_values(const Kernels<T>& k) {
         "sigmoid at the ends");
   run(Activation::kRelu);
   check(y[0] == inf && std::isnan(y[2]) && y[4] == 0, "relu at the ends");
+  run(Activation::kMish);
+  check(y[0] == inf && std::isnan(y[2]) && y[3] == T(1e4) && y[4] == 0, "mish at the ends");
   run(Activation::kElu);
   check(y[0] == inf && y[1] == -1 && std::isnan(y[2]), "elu at the ends");
 }
@@ -200,6 +214,7 @@ struct TestActivation {
     check_range(k, Activation::kTanh, "tanh near zero", -1e-3, 1e-3);
     check_range(k, Activation::kSigmoid, "sigmoid", -80, 80);
     check_range(k, Activation::kElu, "elu", -20, 0);
+    check_range(k, Activation::kMish, "mish", -80, 80);
     check_special_values(k);
   }
 };

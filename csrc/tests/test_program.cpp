@@ -257,6 +257,33 @@ void check_errors() {
   check_error(spec, "op 0 (fold): this kind of op is not known");
 }
 
+template <typename Add>
+ProgramSpec one_op(Add add) {
+  ProgramBuilder p({3, 4});
+  add(&p);
+  return p.spec();
+}
+
+void check_shape_errors() {
+  ProgramSpec spec = one_op([](ProgramBuilder* p) { p->narrow(0, 1, 3, 2); });
+  check_error(spec, "op 0 (narrow): output must be a part of the input [3, 4], got [3, 2] from 3");
+  spec.values[1] = {3, 2, 1};
+  check_error(spec,
+              "op 0 (narrow): output must be a part of the input [3, 4], got [3, 2, 1] from 3");
+  spec = one_op([](ProgramBuilder* p) { p->expand(0, {3, 8}); });
+  check_error(spec,
+              "op 0 (expand): output must repeat axes of length 1 of the input [3, 4], got [3, 8]");
+  spec = one_op([](ProgramBuilder* p) { p->cat({0, 0}, 0); });
+  spec.values[1] = {7, 4};
+  check_error(spec, "op 0 (cat): output must be as long as the inputs together, 6, got [7, 4]");
+  spec.values[1] = {6, 5};
+  check_error(spec,
+              "op 0 (cat): output must be the inputs joined, got [6, 5] where input 0 has shape "
+              "[3, 4]");
+  spec.ops[0].attributes["dim"] = Index{2};
+  check_error(spec, "op 0 (cat): dim must be an axis of an output of shape [6, 5], got 2");
+}
+
 }  // namespace
 
 int main() {
@@ -269,5 +296,6 @@ int main() {
   check_in_place(strided_convnet("relu", false, true, true),
                  strided_convnet("hardtanh", false, true, true));
   check_errors();
+  check_shape_errors();
   return report("program");
 }

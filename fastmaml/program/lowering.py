@@ -12,9 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastmaml.program.lowering_shape import SHAPE_TABLE, Arguments, lower_split
 from fastmaml.program.trace import Lowering, NotCovered, Read, Trace, Value, in_batch_norm
-
-Arguments = Mapping[str, Any]
 
 
 def _pair(value: Any, default: Any = None) -> tuple[int, int]:
@@ -109,17 +108,30 @@ _SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)  
 
 def _elu(trace: Trace, a: Arguments, result: Tensor) -> None:
     alpha, scale, input_scale = (float(a[k]) for k in ("alpha", "scale", "input_scale"))
-    if scale == 1.0 and input_scale == 1.0:
-        _activation(trace, a, result, function="elu", alpha=alpha)
+    if scale == 1.0:
+        _activation(trace, a, result, function="elu", alpha=alpha, beta=input_scale)
     elif (alpha, scale, input_scale) == (*_SELU, 1.0):
         _activation(trace, a, result, function="selu")
     else:
-        raise NotCovered("elu with scales")
+        raise NotCovered("elu with a scale")
+
+
+def _celu(trace: Trace, a: Arguments, result: Tensor) -> None:
+    alpha = float(a["alpha"])
+    _activation(trace, a, result, function="elu", alpha=alpha, beta=1 / alpha)
 
 
 def _gelu(trace: Trace, a: Arguments, result: Tensor) -> None:
     name = "gelu" if a["approximate"] == "none" else "gelu_tanh"
     _activation(trace, a, result, function=name)
+
+
+def _glu(trace: Trace, a: Arguments, result: Tensor) -> None:
+    values, gates = parts = a["self"].chunk(2, a["dim"])
+    lower_split(trace, a, parts)
+    opened = gates.sigmoid()
+    _activation(trace, {"self": gates}, opened, function="sigmoid")
+    trace.emit("mul", result, (trace.value(values), trace.value(opened)))
 
 
 def _power(trace: Trace, a: Arguments, result: Tensor) -> None:
@@ -135,11 +147,34 @@ def _add(trace: Trace, a: Arguments, result: Tensor, *, sign: int = 1) -> None:
     if isinstance(trace.lookup(other), Read) and alpha == 1:
         return _add_bias(trace, x, other, result)
     if isinstance(other, Tensor):
-        y = trace.value(other)
-        if x.shape != y.shape or x.merged != y.merged:
-            raise NotCovered("an addition that broadcasts")
-        return trace.emit("add", result, (x, y), alpha=float(alpha))
+        return trace.emit("add", result, _operands(trace, a, result), alpha=float(alpha))
     return trace.emit("scale", result, (x,), alpha=1.0, beta=float(alpha * other))
+
+
+def _operands(trace: Trace, a: Arguments, result: Tensor) -> tuple[Value, Value]:
+    """Both in the result's shape: one that broadcasts is expanded first."""
+
+    def expanded(tensor: Tensor) -> Value:
+        value = trace.value(tensor)
+        if tensor.shape == result.shape:
+            return value
+        if value.merged or tensor.ndim != result.ndim:
+            raise NotCovered("an operand that broadcasts over examples")
+        repeated = tensor.expand(result.shape)
+        trace.emit("expand", repeated, (value,))
+        return trace.value(repeated)
+
+    x, y = expanded(a["self"]), expanded(a["other"])
+    if x.merged != y.merged:
+        raise NotCovered("operands that mix examples")
+    return x, y
+
+
+def _subtract_from(trace: Trace, a: Arguments, result: Tensor) -> None:
+    x, other = trace.value(a["self"]), a["other"]
+    if isinstance(other, Tensor):
+        raise NotCovered("a difference of tensors")
+    trace.emit("scale", result, (x,), alpha=-float(a["alpha"]), beta=float(other))
 
 
 def _add_bias(trace: Trace, x: Value, bias: Tensor, result: Tensor) -> None:
@@ -158,16 +193,20 @@ def _add_bias(trace: Trace, x: Value, bias: Tensor, result: Tensor) -> None:
 
 def _multiply(trace: Trace, a: Arguments, result: Tensor, *, divide: bool = False) -> None:
     x, other = trace.value(a["self"]), a["other"]
+    if isinstance(other, Tensor) and not divide:
+        return trace.emit("mul", result, _operands(trace, a, result))
     if isinstance(other, Tensor) or a.get("rounding_mode") is not None:
-        raise NotCovered("a product of tensors")
-    trace.emit("scale", result, (x,), alpha=1 / float(other) if divide else float(other), beta=0.0)
+        raise NotCovered("a quotient of tensors")
+    return trace.emit(
+        "scale", result, (x,), alpha=1 / float(other) if divide else float(other), beta=0.0
+    )
 
 
 def _negate(trace: Trace, a: Arguments, result: Tensor) -> None:
     trace.emit("scale", result, (trace.value(a["self"]),), alpha=-1.0, beta=0.0)
 
 
-# --- pooling and shapes ---------------------------------------------------------------------------
+# --- pooling ------------------------------------------------------------------------------------
 
 
 def _max_pool(trace: Trace, a: Arguments, result: Any) -> None:
@@ -203,34 +242,6 @@ def _adaptive_avg_pool(trace: Trace, a: Arguments, result: Tensor) -> None:
     trace.emit("adaptive_avg_pool2d", result, (_image(trace, a["self"]),))
 
 
-def _mean(trace: Trace, a: Arguments, result: Tensor) -> None:
-    x, dims = trace.value(a["self"]), a.get("dim")
-    if x.merged or not dims or a["dtype"] not in (None, a["self"].dtype):
-        raise NotCovered("a mean over examples")
-    axes = sorted(d % a["self"].ndim for d in dims)
-    if axes[0] == 0:
-        raise NotCovered("a mean over examples")
-    keepdim = bool(a["keepdim"])
-    trace.emit("mean", result, (x,), dims=tuple(d - 1 for d in axes), keepdim=keepdim)
-
-
-def _view(trace: Trace, a: Arguments, result: Tensor) -> None:
-    trace.reshape(result, trace.value(a["self"]))
-
-
-def _permute(trace: Trace, a: Arguments, result: Tensor) -> None:
-    x, ndim = trace.value(a["self"]), a["self"].ndim
-    if "dims" in a:
-        order = [d % ndim for d in a["dims"]]
-    else:
-        order = list(range(ndim))
-        i, j = a["dim0"] % ndim, a["dim1"] % ndim
-        order[i], order[j] = j, i
-    if x.merged or order[0] != 0:
-        raise NotCovered("a permutation that moves the examples")
-    trace.emit("permute", result, (x,), dims=tuple(d - 1 for d in order[1:]))
-
-
 def _same(trace: Trace, a: Arguments, result: Tensor) -> None:
     if result.dtype != a["self"].dtype or result.device != a["self"].device:
         raise NotCovered("a change of dtype or device")
@@ -244,13 +255,14 @@ def _detach(trace: Trace, a: Arguments, result: Tensor) -> None:
 
 
 def _activations() -> dict[str, Lowering]:
-    plain = ("relu", "silu", "sigmoid", "tanh", "sin", "cos", "exp", "square")
+    plain = ["relu", "silu", "sigmoid", "tanh", "sin", "cos", "exp", "square", "abs"]
+    plain += ["mish", "hardswish", "hardsigmoid"]
     table: dict[str, Lowering] = {n: partial(_activation, function=n) for n in plain}
     table["leaky_relu"] = partial(_activation, function="leaky_relu", alpha="negative_slope")
     table["softplus"] = partial(_activation, function="softplus", alpha="beta", beta="threshold")
     table["hardtanh"] = partial(_activation, function="hardtanh", alpha="min_val", beta="max_val")
     table["log_sigmoid_forward"] = partial(_activation, function="log_sigmoid")
-    table |= {"elu": _elu, "gelu": _gelu, "pow": _power}
+    table |= {"elu": _elu, "celu": _celu, "gelu": _gelu, "pow": _power}
     return table
 
 
@@ -269,15 +281,15 @@ TABLE: Mapping[str, Lowering] = {
     "_local_scalar_dense": _count_batches,
     "add": _add,
     "sub": partial(_add, sign=-1),
+    "rsub": _subtract_from,
     "mul": _multiply,
     "div": partial(_multiply, divide=True),
     "neg": _negate,
     "max_pool2d_with_indices": _max_pool,
     "avg_pool2d": _avg_pool,
     "_adaptive_avg_pool2d": _adaptive_avg_pool,
-    "mean": _mean,
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unsqueeze", "squeeze"), _view),
-    **dict.fromkeys(("permute", "transpose"), _permute),
+    "glu": _glu,
+    **SHAPE_TABLE,
     "detach": _detach,
     **dict.fromkeys(("clone", "contiguous", "alias", "lift_fresh", "_to_copy"), _same),
 }

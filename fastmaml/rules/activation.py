@@ -47,21 +47,22 @@ def _logistic_curvature(x: Tensor) -> Tensor:
 
 
 def _exponential_unit(scale: float | None, alpha: float | None) -> Function:
-    """ELU (alpha from the op) and SELU (both constants)."""
+    """ELU and CELU (alpha and the input's scale from the op), and SELU (both constants)."""
 
-    def constants(a: float) -> tuple[float, float]:
-        return (1.0, a) if scale is None or alpha is None else (scale, scale * alpha)
+    def constants(a: float, b: float) -> tuple[float, float, float]:
+        return (1.0, a, b) if scale is None or alpha is None else (scale, scale * alpha, 1.0)
 
     def value(x: Tensor, a: float, b: float) -> Tensor:
-        positive, negative = constants(a)
-        return torch.where(x > 0, positive * x, negative * torch.expm1(x.clamp(max=0)))
+        positive, negative, rate = constants(a, b)
+        return torch.where(x > 0, positive * x, negative * torch.expm1(rate * x.clamp(max=0)))
 
     def first(x: Tensor, a: float, b: float) -> Tensor:
-        positive, negative = constants(a)
-        return _where(x > 0, positive, negative * torch.exp(x.clamp(max=0)), x)
+        positive, negative, rate = constants(a, b)
+        return _where(x > 0, positive, negative * rate * torch.exp(rate * x.clamp(max=0)), x)
 
     def second(x: Tensor, a: float, b: float) -> Tensor:
-        return _where(x > 0, 0.0, constants(a)[1] * torch.exp(x.clamp(max=0)), x)
+        _, negative, rate = constants(a, b)
+        return _where(x > 0, 0.0, negative * rate * rate * torch.exp(rate * x.clamp(max=0)), x)
 
     return Function(value, first, second)
 
@@ -87,6 +88,20 @@ def _gelu_tanh_second(x: Tensor, a: float, b: float) -> Tensor:
     t = torch.tanh(_ROOT * (x + _CUBIC * x**3))
     slope, dslope = _ROOT * (1 + 3 * _CUBIC * x * x), _ROOT * 6 * _CUBIC * x
     return (1 - t * t) * (slope + 0.5 * x * (dslope - 2 * t * slope * slope))
+
+
+def _mish_first(x: Tensor, a: float, b: float) -> Tensor:
+    t = torch.tanh(F.softplus(x))
+    return t + x * (1 - t * t) * torch.sigmoid(x)
+
+
+def _mish_second(x: Tensor, a: float, b: float) -> Tensor:
+    t, s = torch.tanh(F.softplus(x)), torch.sigmoid(x)
+    return (1 - t * t) * s * (2 + x * (1 - s - 2 * t * s))
+
+
+def _inside(x: Tensor, low: float, high: float) -> Tensor:
+    return ((x > low) & (x < high)).to(x)
 
 
 FUNCTIONS: dict[str, Function] = {
@@ -125,13 +140,25 @@ FUNCTIONS: dict[str, Function] = {
         lambda x, a, b: _where(a * x > b, 0.0, a * _logistic_slope(a * x), x),
     ),
     "hardtanh": Function(
-        lambda x, a, b: F.hardtanh(x, a, b), lambda x, a, b: ((x > a) & (x < b)).to(x), _zero
+        lambda x, a, b: F.hardtanh(x, a, b), lambda x, a, b: _inside(x, a, b), _zero
     ),
+    "hardsigmoid": Function(
+        lambda x, a, b: F.hardtanh(x / 6 + 0.5, 0.0, 1.0),
+        lambda x, a, b: _inside(x, -3, 3) / 6,
+        _zero,
+    ),
+    "hardswish": Function(
+        lambda x, a, b: x * F.hardtanh(x / 6 + 0.5, 0.0, 1.0),
+        lambda x, a, b: torch.where(x < 3, _inside(x, -3, 3) * (x / 3 + 0.5), torch.ones_like(x)),
+        lambda x, a, b: _inside(x, -3, 3) / 3,
+    ),
+    "mish": Function(lambda x, a, b: x * torch.tanh(F.softplus(x)), _mish_first, _mish_second),
     "log_sigmoid": Function(
         lambda x, a, b: F.logsigmoid(x),
         lambda x, a, b: torch.sigmoid(-x),
         lambda x, a, b: -_logistic_slope(x),
     ),
+    "abs": Function(lambda x, a, b: x.abs(), lambda x, a, b: x.sign(), _zero),
     "square": Function(
         lambda x, a, b: x * x, lambda x, a, b: 2 * x, lambda x, a, b: torch.full_like(x, 2.0)
     ),

@@ -1,10 +1,14 @@
-"""Moving and mixing elements: ``view``, ``permute``, ``mean``, ``add``, ``scale``."""
+"""Moving and mixing elements: ``view``, ``permute``, ``expand``, ``cat``, ``narrow``, and the sums
+``mean``, ``add``, ``scale``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastmaml.program.ir import Op, Shape
@@ -31,6 +35,40 @@ class Permute(LinearMapRule):
     def transpose(self, op: Op, inputs: Sequence[Tensor], gy: Tensor) -> list[Tensor | None]:
         dims = op.attrs["dims"]
         return [gy.permute(0, 1, *(dims.index(d) + 2 for d in range(len(dims))))]
+
+
+class Expand(LinearMapRule):
+    """Repeated along per-example axes of length one, as ``Tensor.expand`` does."""
+
+    def apply(self, op: Op, out_shape: Shape, inputs: Sequence[Tensor]) -> Tensor:
+        return inputs[0].expand(*inputs[0].shape[:2], *out_shape)
+
+    def transpose(self, op: Op, inputs: Sequence[Tensor], gy: Tensor) -> list[Tensor | None]:
+        return [gy.sum_to_size(inputs[0].shape)]
+
+
+class Cat(LinearMapRule):
+    """One after the other along the per-example axis ``dim``."""
+
+    def apply(self, op: Op, out_shape: Shape, inputs: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(inputs), op.attrs["dim"] + 2)
+
+    def transpose(self, op: Op, inputs: Sequence[Tensor], gy: Tensor) -> list[Tensor | None]:
+        axis = op.attrs["dim"] + 2
+        return [*gy.split([x.shape[axis] for x in inputs], axis)]
+
+
+class Narrow(LinearMapRule):
+    """Along the per-example axis ``dim`` what begins at ``start``, as long as the output."""
+
+    def apply(self, op: Op, out_shape: Shape, inputs: Sequence[Tensor]) -> Tensor:
+        dim, start = op.attrs["dim"], op.attrs["start"]
+        return inputs[0].narrow(dim + 2, start, out_shape[dim])
+
+    def transpose(self, op: Op, inputs: Sequence[Tensor], gy: Tensor) -> list[Tensor | None]:
+        axis, start = op.attrs["dim"] + 2, op.attrs["start"]
+        rest = inputs[0].shape[axis] - start - gy.shape[axis]
+        return [F.pad(gy, [0, 0] * (gy.ndim - 1 - axis) + [start, rest])]
 
 
 class Mean(LinearMapRule):
@@ -74,6 +112,9 @@ class Scale(LinearMapRule):
 RULES: dict[str, Rule] = {
     "view": View(),
     "permute": Permute(),
+    "expand": Expand(),
+    "cat": Cat(),
+    "narrow": Narrow(),
     "mean": Mean(),
     "add": Add(),
     "scale": Scale(),

@@ -1,13 +1,13 @@
 """Triton kernels, batched over tasks: rules (see ``fastmaml.rules``) for float32 CUDA tensors.
 
-The stems are those of ``fastmaml/rules``. What is not here (views, sums of values, normalisation by
-given statistics) runs through the reference rules, on the device too.
+The stems are those of ``fastmaml/rules``. What is not here (views, parts and sums of values,
+normalisation by given statistics) runs through the reference rules, on the device too.
 """
 
 from collections.abc import Mapping
 from functools import cache
 
-from fastmaml.backends.triton import activation, norm, pool
+from fastmaml.backends.triton import activation, mul, norm, pool
 from fastmaml.backends.triton.conv2d import Conv2d
 from fastmaml.backends.triton.linear import Linear
 from fastmaml.backends.triton.loss import LOSSES
@@ -22,6 +22,7 @@ def rules(convolution: str, linear: str) -> Mapping[str, Rule]:
         **REFERENCE_RULES,
         **norm.RULES,
         **activation.RULES,
+        **mul.RULES,
         **pool.RULES,
         "conv2d": Conv2d(convolution),
         "linear": Linear(linear),

@@ -58,6 +58,19 @@ def _softplus(x):
 
 
 @triton.jit
+def _hardsigmoid(x):
+    return tl.where(x <= -3, 0.0, tl.where(x >= 3, 1.0, x / 6 + 0.5))
+
+
+@triton.jit
+def _mish_gate(x):
+    """tanh(softplus(x)), and what it falls short of 1."""
+    e = tl.exp(tl.where(x > 40, 40.0, x))
+    numerator = e * (e + 2)
+    return numerator / (numerator + 2), 2 / (numerator + 2)
+
+
+@triton.jit
 def value_of(x, alpha, beta, F: tl.constexpr):
     if F == "identity":
         return x
@@ -66,7 +79,7 @@ def value_of(x, alpha, beta, F: tl.constexpr):
     elif F == "leaky_relu":
         return tl.where(x > 0, x, alpha * x)
     elif F == "elu":
-        return tl.where(x > 0, x, alpha * _expm1(_negative(x)))
+        return tl.where(x > 0, x, alpha * _expm1(beta * _negative(x)))
     elif F == "selu":
         return tl.where(x > 0, x * _SELU_SCALE, _expm1(_negative(x)) * _SELU_ALPHA)
     elif F == "gelu":
@@ -83,8 +96,17 @@ def value_of(x, alpha, beta, F: tl.constexpr):
         return tl.where(alpha * x > beta, x, _softplus(alpha * x) / alpha)
     elif F == "hardtanh":
         return tl.where(x <= alpha, alpha, tl.where(x >= beta, beta, x))
+    elif F == "hardsigmoid":
+        return _hardsigmoid(x)
+    elif F == "hardswish":
+        return x * _hardsigmoid(x)
+    elif F == "mish":
+        t, _ = _mish_gate(x)
+        return x * t
     elif F == "log_sigmoid":
         return -_softplus(-x)
+    elif F == "abs":
+        return tl.abs(x)
     elif F == "square":
         return x * x
     elif F == "sin":
@@ -106,7 +128,7 @@ def slope_of(x, alpha, beta, F: tl.constexpr):
     elif F == "leaky_relu":
         return tl.where(x > 0, one, alpha)
     elif F == "elu":
-        return tl.where(x > 0, one, alpha * tl.exp(_negative(x)))
+        return tl.where(x > 0, one, alpha * beta * tl.exp(beta * _negative(x)))
     elif F == "selu":
         return tl.where(x > 0, one * _SELU_SCALE, tl.exp(_negative(x)) * _SELU_ALPHA)
     elif F == "gelu":
@@ -127,8 +149,17 @@ def slope_of(x, alpha, beta, F: tl.constexpr):
         return tl.where(alpha * x > beta, one, tl.sigmoid(alpha * x))
     elif F == "hardtanh":
         return tl.where((x > alpha) & (x < beta), one, 0.0)
+    elif F == "hardsigmoid":
+        return tl.where(tl.abs(x) < 3, one / 6, 0.0)
+    elif F == "hardswish":
+        return tl.where(tl.abs(x) < 3, x / 3 + 0.5, _hardsigmoid(x))
+    elif F == "mish":
+        t, rest = _mish_gate(x)
+        return t + x * rest * (1 + t) * tl.sigmoid(x)
     elif F == "log_sigmoid":
         return tl.sigmoid(-x)
+    elif F == "abs":
+        return tl.where(x > 0, one, tl.where(x < 0, -one, 0.0))
     elif F == "square":
         return 2 * x
     elif F == "sin":
@@ -143,7 +174,7 @@ def slope_of(x, alpha, beta, F: tl.constexpr):
 @triton.jit
 def curvature_of(x, alpha, beta, F: tl.constexpr):
     if F == "elu":
-        return tl.where(x > 0, 0.0, alpha * tl.exp(_negative(x)))
+        return tl.where(x > 0, 0.0, alpha * beta * beta * tl.exp(beta * _negative(x)))
     elif F == "selu":
         return tl.where(x > 0, 0.0, tl.exp(_negative(x)) * _SELU_ALPHA)
     elif F == "gelu":
@@ -164,6 +195,12 @@ def curvature_of(x, alpha, beta, F: tl.constexpr):
     elif F == "softplus":
         s = tl.sigmoid(alpha * x)
         return tl.where(alpha * x > beta, 0.0, alpha * s * (1 - s))
+    elif F == "hardswish":
+        return tl.where(tl.abs(x) < 3, tl.full(x.shape, 1 / 3, tl.float32), 0.0)
+    elif F == "mish":
+        t, rest = _mish_gate(x)
+        s = tl.sigmoid(x)
+        return rest * (1 + t) * s * (2 + x * (1 - s - 2 * t * s))
     elif F == "log_sigmoid":
         s = tl.sigmoid(x)
         return -s * (1 - s)
@@ -176,8 +213,9 @@ def curvature_of(x, alpha, beta, F: tl.constexpr):
     elif F == "exp":
         return tl.exp(x)
     else:
-        straight: tl.constexpr = (F == "relu") or (F == "leaky_relu")
-        tl.static_assert((straight or (F == "hardtanh")) or (F == "identity"))
+        slopes: tl.constexpr = ((F == "relu") or (F == "leaky_relu")) or (F == "abs")
+        bounds: tl.constexpr = (F == "hardtanh") or (F == "hardsigmoid")
+        tl.static_assert((slopes or bounds) or (F == "identity"))
         return tl.zeros(x.shape, tl.float32)
 
 

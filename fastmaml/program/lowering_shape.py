@@ -1,0 +1,110 @@
+"""Lowering what moves elements, or takes their mean: parts of values, joined and repeated ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmaml.program.trace import Lowering, NotCovered, Trace
+
+Arguments = Mapping[str, Any]
+
+
+def _mean(trace: Trace, a: Arguments, result: Tensor) -> None:
+    x, dims = trace.value(a["self"]), a.get("dim")
+    if x.merged or not dims or a["dtype"] not in (None, a["self"].dtype):
+        raise NotCovered("a sum or mean over examples")
+    axes = sorted(d % a["self"].ndim for d in dims)
+    if axes[0] == 0:
+        raise NotCovered("a sum or mean over examples")
+    keepdim = bool(a["keepdim"])
+    trace.emit("mean", result, (x,), dims=tuple(d - 1 for d in axes), keepdim=keepdim)
+
+
+def _sum(trace: Trace, a: Arguments, result: Tensor) -> None:
+    mean = torch.empty_like(result)
+    _mean(trace, a, mean)
+    count = prod(a["self"].shape[d] for d in a["dim"])
+    trace.emit("scale", result, (trace.value(mean),), alpha=float(count), beta=0.0)
+
+
+def _cat(trace: Trace, a: Arguments, result: Tensor) -> None:
+    parts, dim = [trace.value(t) for t in a["tensors"]], a["dim"] % result.ndim
+    if dim == 0 or any(x.merged for x in parts):
+        raise NotCovered("examples joined")
+    trace.emit("cat", result, tuple(parts), dim=dim - 1)
+
+
+def _narrow(trace: Trace, x: Tensor, result: Tensor, dim: int, start: int) -> None:
+    value = trace.value(x)
+    if x.shape == result.shape:
+        return trace.alias(result, value)
+    if dim == 0 or value.merged:
+        raise NotCovered("examples chosen")
+    return trace.emit("narrow", result, (value,), dim=dim - 1, start=start)
+
+
+def _slice(trace: Trace, a: Arguments, result: Tensor) -> None:
+    x, dim = a["self"], a["dim"] % a["self"].ndim
+    if a["step"] != 1:
+        raise NotCovered(f"a step of {a['step']}")
+    start, _, _ = slice(a["start"], a["end"]).indices(x.shape[dim])
+    _narrow(trace, x, result, dim, start)
+
+
+def _select(trace: Trace, a: Arguments, result: Tensor) -> None:
+    x, dim = a["self"], a["dim"] % a["self"].ndim
+    index = a["index"] % x.shape[dim]
+    one = x.narrow(dim, index, 1)
+    _narrow(trace, x, one, dim, index)
+    trace.reshape(result, trace.value(one))
+
+
+def lower_split(trace: Trace, a: Arguments, result: Sequence[Tensor]) -> None:
+    dim, start = a["dim"] % a["self"].ndim, 0
+    for part in result:
+        _narrow(trace, a["self"], part, dim, start)
+        start += part.shape[dim]
+
+
+def _view(trace: Trace, a: Arguments, result: Tensor) -> None:
+    trace.reshape(result, trace.value(a["self"]))
+
+
+def _expand(trace: Trace, a: Arguments, result: Tensor) -> None:
+    x = trace.value(a["self"])
+    if x.merged or a["self"].ndim != result.ndim:
+        raise NotCovered("a new axis in front of the examples")
+    if a["self"].shape == result.shape:
+        return trace.alias(result, x)
+    return trace.emit("expand", result, (x,))
+
+
+def _permute(trace: Trace, a: Arguments, result: Tensor) -> None:
+    x, ndim = trace.value(a["self"]), a["self"].ndim
+    if "dims" in a:
+        order = [d % ndim for d in a["dims"]]
+    else:
+        order = list(range(ndim))
+        i, j = a["dim0"] % ndim, a["dim1"] % ndim
+        order[i], order[j] = j, i
+    if x.merged or order[0] != 0:
+        raise NotCovered("a permutation that moves the examples")
+    trace.emit("permute", result, (x,), dims=tuple(d - 1 for d in order[1:]))
+
+
+SHAPE_TABLE: Mapping[str, Lowering] = {
+    "mean": _mean,
+    "sum": _sum,
+    "cat": _cat,
+    "slice": _slice,
+    "select": _select,
+    **dict.fromkeys(("split", "split_with_sizes"), lower_split),
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unsqueeze", "squeeze"), _view),
+    "expand": _expand,
+    **dict.fromkeys(("permute", "transpose"), _permute),
+}

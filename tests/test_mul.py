@@ -1,0 +1,7 @@
+"""The rule ``mul``."""
+
+from rule_checks import RuleTests
+
+
+class TestMul(RuleTests):
+    cases = "mul"
