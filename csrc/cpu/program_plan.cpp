@@ -372,6 +372,7 @@ int Planner<T>::add_op(int index) {
       {"linear", make_linear<T>},
       {"conv2d", make_conv2d<T>},
       {"batch_norm", make_batch_norm<T>},
+      {"group_norm", make_group_norm<T>},
       {"activation", make_activation<T>},
       {"max_pool2d", make_max_pool2d<T>},
       {"avg_pool2d", make_avg_pool2d<T>},

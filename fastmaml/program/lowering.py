@@ -86,6 +86,27 @@ def _batch_norm(trace: Trace, a: Arguments, result: Any, *, training: bool | Non
     )
 
 
+def _group_norm(trace: Trace, a: Arguments, result: Any) -> None:
+    x = trace.value(a["input"])
+    _emit_group_norm(trace, a, result, x, int(a["group"]), range(x.merged, x.merged + 1))
+
+
+def _layer_norm(trace: Trace, a: Arguments, result: Any) -> None:
+    x = trace.value(a["input"])
+    begin = len(x.shape) - len(a["normalized_shape"])
+    if begin < x.merged:
+        raise NotCovered("a norm over examples")
+    _emit_group_norm(trace, a, result, x, 1, range(begin, len(x.shape)))
+
+
+def _emit_group_norm(
+    trace: Trace, a: Arguments, result: Any, x: Value, groups: int, channels: range
+) -> None:
+    params = tuple(trace.parameter(a[name], vector=True) for name in ("weight", "bias"))
+    attrs = {"groups": groups, "channels": tuple(channels), "eps": float(a["eps"])}
+    trace.emit("group_norm", result[0], (x,), params, **attrs)
+
+
 def _count_batches(trace: Trace, a: Arguments, result: Any) -> None:
     """``num_batches_tracked += 1`` and its ``item()``: the running statistics' own business."""
     if not in_batch_norm():
@@ -265,6 +286,8 @@ TABLE: Mapping[str, Lowering] = {
     ),
     "_batch_norm_with_update": partial(_batch_norm, training=True),
     "_batch_norm_no_update": partial(_batch_norm, training=False),
+    "native_group_norm": _group_norm,
+    "native_layer_norm": _layer_norm,
     **_activations(),
     "_local_scalar_dense": _count_batches,
     "add": _add,

@@ -74,6 +74,7 @@ class Trace(TorchDispatchMode):
         self.buffers: list[str] = []
         self._table = table
         self._gradients = gradients
+        self._vectors: dict[int, bool] = {}  # by slot
         self._known: dict[int, Known] = {}
         self._alive: list[Tensor] = []  # an id is only unique while its tensor lives
         self._refusal: str | None = None  # which a forward may have caught
@@ -102,14 +103,19 @@ class Trace(TorchDispatchMode):
             return known
         raise NotCovered("an operand that does not come from the input")
 
-    def parameter(self, tensor: Tensor | None, *, transposed: bool = False) -> int | None:
-        """The slot number of a parameter, added on first use."""
+    def parameter(
+        self, tensor: Tensor | None, *, transposed: bool = False, vector: bool = False
+    ) -> int | None:
+        """The slot number of a parameter, added on first use; ``vector``: whatever axes it has."""
         if tensor is None:
             return None
         known = self.lookup(tensor)
         if not isinstance(known, Read) or known.is_buffer or known.transposed != transposed:
             raise NotCovered("a weight that is not a parameter itself")
-        return _slot(self.parameters, known.name)
+        slot = _slot(self.parameters, known.name)
+        if tensor.ndim > 1 and self._vectors.setdefault(slot, vector) != vector:
+            raise NotCovered("a weight that is a matrix elsewhere")
+        return slot
 
     def buffer(self, tensor: Tensor | None) -> int:
         """The slot number of a buffer, added on first use."""
