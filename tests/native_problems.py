@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from networks import evaluated
+from networks import evaluated, group_normed, layer_normed
 from rule_cases import Case, random_tensors
 from torch import Tensor, nn
 
@@ -218,6 +218,9 @@ CHAINS = {
     "tied": Chain(Tied, (5,)),
     "tied_eval": Chain(evaluated(Tied), (5,)),
     "tied_shared": Chain(Tied, (5,), lambda name, p: "linear.weight" not in name),
+    "layer_norms": Chain(layer_normed, (6, 4)),
+    "group_norms": Chain(group_normed, (2, 7, 6)),
+    "group_norms_shared": Chain(group_normed, (2, 7, 6), lambda name, p: p.ndim == 4),
     "view_of_input": Chain(ViewOfInput, (2, 3, 4)),
 }
 
