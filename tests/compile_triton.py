@@ -85,6 +85,15 @@ def many() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
     return net, torch.randn(2, 1100, 3), F.cross_entropy
 
 
+def of_examples() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
+    """Norms of examples: of groups, of rows, and of more values than a tile holds."""
+    net = nn.Sequential(
+        nn.Conv2d(2, 32, 3), nn.GroupNorm(8, 32), nn.ReLU(), nn.GroupNorm(32, 32, affine=False),
+        nn.LayerNorm((32, 9, 9)), nn.LayerNorm(9, bias=False), nn.Flatten(), nn.Linear(2592, 3),
+    )  # fmt: skip
+    return net, torch.randn(3, 4, 2, 11, 11), F.cross_entropy
+
+
 def ones() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
     """All sizes are one, which the compiler takes for constants."""
     net = nn.Sequential(
@@ -217,6 +226,7 @@ def compile_all(capability: int) -> None:
         meta_step(*mlp())
         meta_step(*cnn_without())
         meta_step(*many())
+        meta_step(*of_examples())
         meta_step(*ones())
     functions()
     for name, stack in done.values():
@@ -226,11 +236,13 @@ def compile_all(capability: int) -> None:
 def list_new_variants() -> None:
     """A line for each variant that other numbers of tasks and examples bring."""
     done = intercept_launches(lambda launch: (launch.name, 0))
-    net, x, loss = cnn()
-    meta_step(net, x, loss)
+    nets = [cnn(), of_examples()]
+    for net, x, loss in nets:
+        meta_step(net, x, loss)
     before = set(done)
     for tasks, examples in ((3, 5), (4, 5), (5, 5), (2, 4), (7, 4)):
-        meta_step(net, torch.randn(tasks, examples, *x.shape[2:]), loss)
+        for net, x, loss in nets:
+            meta_step(net, torch.randn(tasks, examples, *x.shape[2:]), loss)
     sys.stdout.writelines(f"{key}\n" for key in done if key not in before)
 
 

@@ -262,7 +262,9 @@ def test_backends_by_name(maml: MAML, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=message):
         maml.clone()(torch.randn(2, 3))
     monkeypatch.setenv("FASTMAML_BACKEND", "cpu")
-    with pytest.raises(RuntimeError, match="FASTMAML_BACKEND=cpu was asked for, but Cumulative has"):
+    with pytest.raises(
+        RuntimeError, match="FASTMAML_BACKEND=cpu was asked for, but Cumulative has"
+    ):
         MAML(Cumulative(), 0.1).clone()(torch.randn(2, 3))
 
 

@@ -35,7 +35,7 @@ from fastmaml.backends.triton import norm
 pytestmark = CHECKED_KERNELS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-QUICK = ["mlp", "mlp_norm", "mixer", "tied_unseen", "frozen", "max_pool"]
+QUICK = ["mlp", "mlp_norm", "layer_norm", "mixer", "tied_unseen", "frozen", "max_pool"]
 CHOSEN = list(NETWORKS) if DEVICE == "cuda" or os.environ.get("FASTMAML_LARGE_TESTS") else QUICK
 
 

@@ -103,8 +103,15 @@ def _emit_group_norm(
     trace: Trace, a: Arguments, result: Any, x: Value, groups: int, channels: range
 ) -> None:
     params = tuple(trace.parameter(a[name], vector=True) for name in ("weight", "bias"))
-    attrs = {"groups": groups, "channels": tuple(channels), "eps": float(a["eps"])}
-    trace.emit("group_norm", result[0], (x,), params, **attrs)
+    trace.emit(
+        "group_norm",
+        result[0],
+        (x,),
+        params,
+        groups=groups,
+        channels=tuple(channels),
+        eps=float(a["eps"]),
+    )
 
 
 def _count_batches(trace: Trace, a: Arguments, result: Any) -> None:

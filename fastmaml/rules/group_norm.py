@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-import torch
 from torch import Tensor
 
 from fastmaml.program.ir import Op, Shape
@@ -58,7 +57,8 @@ class GroupNorm:
         centred = x - _mean(x)
         scale = (_mean(centred.square()) + op.attrs["eps"]).rsqrt()
         xhat = centred * scale
-        y = total(_times(op, xhat, params[0]), _vector(op, params[1]))
+        y = _times(op, xhat, params[0])
+        y = y if params[1] is None else y + _vector(op, params[1])
         return y.view(inputs[0].shape), Saved(xhat, scale)
 
     def backward(
@@ -86,7 +86,7 @@ class GroupNorm:
             tangent.dscale = -saved.scale.square() * _mean(dx * saved.xhat)
             moved = _times(op, tangent.dxhat, params[0])
         stretched = None if dgamma is None else _times(op, saved.xhat, dgamma)
-        dy = total(moved, stretched, _vector(op, dbeta))
+        dy = total(moved, stretched, None if dbeta is None else _vector(op, dbeta))
         return None if dy is None else dy.expand_as(saved.xhat).reshape(inputs[0].shape), tangent
 
     def backward_tangent(
@@ -141,9 +141,9 @@ def _centre(v: Tensor, xhat: Tensor) -> Tensor:
     return v - _mean(v) - xhat * _mean(v * xhat)
 
 
-def _vector(op: Op, vector: Tensor | None) -> Tensor | None:
+def _vector(op: Op, vector: Tensor) -> Tensor:
     """``[T, *channels]`` shaped to broadcast over rows."""
-    return None if vector is None else vector.reshape(len(vector), 1, op.attrs["groups"], -1, 1)
+    return vector.reshape(len(vector), 1, op.attrs["groups"], -1, 1)
 
 
 def _times(op: Op, x: Tensor, vector: Tensor | None) -> Tensor:
