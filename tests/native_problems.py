@@ -218,7 +218,7 @@ CHAINS = {
     "tied": Chain(Tied, (5,)),
     "tied_eval": Chain(evaluated(Tied), (5,)),
     "tied_shared": Chain(Tied, (5,), lambda name, p: "linear.weight" not in name),
-    "layer_norms": Chain(layer_normed, (6, 4)),
+    "layer_norms": Chain(layer_normed, (2, 4)),
     "group_norms": Chain(group_normed, (2, 7, 6)),
     "group_norms_shared": Chain(group_normed, (2, 7, 6), lambda name, p: p.ndim == 4),
     "view_of_input": Chain(ViewOfInput, (2, 3, 4)),

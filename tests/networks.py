@@ -73,8 +73,8 @@ def mlp(*, batch_norm: bool = False) -> nn.Module:
 def layer_normed() -> nn.Module:
     """Norms of rows and of all features, before and behind a product."""
     return nn.Sequential(
-        nn.Linear(4, 7), nn.LayerNorm(7), nn.Tanh(), nn.LayerNorm((6, 7)), nn.Linear(7, 5),
-        nn.LayerNorm(5, elementwise_affine=False), nn.Softplus(), nn.Flatten(), nn.Linear(30, 3),
+        nn.Linear(4, 7), nn.LayerNorm(7), nn.Tanh(), nn.LayerNorm((2, 7)), nn.Linear(7, 5),
+        nn.LayerNorm(5, elementwise_affine=False), nn.Softplus(), nn.Flatten(), nn.Linear(10, 3),
     )  # fmt: skip
 
 
@@ -136,7 +136,7 @@ NETWORKS = {
     "residual_eval": Network(evaluated(Residual), (2, 7, 6), 3),
     "max_pool": Network(lambda: pooled(nn.MaxPool2d), (2, 8, 9), 3),
     "avg_pool": Network(lambda: pooled(nn.AvgPool2d, affine=False, tracking=False), (2, 8, 9), 3),
-    "layer_norm": Network(layer_normed, (6, 4), 3),
+    "layer_norm": Network(layer_normed, (2, 4), 3),
     "group_norm": Network(group_normed, (2, 7, 6), 3),
     "mixer": Network(Mixer, (6, 4), 3),
     "tied_unseen": Network(Tied, (5,), 3),
