@@ -82,7 +82,7 @@ def group_normed() -> nn.Module:
     """Norms of images: of groups of channels, of each, and of all values."""
     return nn.Sequential(
         nn.Conv2d(2, 6, 3, padding=1), nn.GroupNorm(3, 6), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(6, 8, 3, padding=1), nn.GroupNorm(8, 8, affine=False), nn.Tanh(),
+        nn.Conv2d(6, 8, 3, padding=1), nn.InstanceNorm2d(8, affine=True), nn.Tanh(),
         nn.LayerNorm((8, 3, 3)), nn.Flatten(), nn.Linear(72, 3),
     )  # fmt: skip
 

@@ -120,6 +120,8 @@ def test_batch_norm_knows_its_buffers() -> None:
         (nn.LayerNorm((4, 5), elementwise_affine=False), (3, 4, 5), 1, (1, 2)),
         (nn.GroupNorm(2, 6, affine=False), (6,), 2, (0,)),
         (nn.GroupNorm(3, 6), (6, 4, 5), 3, (0,)),
+        (nn.InstanceNorm1d(6), (6, 4), 6, (0,)),
+        (nn.InstanceNorm2d(3, affine=True), (3, 4, 5), 3, (0,)),
     ],
 )
 def test_norms_of_examples_are_one_op(
@@ -163,7 +165,8 @@ def test_a_matrix_is_no_vector_elsewhere() -> None:
 @pytest.mark.parametrize(
     ("module", "shape", "reason"),
     [
-        (nn.InstanceNorm1d(3), (3, 5), r"mixes examples\) in InstanceNorm1d"),
+        (nn.InstanceNorm1d(3, track_running_stats=True), (3, 5), "running statistics of an inst"),
+        (Lambda(lambda x: torch.tanh(x.view(1, -1, 5))), (3, 5), "examples are side by side"),
         (Lambda(lambda x: F.layer_norm(x, x.shape)), (3,), "native_layer_norm .a norm over"),
         (nn.Sequential(nn.Linear(3, 3), nn.Dropout()), (3,), "in Dropout"),
         (nn.Conv2d(2, 4, 3, groups=2), (2, 5, 5), r"groups > 1\) in Conv2d"),
