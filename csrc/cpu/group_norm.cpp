@@ -10,7 +10,7 @@ namespace {
 // One of the shape's sets of positions, and vectors over channels to work in.
 template <typename T>
 struct Set {
-  const GroupNormShape& shape;
+  GroupNormShape shape;
   Index index, ld;
   T* scratch;
 
@@ -20,7 +20,7 @@ struct Set {
   Index width() const { return shape.channels / shape.groups; }  // of a group
   T per_value() const { return T(1) / static_cast<T>(width() * shape.positions); }
 
-  T* vector(Index i) const { return scratch + i * ld; }
+  T* vector(Index i) const { return scratch + i * (ld + kLanes<T>); }
 };
 
 // body(set) for each that the share owns.
@@ -28,7 +28,7 @@ template <typename T, typename Body>
 FASTMAML_INLINE void for_sets(const GroupNormShape& shape, Index vectors, Share share, Body body) {
   const Index ld = padded_to_lanes<T>(shape.channels);
   const Range mine = split(shape.sets, share);
-  T* scratch = static_cast<T*>(thread_scratch(sizeof(T) * vectors * ld));
+  T* scratch = static_cast<T*>(thread_scratch(sizeof(T) * vectors * (ld + kLanes<T>)));
   for (Index i = mine.begin; i < mine.end; ++i) body(Set<T>{shape, i, ld, scratch});
 }
 
@@ -63,8 +63,9 @@ template <typename T, typename Value>
 FASTMAML_INLINE void spread(const Set<T>& set, T* out, Value value) {
   const Index width = set.width();
   for (Index g = 0; g < set.shape.groups; ++g) {
-    const T own = value(g, g * width);
-    for (Index c = g * width; c < (g + 1) * width; ++c) out[c] = own;
+    const Vec<T> own = broadcast(value(g, g * width));
+    // Whole vectors: what is too much is written over, or past the last channel.
+    for (Index c = g * width; c < (g + 1) * width; c += kLanes<T>) store(out + c, own);
   }
   for (Index c = set.shape.channels; c < set.ld; ++c) out[c] = 0;
 }
@@ -96,19 +97,23 @@ FASTMAML_INLINE void spread_given(const Set<T>& set, const T* of_groups, T* out)
 template <typename T>
 FASTMAML_INLINE void group_moments(const Set<T>& set, const T* x, T eps, T* mean, T* inverse,
                                    T* inv_std) {
-  T *means = set.vector(2), *variances = set.vector(3);
-  for_channels<T>(set, [&](auto tag, Index c) {
-    using R = decltype(tag);
-    const Moments<R> own = moments<T, kVectors<R>>(set.shape.positions, set.ld, x + c);
-    own.mean.put(means + c);
-    own.variance.put(variances + c);
-  });
+  const bool one_position = set.shape.positions == 1;  // channels have no variance of their own
+  T *own_means = set.vector(2), *variances = set.vector(3);
+  if (!one_position) {
+    for_channels<T>(set, [&](auto tag, Index c) {
+      using R = decltype(tag);
+      const Moments<R> own = moments<T, kVectors<R>>(set.shape.positions, set.ld, x + c);
+      own.mean.put(own_means + c);
+      own.variance.put(variances + c);
+    });
+  }
+  const T* means = one_position ? x : own_means;
   const T per_channel = T(1) / static_cast<T>(set.width());
   spread<T>(set, mean, [&](Index, Index c) { return per_channel * sum(means + c, set.width()); });
   for_channels<T>(set, [&](auto tag, Index c) {
     using R = decltype(tag);
     const R shift = R::at(means + c) - R::at(mean + c);
-    multiply_add(shift, shift, R::at(variances + c)).put(variances + c);
+    multiply_add(shift, shift, one_position ? R::fill(0) : R::at(variances + c)).put(variances + c);
   });
   spread<T>(set, inverse, [&](Index g, Index c) {
     const T variance = per_channel * sum(variances + c, set.width());
