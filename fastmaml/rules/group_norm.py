@@ -2,10 +2,10 @@
 
 The axes ``channels`` of a value, one after the other, hold ``groups`` groups of channels. A group
 at all positions, the axes behind, is what one mean and variance are of; every index into the axes
-in front has its own. So layer norm is one group, of all channels, at one
-position, and instance norm as many groups as channels.
+in front has its own. So layer norm is one group, of all channels, at one position, and instance
+norm as many groups as channels.
 
-With E the mean over such a row, s = (variance + eps)^(-1/2), h = (x - mean) s, y = gamma h + beta,
+With E the mean over such a group, s = (variance + eps)^(-1/2), h = (x - mean) s, y = gamma h + beta,
 u = gamma gy and C(v) = v - E[v] - h E[v h]::
 
     gx  = s C(u)
@@ -59,7 +59,7 @@ class GroupNorm:
         xhat = centred * scale
         y = _times(op, xhat, params[0])
         y = y if params[1] is None else y + _vector(op, params[1])
-        return y.view(inputs[0].shape), Saved(xhat, scale)
+        return y.reshape(inputs[0].shape), Saved(xhat, scale)
 
     def backward(
         self, op: Op, params: Tensors, inputs: Sequence[Tensor], saved: Saved, gy: Tensor
@@ -67,7 +67,7 @@ class GroupNorm:
         gamma, beta = params
         g = _rows(op, gy)
         gx = saved.scale * _centre(_times(op, g, gamma), saved.xhat)
-        return [_sum(g * saved.xhat, gamma), _sum(g, beta)], [gx.view(gy.shape)]
+        return [_sum(g * saved.xhat, gamma), _sum(g, beta)], [gx.reshape(gy.shape)]
 
     def tangent(
         self,
@@ -122,7 +122,7 @@ class GroupNorm:
             None if dh is None else _sum(g * dh, gamma),
         )
         dgbeta = None if dg is None else _sum(dg, beta)
-        return [dggamma, dgbeta], [None if dgx is None else dgx.view(gy.shape)]
+        return [dggamma, dgbeta], [None if dgx is None else dgx.reshape(gy.shape)]
 
 
 def _rows(op: Op, x: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def _times(op: Op, x: Tensor, vector: Tensor | None) -> Tensor:
 
 def _sum(x: Tensor, like: Tensor | None) -> Tensor | None:
     """Over all but tasks and channels, shaped as the parameter, if there is one."""
-    return None if like is None else x.sum((1, 4)).view(like.shape)
+    return None if like is None else x.sum((1, 4)).reshape(like.shape)
 
 
 RULES: dict[str, Rule] = {"group_norm": GroupNorm()}

@@ -18,6 +18,7 @@ from fastmaml.backends.triton.group_norm_kernels import (
     group_normalise_kernel,
 )
 from fastmaml.backends.triton.launching import launch
+from fastmaml.backends.triton.tiles import pointers, strides
 from fastmaml.program.ir import Op, Shape
 from fastmaml.rules.base import Grads, Rule, Tensors
 from fastmaml.rules.group_norm import SavedTangent, extents
@@ -44,8 +45,8 @@ class GroupNorm:
         x, cut, vectors = _sets(op, inputs[0]), _Cut(op, inputs[0]), _vectors(*params)
         y, mean, scale = torch.empty_like(x), *(x.new_empty(cut.statistics) for _ in range(2))
         launch(group_normalise_kernel, cut.grid)(
-            x, *_given(x, *vectors), mean, scale, y, *cut.sizes, op.attrs["eps"],
-            *_strides(*vectors), GAMMA=params[0] is not None, BETA=params[1] is not None,
+            x, *pointers(x, *vectors), mean, scale, y, *cut.sizes, op.attrs["eps"],
+            *strides(*vectors), GAMMA=params[0] is not None, BETA=params[1] is not None,
             **cut.blocks,
         )  # fmt: skip
         return _from_sets(op, y, inputs[0].shape), Saved(x, mean, scale)
@@ -56,8 +57,8 @@ class GroupNorm:
         x, g, cut, vectors = saved.x, _sets(op, gy), _Cut(op, gy), _vectors(params[0])
         gx, sums = torch.empty_like(x), cut.sums(op, params, x)
         launch(group_norm_backward_kernel, cut.grid)(
-            g, x, saved.mean, saved.scale, *_given(x, *vectors), gx, *_given(gx, *_pair(sums)),
-            *cut.sizes, *_strides(*vectors),
+            g, x, saved.mean, saved.scale, *pointers(x, *vectors), gx, *pointers(gx, *_pair(sums)),
+            *cut.sizes, *strides(*vectors),
             GAMMA=params[0] is not None, SUMS=sums is not None, **cut.blocks,
         )  # fmt: skip
         return _of_params(params, sums), [_from_sets(op, gx, gy.shape)]
@@ -78,8 +79,8 @@ class GroupNorm:
         d = x if dx is None else _sets(op, dx)
         dy, dh, dscale = torch.empty_like(x), torch.empty_like(x), torch.empty_like(saved.scale)
         launch(group_norm_tangent_kernel, cut.grid)(
-            d, x, saved.mean, saved.scale, *_given(x, *vectors), dh, dy, dscale,
-            *cut.sizes, *_strides(*vectors), MOVES=dx is not None, GAMMA=params[0] is not None,
+            d, x, saved.mean, saved.scale, *pointers(x, *vectors), dh, dy, dscale,
+            *cut.sizes, *strides(*vectors), MOVES=dx is not None, GAMMA=params[0] is not None,
             DGAMMA=dparams[0] is not None, DBETA=dparams[1] is not None, **cut.blocks,
         )  # fmt: skip
         moved = SavedTangent(None, None) if dx is None else SavedTangent(dh, dscale)
@@ -101,9 +102,9 @@ class GroupNorm:
         dg, vectors = None if dgy is None else _sets(op, dgy), _vectors(params[0], dparams[0])
         dgx, sums = torch.empty_like(x), cut.sums(op, params, x)
         launch(group_norm_backward_tangent_kernel, cut.grid)(
-            g, *_given(g, dg), x, saved.mean, saved.scale,
-            *_given(x, dsaved.dxhat, dsaved.dscale, *vectors), dgx, *_given(dgx, *_pair(sums)),
-            *cut.sizes, *_strides(*vectors), G_MOVES=dg is not None,
+            g, *pointers(g, dg), x, saved.mean, saved.scale,
+            *pointers(x, dsaved.dxhat, dsaved.dscale, *vectors), dgx, *pointers(dgx, *_pair(sums)),
+            *cut.sizes, *strides(*vectors), G_MOVES=dg is not None,
             MOVES=dsaved.dxhat is not None, GAMMA=params[0] is not None,
             DGAMMA=dparams[0] is not None, SUMS=sums is not None, **cut.blocks,
         )  # fmt: skip
@@ -153,18 +154,9 @@ def _from_sets(op: Op, values: Tensor, shape: Sequence[int]) -> Tensor:
     return values.view(*others, *(shape[axis] for axis in own)).movedim(last, own)
 
 
-def _given(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-    """Pointers for a launch: what is absent is flagged so, and never read."""
-    return [stand_in if t is None else t for t in tensors]
-
-
 def _vectors(*params: Tensor | None) -> list[Tensor | None]:
     """Parameters, or directions of them, ``[T, *channels]`` as ``[T, C]``."""
     return [None if p is None else p.flatten(1) for p in params]
-
-
-def _strides(*vectors: Tensor | None) -> list[int]:
-    return [stride for v in vectors for stride in ((0, 0) if v is None else v.stride())]
 
 
 def _pair(sums: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
