@@ -5,8 +5,8 @@ at all positions, the axes behind, is what one mean and variance are of; every i
 in front has its own. So layer norm is one group, of all channels, at one position, and instance
 norm as many groups as channels.
 
-With E the mean over such a group, s = (variance + eps)^(-1/2), h = (x - mean) s, y = gamma h + beta,
-u = gamma gy and C(v) = v - E[v] - h E[v h]::
+With E the mean over such a group, s = (variance + eps)^(-1/2), h = (x - mean) s,
+y = gamma h + beta, u = gamma gy and C(v) = v - E[v] - h E[v h]::
 
     gx  = s C(u)
     dh  = s C(dx),  ds = - s^2 E[dx h],  du = gamma dgy + dgamma gy

@@ -167,12 +167,8 @@ class BatchNorm(ReferenceBatchNorm):
             )
         x, g, tiles = saved.x, rows(gy), _Tiles(saved.x, op)
         dgx, of_scale, parts = torch.empty_like(x), _like_scale(saved), tiles.parts(x, 5)
-        given = [
-            *pointers(g, g, None if dgy is None else rows(dgy)),
-            saved.winner,
-            *saved.normalised,
-        ]
-        given += pointers(x, dsaved.dxhat, *params, *dparams)
+        given = [*pointers(g, g, None if dgy is None else rows(dgy)), saved.winner]
+        given += [*saved.normalised, *pointers(x, dsaved.dxhat, *params, *dparams)]
         numbers = (*_constants(op), *strides(*params, *dparams), saved.sizes)
         flags: dict[str, Any] = {"G_MOVES": dgy is not None, "MOVES": dsaved.dxhat is not None}
         flags |= {**_affine(params), **_affine(dparams, "D"), **_behind(op), **tiles.blocks}
