@@ -198,6 +198,10 @@ def conv_view_linear() -> nn.Module:
     )
 
 
+def norm_of_the_input() -> nn.Module:
+    return nn.Sequential(nn.GroupNorm(3, 3), nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(12, 5))
+
+
 @dataclass(frozen=True)
 class Chain:
     make: Callable[[], nn.Module]
@@ -218,6 +222,7 @@ CHAINS = {
     "tied": Chain(Tied, (5,)),
     "tied_eval": Chain(evaluated(Tied), (5,)),
     "tied_shared": Chain(Tied, (5,), lambda name, p: "linear.weight" not in name),
+    "norm_of_the_input": Chain(norm_of_the_input, (3, 4, 5)),
     "layer_norms": Chain(layer_normed, (2, 4)),
     "group_norms": Chain(group_normed, (2, 7, 6)),
     "group_norms_shared": Chain(group_normed, (2, 7, 6), lambda name, p: p.ndim == 4),

@@ -112,57 +112,6 @@ def test_batch_norm_knows_its_buffers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("norm", "shape", "groups", "channels"),
-    [
-        (nn.LayerNorm(3), (3,), 1, (0,)),
-        (nn.LayerNorm(5, bias=False), (4, 5), 1, (1,)),
-        (nn.LayerNorm((3, 4, 5)), (3, 4, 5), 1, (0, 1, 2)),
-        (nn.LayerNorm((4, 5), elementwise_affine=False), (3, 4, 5), 1, (1, 2)),
-        (nn.GroupNorm(2, 6, affine=False), (6,), 2, (0,)),
-        (nn.GroupNorm(3, 6), (6, 4, 5), 3, (0,)),
-        (nn.InstanceNorm1d(6), (6, 4), 6, (0,)),
-        (nn.InstanceNorm2d(3, affine=True), (3, 4, 5), 3, (0,)),
-    ],
-)
-def test_norms_of_examples_are_one_op(
-    norm: nn.Module, shape: tuple[int, ...], groups: int, channels: tuple[int, ...]
-) -> None:
-    graph = capture(norm, torch.randn(4, *shape))
-    assert [op.kind for op in graph.ops] == ["group_norm"]
-    assert dict(graph.ops[0].attrs) == {"groups": groups, "channels": channels, "eps": 1e-5}
-    assert graph.parameters == tuple(name for name, _ in norm.named_parameters())
-
-
-@pytest.mark.parametrize(
-    ("norm", "rows", "expected"),
-    [
-        (nn.LayerNorm(5), (-1, 5), ["view", "group_norm", "view"]),
-        (nn.GroupNorm(2, 4), (-1, 4, 5), ["group_norm"]),
-    ],
-)
-def test_norms_where_rows_are_no_examples(norm, rows, expected: list[str]) -> None:
-    x = torch.randn(2, 3, 4, 5)
-    module = Lambda(lambda x: norm(x.reshape(rows)).view(x.shape))
-    module.norm = norm
-    ops = capture(module, x).ops
-    assert [op.kind for op in ops] == expected
-    assert next(op.attrs["channels"] for op in ops if op.kind == "group_norm") == (1,)
-
-
-def test_a_matrix_is_no_vector_elsewhere() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(3, 3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.layer_norm(F.linear(x, self.weight), (3, 3), self.weight)
-
-    with pytest.raises(NotCovered, match="a weight that is a matrix elsewhere"):
-        capture(Tied(), torch.randn(4, 3, 3))
-
-
-@pytest.mark.parametrize(
     ("module", "shape", "reason"),
     [
         (nn.InstanceNorm1d(3, track_running_stats=True), (3, 5), "running statistics of an inst"),

@@ -180,7 +180,8 @@ class Planner {
       if (op.kind == "conv2d") return channels_first(spec_.values[value], lanes_needed);
       if (op.kind == "linear") return channels_last(spec_.values[value], lanes_needed);
       if (op.kind != "view") lanes_needed = lanes();
-      const bool image_op = op.kind == "batch_norm" || op.kind.find("pool") != std::string::npos;
+      const bool image_op = op.kind == "batch_norm" || op.kind.find("pool") != std::string::npos ||
+                            holds(op, "channels", std::vector<Index>{0});
       if (image_op) return channels_first(spec_.values[value], lanes_needed);
       const bool same_order =
           op.kind == "view" || op.kind == "activation" || op.kind == "add" || op.kind == "scale";
