@@ -122,7 +122,7 @@ CASES = {
             ways=1,
             regression=True,
         ),
-        Case("omnigroup", omniglot_group_norm, (1, 28, 28), 16, 5, 5, steps=5, lr=0.05),
+        Case("omnigroup", omniglot_group_norm, (1, 28, 28), 16, 5, 5, steps=5, lr=0.01),
     )
 }
 
