@@ -22,7 +22,7 @@ def sine_net() -> nn.Module:
     )
 
 
-def sine_layer_norm() -> nn.Module:
+def sine_norms() -> nn.Module:
     """The same with layer norms."""
     return nn.Sequential(
         nn.Linear(1, 40), nn.LayerNorm(40), nn.ReLU(),
@@ -110,18 +110,7 @@ CASES = {
         Case("omni55", lambda: OmniglotCNN(5), (1, 28, 28), 32, 5, 75, steps=5, lr=0.1),
         Case("mini51", lambda: CNN4(5, hidden_size=32), (3, 84, 84), 4, 5, 75, steps=5, lr=0.01),
         Case("resnet12", cifar_resnet, (3, 32, 32), 2, 5, 75, steps=1, lr=0.01),
-        Case(
-            "sinelayer",
-            sine_layer_norm,
-            (1,),
-            25,
-            10,
-            10,
-            steps=5,
-            lr=0.01,
-            ways=1,
-            regression=True,
-        ),
+        Case("sinelayer", sine_norms, (1,), 25, 10, 10, steps=5, lr=0.01, ways=1, regression=True),
         Case("omnigroup", omniglot_group_norm, (1, 28, 28), 16, 5, 5, steps=5, lr=0.01),
     )
 }

@@ -242,8 +242,8 @@ void group_norm_backward_tangent(const GroupNormShape& shape, const GroupNormSta
     spread_given(set, tangent.mean_dx_xhat, moment);
     for_channels<T>(set, [&](auto tag, Index c) {
       using R = decltype(tag);
-      // gx = inverse * q with q = u - mean - xhat * along, where u = gamma * gy; so dgx is inverse
-      // * dq - inverse^2 moment * q.
+      // gx = inverse * q with q = u - mean - xhat * along and u = gamma * gy, so
+      // dgx = inverse * dq - inverse^2 * moment * q.
       const R zero = R::fill(0), scale = R::at(inverse + c);
       const R level = zero - R::at(mean + c), slope = zero - R::at(along + c);
       const R dlevel = zero - R::at(dmean + c), dslope = zero - R::at(dalong + c);

@@ -242,9 +242,8 @@ struct Kernels {
                                      const T* inv_std, T* dgx, bool accumulate, T* dggamma,
                                      T* dgbeta, Share share);
 
-  // --- layer, group and instance norm
-  // -------------------------------------------------------------- gamma, beta, their tangents, dx,
-  // dgy and gx may be null, and xhat may be x itself, as above.
+  // --- layer, group and instance norm ------------------------------------------------------------
+  // gamma, beta, their tangents, dx, dgy and gx may be null, and xhat may be x itself, as above.
   void (*group_norm_forward)(const GroupNormShape& shape, const T* x, const T* gamma, const T* beta,
                              T eps, T* xhat, T* y, T* inv_std, Share share);
   // ggamma and gbeta, [sets][padded(channels)] here, are always written; whoever wants the
