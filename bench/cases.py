@@ -22,6 +22,23 @@ def sine_net() -> nn.Module:
     )
 
 
+def sine_norms() -> nn.Module:
+    """The same with layer norms."""
+    return nn.Sequential(
+        nn.Linear(1, 40), nn.LayerNorm(40), nn.ReLU(),
+        nn.Linear(40, 40), nn.LayerNorm(40), nn.ReLU(), nn.Linear(40, 1),
+    )  # fmt: skip
+
+
+def omniglot_group_norm() -> nn.Module:
+    """Four pooled convolutions of 32 channels, with group norms."""
+    layers: list[nn.Module] = []
+    for channels in (1, 32, 32, 32):
+        layers += [nn.Conv2d(channels, 32, 3, padding=1), nn.GroupNorm(8, 32)]
+        layers += [nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 5))
+
+
 def cifar_resnet() -> nn.Module:
     """ResNet-12 for CIFAR-FS: 32x32 images, no average pooling; no dropout, to have an oracle."""
     return ResNet12(5, hidden_size=2048, avg_pool=False, wider=False, dropblock_dropout=0.0)
@@ -93,6 +110,8 @@ CASES = {
         Case("omni55", lambda: OmniglotCNN(5), (1, 28, 28), 32, 5, 75, steps=5, lr=0.1),
         Case("mini51", lambda: CNN4(5, hidden_size=32), (3, 84, 84), 4, 5, 75, steps=5, lr=0.01),
         Case("resnet12", cifar_resnet, (3, 32, 32), 2, 5, 75, steps=1, lr=0.01),
+        Case("sinelayer", sine_norms, (1,), 25, 10, 10, steps=5, lr=0.01, ways=1, regression=True),
+        Case("omnigroup", omniglot_group_norm, (1, 28, 28), 16, 5, 5, steps=5, lr=0.01),
     )
 }
 

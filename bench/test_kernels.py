@@ -35,6 +35,8 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "conv_odd_17_48": (conv(17, 48), (17, 20, 20)),
     "conv_odd_48_17_s2": (conv(48, 17, stride=2), (48, 33, 47)),
     "batch_norm_64": (nn.BatchNorm2d(64), (64, 14, 14)),
+    "group_norm_64": (nn.GroupNorm(8, 64), (64, 14, 14)),
+    "layer_norm_odd_100": (nn.LayerNorm(100), (14, 100)),
     "relu_64": (nn.ReLU(), (64, 14, 14)),
     "max_pool_32": (nn.MaxPool2d(2), (32, 42, 42)),
 }

@@ -59,7 +59,7 @@ def cnn() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
     net = nn.Sequential(
         nn.Conv2d(1, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU(),
         nn.Conv2d(64, 48, 3, 2, 1), nn.BatchNorm2d(48), nn.GELU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(48 * 3 * 3, 5),
+        nn.GroupNorm(6, 48), nn.Flatten(), nn.LayerNorm(48 * 3 * 3), nn.Linear(48 * 3 * 3, 5),
     )  # fmt: skip
     return net, torch.randn(2, 5, 1, 28, 28), F.cross_entropy
 
@@ -89,6 +89,15 @@ def many() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
 def gated() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
     """Products of values."""
     return Gated(), torch.randn(2, 3, 2, 4, 5), F.cross_entropy
+
+
+def of_examples() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
+    """Norms of examples: of groups, of rows, and of more values than a tile holds."""
+    net = nn.Sequential(
+        nn.Conv2d(2, 32, 3), nn.GroupNorm(8, 32), nn.ReLU(), nn.GroupNorm(32, 32, affine=False),
+        nn.LayerNorm((32, 9, 9)), nn.LayerNorm(9, bias=False), nn.Flatten(), nn.Linear(2592, 3),
+    )  # fmt: skip
+    return net, torch.randn(3, 4, 2, 11, 11), F.cross_entropy
 
 
 def ones() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
@@ -223,6 +232,7 @@ def compile_all(capability: int) -> None:
         meta_step(*mlp())
         meta_step(*cnn_without())
         meta_step(*many())
+        meta_step(*of_examples())
         meta_step(*ones())
         meta_step(*gated())
     functions()

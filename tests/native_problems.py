@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from networks import Dense, Gated, evaluated
+from networks import Dense, Gated, evaluated, group_normed, layer_normed
 from rule_cases import Case, random_tensors
 from torch import Tensor, nn
 
@@ -198,6 +198,10 @@ def conv_view_linear() -> nn.Module:
     )
 
 
+def norm_of_the_input() -> nn.Module:
+    return nn.Sequential(nn.GroupNorm(3, 3), nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(12, 5))
+
+
 @dataclass(frozen=True)
 class Chain:
     make: Callable[[], nn.Module]
@@ -222,6 +226,10 @@ CHAINS = {
     "gated_shared": Chain(Gated, (2, 4, 5), lambda name, p: name.startswith("gate")),
     "dense": Chain(Dense, (2, 4, 5)),
     "dense_shared": Chain(Dense, (2, 4, 5), lambda name, p: "first" not in name),
+    "norm_of_the_input": Chain(norm_of_the_input, (3, 4, 5)),
+    "layer_norms": Chain(layer_normed, (2, 4)),
+    "group_norms": Chain(group_normed, (2, 7, 6)),
+    "group_norms_shared": Chain(group_normed, (2, 7, 6), lambda name, p: p.ndim == 4),
     "view_of_input": Chain(ViewOfInput, (2, 3, 4)),
 }
 

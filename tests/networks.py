@@ -68,6 +68,13 @@ class Dense(nn.Module):
         return self.head(torch.cat((F.glu(values), rest, values[:, 3:4]), -1))
 
 
+class Cumulative(nn.Module):
+    """Sums of the features up to each: what has no native program."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(-1)
+
+
 class Mixer(nn.Module):
     """A layer over positions, then one over channels, on a permuted input."""
 
@@ -100,6 +107,23 @@ def mlp(*, batch_norm: bool = False) -> nn.Module:
     layers: list[nn.Module] = [nn.Linear(3, 7)]
     layers += [nn.BatchNorm1d(7)] if batch_norm else []
     return nn.Sequential(*layers, nn.Tanh(), nn.Linear(7, 6), nn.Softplus(), nn.Linear(6, 3))
+
+
+def layer_normed() -> nn.Module:
+    """Norms of rows and of all features, before and behind a product."""
+    return nn.Sequential(
+        nn.Linear(4, 7), nn.LayerNorm(7), nn.Tanh(), nn.LayerNorm((2, 7)), nn.Linear(7, 5),
+        nn.LayerNorm(5, elementwise_affine=False), nn.Softplus(), nn.Flatten(), nn.Linear(10, 3),
+    )  # fmt: skip
+
+
+def group_normed() -> nn.Module:
+    """Norms of images: of groups of channels, of each, and of all values."""
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1), nn.GroupNorm(3, 6), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(6, 8, 3, padding=1), nn.InstanceNorm2d(8, affine=True), nn.Tanh(),
+        nn.LayerNorm((8, 3, 3)), nn.Flatten(), nn.Linear(72, 3),
+    )  # fmt: skip
 
 
 def pooled(kind: type[nn.Module], affine: bool = True, tracking: bool = True) -> nn.Module:
@@ -169,6 +193,8 @@ NETWORKS = {
     "max_pool": Network(lambda: pooled(nn.MaxPool2d), (2, 8, 9), 3),
     "avg_pool": Network(lambda: pooled(nn.AvgPool2d, affine=False, tracking=False), (2, 8, 9), 3),
     "mobile": Network(mobile, (2, 6, 7), 3),
+    "layer_norm": Network(layer_normed, (2, 4), 3),
+    "group_norm": Network(group_normed, (2, 7, 6), 3),
     "mixer": Network(Mixer, (6, 4), 3),
     "tied_unseen": Network(Tied, (5,), 3),
     "frozen": Network(frozen, (3,), 3),

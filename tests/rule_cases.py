@@ -56,6 +56,13 @@ def _batch_norm(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
     return F.batch_norm(x, *buffers, weight, bias, *last)
 
 
+def _group_norm(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
+    a, begin = op.attrs, op.attrs["channels"][0]
+    rows = x.flatten(0, begin).flatten(1, len(a["channels"]))
+    weight, bias = (None if p is None else p.flatten() for p in params)
+    return F.group_norm(rows, a["groups"], weight, bias, a["eps"]).view(x.shape)
+
+
 _FUNCTIONS = {
     "relu": lambda x, a, b: F.relu(x),
     "leaky_relu": lambda x, a, b: F.leaky_relu(x, a),
@@ -107,6 +114,7 @@ _PLAIN = {
     "linear": _linear,
     "conv2d": _conv2d,
     "batch_norm": _batch_norm,
+    "group_norm": _group_norm,
     "activation": _activation,
     "max_pool2d": _max_pool2d,
     "avg_pool2d": _avg_pool2d,
@@ -208,6 +216,21 @@ def _norm_case(
     )
 
 
+def _group_norm_case(
+    name: str,
+    x: Shape,
+    groups: int = 1,
+    channels: Shape = (0,),
+    *,
+    weight: bool = True,
+    bias: bool = True,
+    eps: float = 1e-5,
+) -> Case:
+    c = x[channels[0] : channels[-1] + 1]
+    params = (c if weight else None, c if bias else None)
+    return _case(name, "group_norm", (x,), params, groups=groups, channels=channels, eps=eps)
+
+
 def _pool_case(
     name: str,
     kind: str,
@@ -278,6 +301,25 @@ CASES: dict[str, list[Case]] = {
         _norm_case("2d_eval", (3, 5, 7), training=False, eps=1e-3),
         _norm_case("2d_eval_plain", (3, 5, 7), training=False, weight=False, bias=False),
         _norm_case("2d_eval_no_weight", (3, 5, 7), training=False, weight=False),
+    ],
+    "group_norm": [
+        _group_norm_case("layer", (17,)),
+        _group_norm_case("layer_40", (40,), eps=1e-3),
+        _group_norm_case("layer_rows", (2, 3, 17), channels=(2,)),
+        _group_norm_case("layer_rows_plain", (3, 5), channels=(1,), weight=False, bias=False),
+        _group_norm_case("layer_axes", (2, 3, 7), channels=(1, 2), bias=False),
+        _group_norm_case("layer_image", (3, 5, 7), channels=(0, 1, 2)),
+        _group_norm_case("layer_no_weight", (2, 9), channels=(1,), weight=False),
+        _group_norm_case("groups", (6, 5, 7), 3),
+        _group_norm_case("groups_17", (34, 2, 3), 2),
+        _group_norm_case("groups_lanes", (32, 2, 2), 4, eps=0.1),
+        _group_norm_case("groups_no_positions", (12,), 3),
+        _group_norm_case("groups_no_bias", (6, 5), 2, bias=False),
+        _group_norm_case("groups_no_weight", (6, 5, 7), 2, weight=False),
+        _group_norm_case("groups_behind_rows", (2, 4, 5), 2, (1,)),
+        _group_norm_case("one_group", (3, 5, 7)),
+        _group_norm_case("instance", (5, 3, 4), 5),
+        _group_norm_case("instance_plain", (3, 5, 7), 3, weight=False, bias=False),
     ],
     "activation": [
         _activation_case("relu"),

@@ -127,7 +127,9 @@ def test_batch_norm_knows_its_buffers() -> None:
 @pytest.mark.parametrize(
     ("module", "shape", "reason"),
     [
-        (nn.LayerNorm(3), (3,), "native_layer_norm in LayerNorm"),
+        (nn.InstanceNorm1d(3, track_running_stats=True), (3, 5), "running statistics of an inst"),
+        (Lambda(lambda x: torch.tanh(x.view(1, -1, 5))), (3, 5), "examples are side by side"),
+        (Lambda(lambda x: F.layer_norm(x, x.shape)), (3,), "native_layer_norm .a norm over"),
         (nn.Sequential(nn.Linear(3, 3), nn.Dropout()), (3,), "in Dropout"),
         (nn.Conv2d(2, 4, 3, groups=2), (2, 5, 5), r"groups > 1\) in Conv2d"),
         (Lambda(lambda x: x[:, ::2]), (3,), r"aten.slice \(a step of 2\) in Lambda"),

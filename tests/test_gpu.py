@@ -35,7 +35,10 @@ from fastmaml.backends.triton import norm
 pytestmark = CHECKED_KERNELS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-QUICK = ["mlp", "mlp_norm", "mixer", "tied_unseen", "frozen", "max_pool", "gated", "dense"]
+QUICK = [
+    *("mlp", "mlp_norm", "layer_norm", "mixer", "tied_unseen", "frozen", "max_pool"),
+    *("gated", "dense"),
+]
 CHOSEN = list(NETWORKS) if DEVICE == "cuda" or os.environ.get("FASTMAML_LARGE_TESTS") else QUICK
 
 

@@ -82,7 +82,9 @@ def test_second_order_is_exact(name: str, door: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("name", ["mlp_norm", "residual", "omniglot_cnn"])
+@pytest.mark.parametrize(
+    "name", ["mlp_norm", "residual", "omniglot_cnn", "layer_norm", "group_norm"]
+)
 def test_first_order_is_exact(name: str, door: str, backend: str) -> None:
     check(name, door, classification(name), steps=2, first_order=True)
 

@@ -22,7 +22,7 @@ from fastmaml.backends.precision import (
     linear_precision,
     precision,
 )
-from fastmaml.backends.triton import LOSSES, norm
+from fastmaml.backends.triton import LOSSES, group_norm, norm
 from fastmaml.backends.triton import rules as triton_rules
 from fastmaml.backends.triton.products import choose_blocks
 from fastmaml.rules import LOSSES as REFERENCE_LOSSES
@@ -102,7 +102,7 @@ def check(
         torch.testing.assert_close(got.double().cpu(), want, rtol=0, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv2d", "batch_norm"])
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "batch_norm", "group_norm"])
 @torch.no_grad()
 def test_expanded_directions(kind: str) -> None:
     """Of a cotangent that autograd has expanded from one number, no element has a neighbour."""
@@ -190,6 +190,14 @@ def test_long_sums_are_taken_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(norm, "_BLOCK_ROWS", 16)
     case = next(c for c in CASES[kind] if c.name in ("strided", "2d"))
     check(case, 2, 12, RULES, 2e-5)
+
+
+@pytest.mark.parametrize("name", ["groups", "layer_image"])
+@torch.no_grad()
+def test_groups_of_several_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of positions, and of channels."""
+    monkeypatch.setattr(group_norm, "_TILE_VALUES", 16)
+    check(next(c for c in CASES["group_norm"] if c.name == name), 2, 2, RULES, 2e-5)
 
 
 @pytest.mark.parametrize("tasks", [1, 4, 32])

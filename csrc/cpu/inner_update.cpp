@@ -7,13 +7,6 @@ namespace fastmaml {
 namespace FASTMAML_ISA {
 namespace {
 
-template <typename T>
-FASTMAML_INLINE T lane_sum(Vec<T> v) {
-  T sum = 0;
-  for (int i = 0; i < kLanes<T>; ++i) sum += v[i];
-  return sum;
-}
-
 // Zero at zero.
 template <typename T>
 FASTMAML_INLINE Vec<T> reciprocal(Vec<T> x) {

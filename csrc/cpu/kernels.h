@@ -93,6 +93,24 @@ struct NormReluTangent {
   T *mean_dx, *mean_dx_xhat;
 };
 
+// `sets` times `positions` rows of channels, `groups` groups of them one after the other: each
+// group of a set has a mean and a variance of its own.
+struct GroupNormShape {
+  Index sets, positions, channels, groups;
+};
+// What forward leaves to the other passes; inv_std [sets][groups].
+template <typename T>
+struct GroupNormState {
+  const T *gamma, *xhat, *inv_std;
+};
+// The same of a tangent; dxhat and mean(dx * xhat) [sets][groups] are written by
+// group_norm_tangent.
+template <typename T>
+struct GroupNormTangent {
+  const T* dgamma;
+  T *dxhat, *mean_dx_xhat;
+};
+
 // The coefficients of the inner update rule, see fastmaml/program/updates.py.
 enum InnerCoefficient : int {
   kInnerStep,
@@ -227,6 +245,24 @@ struct Kernels {
                                      const T* xhat, const T* dxhat, const T* gamma, const T* dgamma,
                                      const T* inv_std, T* dgx, bool accumulate, T* dggamma,
                                      T* dgbeta, Share share);
+
+  // --- layer, group and instance norm ------------------------------------------------------------
+  // gamma, beta, their tangents, dx, dgy and gx may be null, and xhat may be x itself, as above.
+  void (*group_norm_forward)(const GroupNormShape& shape, const T* x, const T* gamma, const T* beta,
+                             T eps, T* xhat, T* y, T* inv_std, Share share);
+  // ggamma and gbeta, [sets][padded(channels)] here, are always written; whoever wants the
+  // parameters' gradients adds up the sets.
+  void (*group_norm_backward)(const GroupNormShape& shape, const GroupNormState<T>& state,
+                              const T* gy, T* gx, bool accumulate, T* ggamma, T* gbeta,
+                              Share share);
+  void (*group_norm_tangent)(const GroupNormShape& shape, const GroupNormState<T>& state,
+                             const GroupNormTangent<T>& tangent, const T* dx, const T* dbeta, T* dy,
+                             Share share);
+  // ggamma, gbeta: what group_norm_backward wrote.
+  void (*group_norm_backward_tangent)(const GroupNormShape& shape, const GroupNormState<T>& state,
+                                      const GroupNormTangent<T>& tangent, const T* gy, const T* dgy,
+                                      const T* ggamma, const T* gbeta, T* dgx, bool accumulate,
+                                      T* dggamma, T* dgbeta, Share share);
 
   // --- y = max over windows of relu(batch norm(x)), statistics of the batch ----------------------
   // What norm_* computes without the values in between; gx, gy, dgy, gamma, dgamma, dbeta as there.

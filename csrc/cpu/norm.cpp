@@ -4,48 +4,6 @@
 
 namespace fastmaml {
 namespace FASTMAML_ISA {
-namespace {
-
-// Sums of gy * xhat (a) and of gy (b).
-template <typename T, int NV>
-FASTMAML_INLINE Sums<Row<T, NV>> gradient_sums(Index rows, Index ld, const T* gy, const T* xhat) {
-  using R = Row<T, NV>;
-  return column_pair_sums<T, NV>(rows, [&](Index i, Sums<R>* sums) {
-    const R g = R::at(gy + i * ld);
-    sums->a = multiply_add(g, R::at(xhat + i * ld), sums->a);
-    sums->b = sums->b + g;
-  });
-}
-
-// Their tangents: sums of dgy * xhat + gy * dxhat (a) and of dgy (b); dgy may be null.
-template <typename T, int NV>
-FASTMAML_INLINE Sums<Row<T, NV>> gradient_sum_tangents(Index rows, Index ld, const T* gy,
-                                                       const T* dgy, const T* xhat,
-                                                       const T* dxhat) {
-  using R = Row<T, NV>;
-  return column_pair_sums<T, NV>(rows, [&](Index i, Sums<R>* sums) {
-    sums->a = multiply_add(R::at(gy + i * ld), R::at(dxhat + i * ld), sums->a);
-    if (!dgy) return;
-    const R dg = R::at(dgy + i * ld);
-    sums->a = multiply_add(dg, R::at(xhat + i * ld), sums->a);
-    sums->b = sums->b + dg;
-  });
-}
-
-template <typename T, int NV>
-FASTMAML_INLINE void normalise(Index rows, Index ld, const T* x, const Row<T, NV>& mean,
-                               const Row<T, NV>& inv_std, const Row<T, NV>& gamma,
-                               const Row<T, NV>& beta, T* xhat, T* y) {
-  using R = Row<T, NV>;
-  for (Index i = 0; i < rows; ++i) {
-    const R h = (R::at(x + i * ld) - mean) * inv_std;
-    h.put(xhat + i * ld);
-    multiply_add(gamma, h, beta).put(y + i * ld);
-  }
-}
-
-}  // namespace
-
 template <typename T>
 void norm_forward(Index rows, Index channels, const T* x, const T* gamma, const T* beta, T eps,
                   T* xhat, T* y, T* mean, T* variance, T* inv_std, Share share) {

@@ -1,4 +1,4 @@
-// Rows of channels in registers, and the sums over rows that batch normalisation is made of.
+// Rows of channels in registers, and the sums over rows that normalisation is made of.
 #pragma once
 
 #include "simd.h"
@@ -131,6 +131,44 @@ FASTMAML_INLINE Sums<Row<T, NV>> column_pair_sums(Index rows, Add add) {
     total.b = total.b + part.b;
   }
   return total;
+}
+
+// Sums of gy * xhat (a) and of gy (b).
+template <typename T, int NV>
+FASTMAML_INLINE Sums<Row<T, NV>> gradient_sums(Index rows, Index ld, const T* gy, const T* xhat) {
+  using R = Row<T, NV>;
+  return column_pair_sums<T, NV>(rows, [&](Index i, Sums<R>* sums) {
+    const R g = R::at(gy + i * ld);
+    sums->a = multiply_add(g, R::at(xhat + i * ld), sums->a);
+    sums->b = sums->b + g;
+  });
+}
+
+// Their tangents: sums of dgy * xhat + gy * dxhat (a) and of dgy (b); dgy may be null.
+template <typename T, int NV>
+FASTMAML_INLINE Sums<Row<T, NV>> gradient_sum_tangents(Index rows, Index ld, const T* gy,
+                                                       const T* dgy, const T* xhat,
+                                                       const T* dxhat) {
+  using R = Row<T, NV>;
+  return column_pair_sums<T, NV>(rows, [&](Index i, Sums<R>* sums) {
+    sums->a = multiply_add(R::at(gy + i * ld), R::at(dxhat + i * ld), sums->a);
+    if (!dgy) return;
+    const R dg = R::at(dgy + i * ld);
+    sums->a = multiply_add(dg, R::at(xhat + i * ld), sums->a);
+    sums->b = sums->b + dg;
+  });
+}
+
+template <typename T, int NV>
+FASTMAML_INLINE void normalise(Index rows, Index ld, const T* x, const Row<T, NV>& mean,
+                               const Row<T, NV>& inv_std, const Row<T, NV>& gamma,
+                               const Row<T, NV>& beta, T* xhat, T* y) {
+  using R = Row<T, NV>;
+  for (Index i = 0; i < rows; ++i) {
+    const R h = (R::at(x + i * ld) - mean) * inv_std;
+    h.put(xhat + i * ld);
+    multiply_add(gamma, h, beta).put(y + i * ld);
+  }
 }
 
 }  // namespace FASTMAML_ISA

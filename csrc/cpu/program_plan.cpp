@@ -180,7 +180,8 @@ class Planner {
       if (op.kind == "conv2d") return channels_first(spec_.values[value], lanes_needed);
       if (op.kind == "linear") return channels_last(spec_.values[value], lanes_needed);
       if (op.kind != "view") lanes_needed = lanes();
-      const bool image_op = op.kind == "batch_norm" || op.kind.find("pool") != std::string::npos;
+      const bool image_op = op.kind == "batch_norm" || op.kind.find("pool") != std::string::npos ||
+                            holds(op, "channels", std::vector<Index>{0});
       if (image_op) return channels_first(spec_.values[value], lanes_needed);
       const bool same_order =
           op.kind == "view" || op.kind == "activation" || op.kind == "add" || op.kind == "scale";
@@ -372,6 +373,7 @@ int Planner<T>::add_op(int index) {
       {"linear", make_linear<T>},
       {"conv2d", make_conv2d<T>},
       {"batch_norm", make_batch_norm<T>},
+      {"group_norm", make_group_norm<T>},
       {"activation", make_activation<T>},
       {"max_pool2d", make_max_pool2d<T>},
       {"avg_pool2d", make_avg_pool2d<T>},

@@ -152,6 +152,16 @@ FASTMAML_INLINE Vec<T> square_root(Vec<T> v) {
   return v;
 }
 
+template <typename T>
+FASTMAML_INLINE T lane_sum(Vec<T> v) {
+  T sums[kLanes<T>];
+  store(sums, v);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+  }
+  return sums[0];
+}
+
 FASTMAML_INLINE Index smaller(Index a, Index b) { return a < b ? a : b; }
 FASTMAML_INLINE Index larger(Index a, Index b) { return a > b ? a : b; }
 FASTMAML_INLINE Index divide_up(Index a, Index b) { return (a + b - 1) / b; }

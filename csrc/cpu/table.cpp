@@ -2,6 +2,7 @@
 #include "activation.h"
 #include "conv2d.h"
 #include "gemm.h"
+#include "group_norm.h"
 #include "inner_update.h"
 #include "lanes.h"
 #include "loss.h"
@@ -41,6 +42,10 @@ const Kernels<T>& table() {
       &norm_eval_backward<T>,
       &norm_eval_tangent<T>,
       &norm_eval_backward_tangent<T>,
+      &group_norm_forward<T>,
+      &group_norm_backward<T>,
+      &group_norm_tangent<T>,
+      &group_norm_backward_tangent<T>,
       &norm_relu_forward<T>,
       &norm_relu_backward<T>,
       &norm_relu_tangent<T>,

@@ -84,6 +84,16 @@ class ProgramBuilder {
               {{"training", training}, {"tracking", training}, {"eps", 1e-5}}, buffers);
   }
 
+  // Over `channels`, one axis after the other; in front of them are sets, behind them positions.
+  int group_norm(int x, Index groups, std::vector<Index> channels, bool affine = true) {
+    Shape vector = {1};
+    for (Index axis : channels) vector[0] *= shape(x)[axis];
+    std::vector<int> params = {-1, -1};
+    if (affine) params = {slot(vector), slot(vector)};
+    return op("group_norm", {x}, shape(x), params,
+              {{"groups", groups}, {"channels", std::move(channels)}, {"eps", 1e-5}});
+  }
+
   int activation(int x, const std::string& function) {
     const std::map<std::string, std::pair<double, double>> constants = {
         {"elu", {1, 1}}, {"softplus", {1, 20}}, {"hardtanh", {0, 1e30}}};

@@ -62,6 +62,27 @@ inline ProgramSpec pooled_blocks(bool affine) {
   return p.spec();
 }
 
+// On images: of groups of channels, of all, of each.
+inline ProgramSpec group_norms() {
+  ProgramBuilder p({2, 6, 5});
+  int h = p.activation(p.group_norm(p.conv2d(0, 6), 3, {0}), "tanh");
+  h = p.activation(p.group_norm(p.conv2d(h, 4, 3, 2), 1, {0, 1, 2}), "softplus");
+  h = p.add(h, p.group_norm(h, 4, {0}, false), 0.5);
+  p.linear(p.flatten(h), 3);
+  return p.spec();
+}
+
+// On rows, one norm with parameters that all tasks share.
+inline ProgramSpec layer_norms() {
+  ProgramBuilder p({3, 5});
+  int h = p.activation(p.group_norm(p.linear(0, 20), 1, {1}), "tanh");
+  p.adapt(false);
+  h = p.group_norm(p.linear(h, 18), 1, {1});
+  p.adapt(true);
+  p.linear(p.mean(h, {0}), 3);
+  return p.spec();
+}
+
 inline ProgramSpec skips_and_rearrangements() {
   ProgramBuilder p({3, 6, 6});
   int h = p.activation(p.conv2d(0, 4), "tanh");
@@ -144,6 +165,8 @@ inline std::vector<ProgramCase> program_cases() {
       {"pooled", pooled_convnet(), true, false},
       {"pooled blocks", pooled_blocks(true), true, false},
       {"pooled blocks without affine", pooled_blocks(false), true, false},
+      {"group norms", group_norms()},
+      {"layer norms", layer_norms()},
       {"skips", skips_and_rearrangements()},
       {"tied", tied_weights()},
       {"input of many", input_of_many(), true, false},

@@ -252,6 +252,12 @@ void check_errors() {
   spec = pooled_convnet();
   spec.values[1] = {18, 8, 8};
   check_error(spec, "op 0 (conv2d): output must have shape [18, 8, 7], got [18, 8, 8]");
+  spec = group_norms();
+  spec.ops[1].attributes["groups"] = Index{4};
+  check_error(spec, "op 1 (group_norm): groups must divide the number of channels, 6, got 4");
+  spec = group_norms();
+  spec.ops[1].attributes["channels"] = std::vector<Index>{0, 2};
+  check_error(spec, "op 1 (group_norm): channels must be one axis after the other, got [0, 2]");
   spec = skips_and_rearrangements();
   spec.ops[0].kind = "fold";
   check_error(spec, "op 0 (fold): this kind of op is not known");

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastmaml import _core
 from fastmaml.backends.base import MetaStep, MetaStepResult
 from fastmaml.backends.native import MetaStepArguments, batch_sizes, dtype_name, empty, pointer
-from fastmaml.program.ir import Graph
+from fastmaml.program.ir import Graph, Shape, Slot
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.updates import FusedUpdate
 
@@ -57,7 +57,10 @@ class CpuExecutor:
                 }
                 for op in graph.ops
             ],
-            slots=[{"shape": s.shape, "adapted": s.adapted, "offset": s.offset} for s in slots],
+            slots=[
+                {"shape": shape, "adapted": s.adapted, "offset": s.offset}
+                for s, shape in zip(slots, _slot_shapes(graph, slots), strict=True)
+            ],
             buffers=_buffer_shapes(graph),
             output=graph.output,
             theta_size=layout.theta_size,
@@ -294,6 +297,14 @@ def _flat(buffers: Sequence[Tensor], x: Tensor) -> Tensor | None:
     if not buffers:
         return None
     return torch.cat([b.detach().reshape(-1).to(x.dtype) for b in buffers])
+
+
+def _slot_shapes(graph: Graph, slots: Sequence[Slot]) -> list[Shape]:
+    """The axes of what scales and shifts a value matter to nobody: to the core these are vectors,
+    and no matrices to be packed.
+    """
+    vectors = {p for op in graph.ops if op.kind == "group_norm" for p in op.params}
+    return [(s.size,) if i in vectors else s.shape for i, s in enumerate(slots)]
 
 
 def _buffer_shapes(graph: Graph) -> list[tuple[int, ...]]:

@@ -7,13 +7,22 @@ which from then on stands for the new value.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from fastmaml.program.lowering_shape import SHAPE_TABLE, Arguments, lower_split
-from fastmaml.program.trace import Lowering, NotCovered, Read, Trace, Value, in_batch_norm
+from fastmaml.program.trace import (
+    Lowering,
+    NotCovered,
+    Read,
+    SideBySide,
+    Trace,
+    Value,
+    in_batch_norm,
+)
 
 
 def _pair(value: Any, default: Any = None) -> tuple[int, int]:
@@ -64,12 +73,14 @@ def _convolution(trace: Trace, a: Arguments, result: Tensor) -> None:
 
 
 def _batch_norm(trace: Trace, a: Arguments, result: Any, *, training: bool | None = None) -> None:
+    if isinstance(known := trace.lookup(a["input"]), SideBySide):
+        return _instance_norm(trace, a, result[0], known.value)
     x = trace.value(a["input"])
     if x.merged or len(x.shape) not in (1, 2, 3):
         raise NotCovered(f"an input of shape {list(a['input'].shape)}")
     momentum = a.get("momentum", a.get("exponential_average_factor"))
     training = bool(a["training"] if training is None else training)
-    running = (a.get("running_mean"), a.get("running_var"))
+    running = _running(a)
     tracking = training and running[0] is not None
     trace.emit(
         "batch_norm",
@@ -81,8 +92,62 @@ def _batch_norm(trace: Trace, a: Arguments, result: Any, *, training: bool | Non
         tracking=tracking,
         running=tuple(trace.buffer_name(b) for b in running if b is not None) if tracking else None,
         momentum=None if not tracking or in_batch_norm() else float(momentum),
-        eps=float(a.get("eps", a.get("epsilon"))),
+        eps=_eps(a),
     )
+
+
+def _running(a: Arguments) -> tuple[Tensor | None, Tensor | None]:
+    return a.get("running_mean"), a.get("running_var")
+
+
+def _eps(a: Arguments) -> float:
+    return float(a.get("eps", a.get("epsilon")))
+
+
+def _instance_norm(trace: Trace, a: Arguments, result: Tensor, x: Value) -> None:
+    """As PyTorch writes it: a batch norm of one example, whose channels are those of all."""
+    if _running(a) != (None, None):
+        raise NotCovered("running statistics of an instance norm")
+    rows = result.view(trace.examples, *x.shape)
+    _emit_group_norm(trace, a, rows, x, x.shape[0], range(1), repeats=trace.examples)
+    trace.alias(result, SideBySide(trace.value(rows)))
+
+
+def _repeat(trace: Trace, a: Arguments, result: Tensor) -> None:
+    known, repeats = trace.lookup(a["self"]), a["repeats"]
+    if not isinstance(known, Read) or known.repeats != 1 or (a["self"].ndim, result.ndim) != (1, 1):
+        raise NotCovered
+    trace.alias(result, replace(known, repeats=repeats[0]))
+
+
+def _group_norm(trace: Trace, a: Arguments, result: Any) -> None:
+    x = trace.value(a["input"])
+    _emit_group_norm(trace, a, result[0], x, int(a["group"]), range(x.merged, x.merged + 1))
+
+
+def _layer_norm(trace: Trace, a: Arguments, result: Any) -> None:
+    x = trace.value(a["input"])
+    begin = len(x.shape) - len(a["normalized_shape"])
+    if begin < x.merged:
+        raise NotCovered("a norm over examples")
+    _emit_group_norm(trace, a, result[0], x, 1, range(begin, len(x.shape)))
+
+
+def _emit_group_norm(
+    trace: Trace,
+    a: Arguments,
+    result: Tensor,
+    x: Value,
+    groups: int,
+    channels: range,
+    *,
+    repeats: int = 1,
+) -> None:
+    weight, bias = (
+        trace.parameter(a[name], repeats=repeats, vector=True) for name in ("weight", "bias")
+    )
+    attrs: dict[str, Any] = {"groups": groups, "channels": tuple(channels), "eps": _eps(a)}
+    trace.emit("group_norm", result, (x,), (weight, bias), **attrs)
 
 
 def _count_batches(trace: Trace, a: Arguments, result: Any) -> None:
@@ -277,7 +342,10 @@ TABLE: Mapping[str, Lowering] = {
     ),
     "_batch_norm_with_update": partial(_batch_norm, training=True),
     "_batch_norm_no_update": partial(_batch_norm, training=False),
+    "native_group_norm": _group_norm,
+    "native_layer_norm": _layer_norm,
     **_activations(),
+    "repeat": _repeat,
     "_local_scalar_dense": _count_batches,
     "add": _add,
     "sub": partial(_add, sign=-1),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmaml.program.trace import Lowering, NotCovered, Trace
+from fastmaml.program.trace import Lowering, NotCovered, SideBySide, Trace
 
 Arguments = Mapping[str, Any]
 
@@ -72,7 +72,17 @@ def lower_split(trace: Trace, a: Arguments, result: Sequence[Tensor]) -> None:
 
 
 def _view(trace: Trace, a: Arguments, result: Tensor) -> None:
-    trace.reshape(result, trace.value(a["self"]))
+    known, examples = trace.lookup(a["self"]), trace.examples
+    if isinstance(known, SideBySide) and result.shape == (examples, *known.value.shape):
+        return trace.alias(result, known.value)
+    x = trace.value(a["self"])
+    if examples > 1 and not x.merged and _is_side_by_side(result.shape, examples, x.shape):
+        return trace.alias(result, SideBySide(x))
+    return trace.reshape(result, x)
+
+
+def _is_side_by_side(shape: Sequence[int], examples: int, of: Sequence[int]) -> bool:
+    return len(of) > 1 and tuple(shape) == (1, examples * of[0], *of[1:])
 
 
 def _expand(trace: Trace, a: Arguments, result: Tensor) -> None:

@@ -35,14 +35,22 @@ class Value:
 
 @dataclass(frozen=True)
 class Read:
-    """A parameter or buffer of the module; ``transposed`` after ``.t()``."""
+    """A parameter or buffer of the module; ``transposed`` after ``.t()``, and ``repeats`` times."""
 
     name: str
     is_buffer: bool
     transposed: bool = False
+    repeats: int = 1
 
 
-Known = Value | Read
+@dataclass(frozen=True)
+class SideBySide:
+    """A value ``[N, C, ...]`` seen as one example, ``[1, N * C, ...]``."""
+
+    value: Value
+
+
+Known = Value | Read | SideBySide
 Lowering = Callable[["Trace", Mapping[str, Any], Any], Any]
 
 _NORM_FORWARDS = {
@@ -74,6 +82,7 @@ class Trace(TorchDispatchMode):
         self.buffers: list[str] = []
         self._table = table
         self._gradients = gradients
+        self._vectors: dict[int, bool] = {}  # by slot
         self._known: dict[int, Known] = {}
         self._alive: list[Tensor] = []  # an id is only unique while its tensor lives
         self._refusal: str | None = None  # which a forward may have caught
@@ -100,16 +109,28 @@ class Trace(TorchDispatchMode):
         known = self.lookup(tensor)
         if isinstance(known, Value):
             return known
+        if isinstance(known, SideBySide):
+            raise NotCovered("a value whose examples are side by side in one")
         raise NotCovered("an operand that does not come from the input")
 
-    def parameter(self, tensor: Tensor | None, *, transposed: bool = False) -> int | None:
-        """The slot number of a parameter, added on first use."""
+    def parameter(
+        self,
+        tensor: Tensor | None,
+        *,
+        transposed: bool = False,
+        repeats: int = 1,
+        vector: bool = False,
+    ) -> int | None:
+        """The slot number of a parameter, added on first use; ``vector``: whatever axes it has."""
         if tensor is None:
             return None
         known = self.lookup(tensor)
-        if not isinstance(known, Read) or known.is_buffer or known.transposed != transposed:
+        if not isinstance(known, Read) or known != Read(known.name, False, transposed, repeats):
             raise NotCovered("a weight that is not a parameter itself")
-        return _slot(self.parameters, known.name)
+        slot = _slot(self.parameters, known.name)
+        if tensor.ndim > 1 and self._vectors.setdefault(slot, vector) != vector:
+            raise NotCovered("a weight that is a matrix elsewhere")
+        return slot
 
     def buffer(self, tensor: Tensor | None) -> int:
         """The slot number of a buffer, added on first use."""
@@ -117,7 +138,7 @@ class Trace(TorchDispatchMode):
 
     def buffer_name(self, tensor: Tensor | None) -> str:
         known = self.lookup(tensor)
-        if not isinstance(known, Read) or not known.is_buffer or known.transposed:
+        if not isinstance(known, Read) or known != Read(known.name, is_buffer=True):
             raise NotCovered("running statistics that are not buffers of the module")
         return known.name
 

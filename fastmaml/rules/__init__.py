@@ -1,6 +1,6 @@
 """The rules: the reference for every op and loss, in plain PyTorch. See ``base.Rule``."""
 
-from fastmaml.rules import activation, conv2d, linear, mul, norm, pool, shape
+from fastmaml.rules import activation, conv2d, group_norm, linear, mul, norm, pool, shape
 from fastmaml.rules.base import Rule
 from fastmaml.rules.loss import LOSSES, LossRule
 
@@ -8,6 +8,7 @@ RULES: dict[str, Rule] = {
     **linear.RULES,
     **conv2d.RULES,
     **norm.RULES,
+    **group_norm.RULES,
     **activation.RULES,
     **mul.RULES,
     **pool.RULES,

@@ -7,7 +7,7 @@ normalisation by given statistics) runs through the reference rules, on the devi
 from collections.abc import Mapping
 from functools import cache
 
-from fastmaml.backends.triton import activation, mul, norm, pool
+from fastmaml.backends.triton import activation, group_norm, mul, norm, pool
 from fastmaml.backends.triton.conv2d import Conv2d
 from fastmaml.backends.triton.linear import Linear
 from fastmaml.backends.triton.loss import LOSSES
@@ -21,6 +21,7 @@ def rules(convolution: str, linear: str) -> Mapping[str, Rule]:
     return {
         **REFERENCE_RULES,
         **norm.RULES,
+        **group_norm.RULES,
         **activation.RULES,
         **mul.RULES,
         **pool.RULES,

@@ -29,7 +29,7 @@ from fastmaml.backends.triton.norm_kernels import (
     tangent_kernel,
 )
 from fastmaml.backends.triton.norm_rows import MOST_PARTS
-from fastmaml.backends.triton.tiles import from_rows, new_rows, rows
+from fastmaml.backends.triton.tiles import from_rows, new_rows, pointers, rows, strides
 from fastmaml.program.ir import Op, Shape
 from fastmaml.rules.base import Grads, Rule, Tensors
 from fastmaml.rules.norm import BatchNorm as ReferenceBatchNorm
@@ -79,9 +79,9 @@ class BatchNorm(ReferenceBatchNorm):
             launch(moments_kernel, tiles.reduction)(
                 x, parts, *tiles.sizes, tiles.part_rows, **tiles.blocks
             )
-        given = x, parts, *_given(x, *params), *statistics
+        given = x, parts, *pointers(x, *params), *statistics
         numbers: list[Any] = [*tiles.sizes, tiles.part_rows, op.attrs["eps"], *_constants(op)]
-        numbers += _strides(*params)
+        numbers += strides(*params)
         flags = {**_affine(params), "F": _function(op), **tiles.blocks}
         shape = (*inputs[0].shape[:2], *out_shape)
         y, winner, sizes = new_rows(x, shape), None, None
@@ -104,8 +104,8 @@ class BatchNorm(ReferenceBatchNorm):
             return super().backward(op, params, inputs, saved, gy)
         x, g, tiles = saved.x, rows(gy), _Tiles(saved.x, op)
         gx, of_scale, parts = torch.empty_like(x), _like_scale(saved), tiles.parts(x, 2)
-        given, vectors = (g, saved.winner, *saved.normalised), _given(x, *params)
-        numbers = (*_constants(op), *_strides(*params), saved.sizes)
+        given, vectors = (g, saved.winner, *saved.normalised), pointers(x, *params)
+        numbers = (*_constants(op), *strides(*params), saved.sizes)
         flags = {**_affine(params), **_behind(op), **tiles.blocks}
         if parts is not None:
             launch(sums_kernel, tiles.reduction)(
@@ -134,15 +134,15 @@ class BatchNorm(ReferenceBatchNorm):
         d, parts, absent = x if dx is None else rows(dx), tiles.parts(x, 2), (None, None)
         if dx is not None and parts is not None:
             launch(sums_kernel, tiles.reduction)(
-                d, None, *h, *_given(x, *absent), parts, *tiles.sizes, tiles.part_rows, 0.0, 0.0,
-                *_strides(*absent), None, **_affine(absent), F="identity", WINDOW=None,
+                d, None, *h, *pointers(x, *absent), parts, *tiles.sizes, tiles.part_rows, 0.0, 0.0,
+                *strides(*absent), None, **_affine(absent), F="identity", WINDOW=None,
                 **tiles.blocks,
             )  # fmt: skip
         shape = inputs[0].shape if saved.sizes is None else (*inputs[0].shape[:3], *saved.sizes[2:])
         dy, dh, dscale = new_rows(x, shape), torch.empty_like(x), torch.empty_like(saved.scale)
         launch(tangent_kernel, tiles.grid)(
-            d, saved.winner, *h, parts, *_given(x, *params, *dparams), dh, dy, dscale,
-            *tiles.sizes, *_constants(op), *_strides(*params, *dparams), saved.sizes,
+            d, saved.winner, *h, parts, *pointers(x, *params, *dparams), dh, dy, dscale,
+            *tiles.sizes, *_constants(op), *strides(*params, *dparams), saved.sizes,
             MOVES=dx is not None, **_affine(params), **_affine(dparams, "D"), **_behind(op),
             **tiles.blocks,
         )  # fmt: skip
@@ -167,9 +167,9 @@ class BatchNorm(ReferenceBatchNorm):
             )
         x, g, tiles = saved.x, rows(gy), _Tiles(saved.x, op)
         dgx, of_scale, parts = torch.empty_like(x), _like_scale(saved), tiles.parts(x, 5)
-        given = [*_given(g, g, None if dgy is None else rows(dgy)), saved.winner, *saved.normalised]
-        given += _given(x, dsaved.dxhat, *params, *dparams)
-        numbers = (*_constants(op), *_strides(*params, *dparams), saved.sizes)
+        given = [*pointers(g, g, None if dgy is None else rows(dgy)), saved.winner]
+        given += [*saved.normalised, *pointers(x, dsaved.dxhat, *params, *dparams)]
+        numbers = (*_constants(op), *strides(*params, *dparams), saved.sizes)
         flags: dict[str, Any] = {"G_MOVES": dgy is not None, "MOVES": dsaved.dxhat is not None}
         flags |= {**_affine(params), **_affine(dparams, "D"), **_behind(op), **tiles.blocks}
         if parts is not None:
@@ -177,7 +177,7 @@ class BatchNorm(ReferenceBatchNorm):
             launch(moving_sums_kernel, tiles.reduction)(
                 *given, parts, *tiles.sizes, tiles.part_rows, *numbers, **flags | half
             )
-        given += [parts, *_given(x, dsaved.dscale), dgx, *of_scale]
+        given += [parts, *pointers(x, dsaved.dscale), dgx, *of_scale]
         launch(backward_tangent_kernel, tiles.grid)(*given, *tiles.sizes, *numbers, **flags)
         return _of(params, of_scale), [from_rows(dgx, inputs[0].shape)]
 
@@ -214,15 +214,6 @@ class _Tiles:
         if self.whole:
             return None
         return values.new_empty(len(values), self.blocks["PARTS"], sums, values.shape[2])
-
-
-def _given(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-    """Pointers for a launch: what is absent is flagged so, and never read."""
-    return [stand_in if t is None else t for t in tensors]
-
-
-def _strides(*vectors: Tensor | None) -> list[int]:
-    return [stride for v in vectors for stride in ((0, 0) if v is None else v.stride())]
 
 
 def _affine(vectors: Tensors, prefix: str = "") -> dict[str, Any]:

@@ -45,6 +45,16 @@ def aligned(*tensors: Tensor) -> list[Tensor]:
     return [t.contiguous() if t.ndim < 4 else from_rows(rows(t), t.shape) for t in tensors]
 
 
+def pointers(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """For a launch: what is absent is flagged so, and never read."""
+    return [stand_in if t is None else t for t in tensors]
+
+
+def strides(*vectors: Tensor | None) -> list[int]:
+    """Of parameters ``[T, C]``, one vector after the other; of what is absent zeros."""
+    return [stride for v in vectors for stride in ((0, 0) if v is None else v.stride())]
+
+
 def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
     """``x`` with its elements in the order of ``like`` (default: its own), without gaps."""
     strides = _dense_strides(x if like is None else like)
