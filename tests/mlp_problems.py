@@ -48,11 +48,12 @@ CHANGES = {
 
 
 class Pointwise(nn.Module):
-    """One of the rules' functions, wherever PyTorch has it."""
+    """One of the rules' functions, wherever PyTorch has it; ``twice``: differentiable so often."""
 
-    def __init__(self, function: str) -> None:
+    def __init__(self, function: str, *, twice: bool = False) -> None:
         super().__init__()
         self.function = function
+        self.twice = twice
 
     def forward(self, x: Tensor) -> Tensor:
         special = {
@@ -64,6 +65,8 @@ class Pointwise(nn.Module):
             "log_sigmoid": lambda: nn.functional.logsigmoid(x),
             "square": lambda: x.square(),
         }
+        if self.twice and self.function == "hardsigmoid":  # F's has one derivative
+            return nn.functional.hardtanh(x / 6 + 0.5, 0.0, 1.0)
         if self.function in special:
             return special[self.function]()
         module = torch if hasattr(torch, self.function) else nn.functional

@@ -105,20 +105,21 @@ def test_operations_by_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (pretended.captures, pretended.replays) == (10, 10)
 
 
-def norm_and(function: str) -> nn.Module:
+def norm_and(function: str, *, twice: bool = False) -> nn.Module:
     return nn.Sequential(
-        nn.Linear(3, 5), nn.BatchNorm1d(5), Pointwise(function), nn.Linear(5, 4), nn.Tanh(),
-        nn.BatchNorm1d(4),
+        nn.Linear(3, 5), nn.BatchNorm1d(5), Pointwise(function, twice=twice), nn.Linear(5, 4),
+        nn.Tanh(), nn.BatchNorm1d(4),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_norm_takes_its_activation_along(function: str) -> None:
     """And so do all passes over it, in second order; that norm alone which has one behind it."""
-    module = norm_and(function)
+    module, twin = norm_and(function), norm_and(function, twice=True)
+    twin.load_state_dict(module.state_dict())
     x, labels = torch.randn(2, 2, 6, 3).double(), torch.arange(4).repeat(2, 2)[:, :6]
     batch = fastmaml.TaskBatch(x[0], labels, x[1], labels)
-    _, expected = sequential_maml(copy.deepcopy(module).double(), batch, 0.3, 2, F.cross_entropy)
+    _, expected = sequential_maml(twin.double(), batch, 0.3, 2, F.cross_entropy)
     module.to(DEVICE)
     maml = fastmaml.MAML(module, lr=0.3)
     on_device = [t.float() if t.is_floating_point() else t for t in batch]
