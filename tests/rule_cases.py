@@ -60,6 +60,8 @@ def _group_norm(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
     a, begin = op.attrs, op.attrs["channels"][0]
     rows = x.flatten(0, begin).flatten(1, len(a["channels"]))
     weight, bias = (None if p is None else p.flatten() for p in params)
+    if weight is None and bias is not None:  # which torch 2.5 does not differentiate twice
+        weight = torch.ones_like(bias)
     return F.group_norm(rows, a["groups"], weight, bias, a["eps"]).view(x.shape)
 
 
