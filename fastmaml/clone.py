@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,10 +79,6 @@ class ModuleClone:
             copy.__dict__["_parameters"][leaf] = parts[name]
             if isinstance(copy, nn.RNNBase):
                 copy._flat_weights[copy._flat_weights_names.index(leaf)] = parts[name]
-
-    def renew(self, parameters: LearnerParameters, names: Iterable[str]) -> None:
-        """Replace the parameters ``names`` by what they are flat."""
-        self.put(own_parts(parameters, names))
 
     def all(self) -> dict[str, Tensor]:
         """Every parameter as it is now, whatever was done to it."""

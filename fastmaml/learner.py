@@ -12,7 +12,6 @@ from torch.utils import _pytree as pytree
 
 from fastmaml import checks
 from fastmaml.base_learner import BaseLearner
-from fastmaml.clone import ModuleClone
 from fastmaml.parameters import LearnerParameters
 from fastmaml.program.gradient_step import inner_gradients, part_step
 from fastmaml.program.layout import ParameterLayout
@@ -188,10 +187,10 @@ class Learner(BaseLearner):
         loss = checks.adapt_loss(loss, self.tasks)
         second_order = not (self.first_order if first_order is None else first_order)
         lenient = self.allow_unused if allow_unused is None else allow_unused
-        parts = self._held.parts
-        if parts is None:
+        if self._held.parts is None:
             self._step(self._gradient(loss, second_order, lenient))
         else:
+            parts = self._held.parts.parameters(adapted=True)
             self._step_of_parts(parts, self._gradients(loss, parts, second_order, lenient))
         self.__dict__["steps_taken"] += 1
 
@@ -210,8 +209,7 @@ class Learner(BaseLearner):
         self._note_unused(seen | held.used, lenient)
         return gradient
 
-    def _step_of_parts(self, clone: ModuleClone, gradients: dict[str, Tensor]) -> None:
-        parts = clone.parameters(adapted=True)
+    def _step_of_parts(self, parts: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
         if self._base.moves_parts:
             moved = {n: part_step(parts[n], g, self.lr) for n, g in gradients.items()}
             self._held.move_parts(moved)
@@ -220,10 +218,9 @@ class Learner(BaseLearner):
         self._step(self._held.ordered(self._held.layout.flat(rows)[None]))
 
     def _gradients(
-        self, loss: Tensor, clone: ModuleClone, second_order: bool, lenient: bool
+        self, loss: Tensor, parts: dict[str, Tensor], second_order: bool, lenient: bool
     ) -> dict[str, Tensor]:
         """Those of parts that the loss depends on."""
-        parts = clone.parameters(adapted=True)
         learned = {n: p for n, p in parts.items() if p.requires_grad} or parts
         with twice_differentiable(self._base.module):
             found = inner_gradients(loss, list(learned.values()), second_order)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastmaml.clone import CloneState, LazyClone, ModuleClone, detach_tensors
+from fastmaml.late import own_parts
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.theta import Theta
 from fastmaml.program.transforms import outside
@@ -116,8 +117,7 @@ class LearnerParameters:
         """
         phi = self.now().phi if self._flat is None else self._flat.phi
         self._moved_to(Flat(theta, phi))
-        if self.clone.built is not None:
-            self.clone.built.renew(self, [n for n in self.layout.adapted_names if n not in unmoved])
+        self._renew([n for n in self.layout.adapted_names if n not in unmoved])
 
     def move_parts(self, moved: Parts) -> None:
         """Replace some of the parts."""
@@ -130,11 +130,15 @@ class LearnerParameters:
         self.used.difference_update(self.layout.adapted_names)
         self.views.clear()
 
+    def _renew(self, names: Iterable[str]) -> None:
+        """Give the copies of the modules, if there are any, what the parameters are flat."""
+        if self.clone.built is not None:
+            self.clone.built.put(own_parts(self, names))
+
     def share(self, phi: Tensor) -> None:
         """Replace the shared parameters ``[Q]``, which otherwise are those of all steps."""
         self._flat = Flat(self.now().theta if self._flat is None else self._flat.theta, phi)
-        if self.clone.built is not None:
-            self.clone.built.renew(self, [s.name for s in self.layout.group(adapted=False)])
+        self._renew([slot.name for slot in self.layout.group(adapted=False)])
 
     def detach(self, keep_requires_grad: bool) -> None:
         """Cut them from their graph: parts in place, as in any module."""
@@ -149,6 +153,7 @@ class LearnerParameters:
             return tensor.detach().requires_grad_(keep_requires_grad and tensor.requires_grad)
 
         self._moved_to(Flat(theta.moved(cut(theta.root)), cut(phi)))
+        self._renew(self.layout.slots)
 
     # --- copies -------------------------------------------------------------------------------
 
@@ -159,15 +164,17 @@ class LearnerParameters:
             RuntimeError: a part or parameter of the learner's ``modules`` was replaced.
         """
         built = self.clone.to_copy(modules)
-        if built is not None and self.parts is not None:
-            parts = {name: part.clone() for name, part in self.parts.all().items()}
-            twin = LearnerParameters(self.layout, self.tasks, parts)
+        start: Flat | Parts
+        if self.parts is not None:
+            start = {name: part.clone() for name, part in self.parts.all().items()}
+        else:
+            theta, phi = self.flat.theta, self.flat.phi
+            self.used.update(self.layout.slots)  # a loss of the other learner uses them all
+            start = Flat(theta.moved(theta.root.clone()), phi.clone())
+        twin = LearnerParameters(self.layout, self.tasks, start)
+        if built is not None:
             twin.clone.build().set_state(built.state())
-            return twin
-        theta, phi = self.flat.theta, self.flat.phi
-        self.used.update(self.layout.slots)  # a loss of the other learner uses them all
-        start = Flat(theta.moved(theta.root.clone()), phi.clone())
-        return LearnerParameters(self.layout, self.tasks, start)
+        return twin
 
     def state(self, modules: object) -> ParametersState:
         """For a copy: without what that makes for itself, the copied modules and packed rows."""

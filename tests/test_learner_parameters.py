@@ -84,6 +84,24 @@ def test_looking_into_a_learner_of_several_tasks_leaves_its_parameters(look, hid
         torch.testing.assert_close(learner(x), plain(x))
 
 
+def test_a_clone_of_a_learner_of_several_tasks_has_its_modes(net: Net) -> None:
+    x = torch.randn(3, 5, 4, dtype=torch.float64)
+    learner = l2l.MAML(net, lr=0.2).clone(tasks=3)
+    learner.eval()
+    torch.testing.assert_close(learner.clone()(x), learner(x))
+    net.eval()
+    torch.testing.assert_close(learner(x), l2l.MAML(net, lr=0.2).clone(tasks=3)(x))
+
+
+def test_what_is_looked_at_in_a_learner_of_several_tasks_is_detached_with_it(net: Net) -> None:
+    learner = l2l.MAML(net, lr=0.2).clone(tasks=3)
+    repr(learner)
+    learner.detach_parameters(keep_requires_grad=True)
+    looked_at = learner.state_dict(keep_vars=True)["module.classifier.weight"]
+    found = torch.autograd.grad(looked_at.sum(), net.classifier.weight, allow_unused=True)
+    assert found == (None,)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of no leaf, which _apply reads
 def test_what_a_learner_of_several_tasks_would_not_read_is_refused(net: Net) -> None:
     learner = l2l.MAML(net, lr=0.2).clone(tasks=3)
