@@ -1,7 +1,6 @@
-"""One list of cases per op kind, for the rules and for every backend, and the plain PyTorch op.
+"""One list of cases per op kind, for the rules and for every backend.
 
-``CASES[kind]`` are ops with odd shapes; ``plain`` is what each of them means for one task, in
-PyTorch's own functions.
+``CASES[kind]`` are ops with odd shapes; ``plain_ops.plain`` is what each of them means.
 """
 
 from __future__ import annotations
@@ -11,12 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from plain_ops import plain
 from torch import Tensor
 
 from fastmaml.program.ir import Op, Shape, freeze
-
-Tensors = Sequence[Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -33,114 +30,6 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.op.kind}-{self.name}"
-
-
-# --- what the ops mean ----------------------------------------------------------------------------
-
-
-def _linear(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
-    return F.linear(x, params[0], params[1])
-
-
-def _conv2d(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
-    a = op.attrs
-    return F.conv2d(x, params[0], params[1], a["stride"], a["padding"], a["dilation"])
-
-
-def _batch_norm(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
-    weight, bias = params
-    last = (op.attrs["training"], 0.0, op.attrs["eps"])
-    if weight is None and bias is not None:  # PyTorch's own second derivative fails here
-        y = F.batch_norm(x, *buffers, None, None, *last)
-        return y + bias.view(-1, *[1] * (x.ndim - 2))
-    return F.batch_norm(x, *buffers, weight, bias, *last)
-
-
-def _group_norm(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
-    a, begin = op.attrs, op.attrs["channels"][0]
-    rows = x.flatten(0, begin).flatten(1, len(a["channels"]))
-    weight, bias = (None if p is None else p.flatten() for p in params)
-    if weight is None and bias is not None:  # which torch 2.5 does not differentiate twice
-        weight = torch.ones_like(bias)
-    return F.group_norm(rows, a["groups"], weight, bias, a["eps"]).view(x.shape)
-
-
-_FUNCTIONS = {
-    "relu": lambda x, a, b: F.relu(x),
-    "leaky_relu": lambda x, a, b: F.leaky_relu(x, a),
-    "elu": lambda x, a, b: torch.ops.aten.elu(x, a, 1.0, b),
-    "selu": lambda x, a, b: F.selu(x),
-    "gelu": lambda x, a, b: F.gelu(x),
-    "gelu_tanh": lambda x, a, b: F.gelu(x, approximate="tanh"),
-    "silu": lambda x, a, b: F.silu(x),
-    "sigmoid": lambda x, a, b: torch.sigmoid(x),
-    "tanh": lambda x, a, b: torch.tanh(x),
-    "softplus": lambda x, a, b: F.softplus(x, a, b),
-    "hardtanh": lambda x, a, b: F.hardtanh(x, a, b),
-    "hardsigmoid": lambda x, a, b: F.hardtanh(x / 6 + 0.5, 0.0, 1.0),  # F's has one derivative
-    "hardswish": lambda x, a, b: F.hardswish(x),
-    "mish": lambda x, a, b: x * torch.tanh(F.softplus(x)),  # F.mish bends by NaN at 800
-    "log_sigmoid": lambda x, a, b: F.logsigmoid(x),
-    "abs": lambda x, a, b: x.abs(),
-    "square": lambda x, a, b: x.square(),
-    "sin": lambda x, a, b: x.sin(),
-    "cos": lambda x, a, b: x.cos(),
-    "exp": lambda x, a, b: x.exp(),
-}
-
-
-def _activation(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
-    return _FUNCTIONS[op.attrs["function"]](x, op.attrs["alpha"], op.attrs["beta"])
-
-
-def _max_pool2d(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
-    a = op.attrs
-    return F.max_pool2d(x, a["kernel"], a["stride"], a["padding"], a["dilation"], a["ceil_mode"])
-
-
-def _avg_pool2d(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
-    a = op.attrs
-    window = (a["kernel"], a["stride"], a["padding"])
-    return F.avg_pool2d(x, *window, a["ceil_mode"], a["count_include_pad"], a["divisor"])
-
-
-def _mean(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
-    return x.mean([d + 1 for d in op.attrs["dims"]], keepdim=op.attrs["keepdim"])
-
-
-def _permute(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
-    return x.permute(0, *(d + 1 for d in op.attrs["dims"]))
-
-
-_PLAIN = {
-    "linear": _linear,
-    "conv2d": _conv2d,
-    "batch_norm": _batch_norm,
-    "group_norm": _group_norm,
-    "activation": _activation,
-    "max_pool2d": _max_pool2d,
-    "avg_pool2d": _avg_pool2d,
-    "mean": _mean,
-    "permute": _permute,
-    "cat": lambda op, params, buffers, *inputs: torch.cat(inputs, op.attrs["dim"] + 1),
-    "mul": lambda op, params, buffers, a, b: a * b,
-    "add": lambda op, params, buffers, a, b: torch.add(a, b, alpha=op.attrs["alpha"]),
-    "scale": lambda op, params, buffers, x: op.attrs["alpha"] * x + op.attrs["beta"],
-}
-
-
-def plain(op: Op, out_shape: Shape, params: Tensors, buffers: Tensors, *inputs: Tensor) -> Tensor:
-    """The op for one task: parameters ``[*shape]``, inputs ``[N, *shape]``."""
-    if op.kind == "view":
-        return inputs[0].reshape(-1, *out_shape)
-    if op.kind == "expand":
-        return inputs[0].expand(-1, *out_shape)
-    if op.kind == "narrow":
-        dim = op.attrs["dim"]
-        return inputs[0].narrow(dim + 1, op.attrs["start"], out_shape[dim])
-    if op.kind == "adaptive_avg_pool2d":
-        return F.adaptive_avg_pool2d(inputs[0], out_shape[1:])
-    return _PLAIN[op.kind](op, params, buffers, *inputs)
 
 
 # --- making cases ---------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from rule_cases import CASES, Case, Tensors, placed, plain, random_tensors
+from plain_ops import Tensors, plain
+from rule_cases import CASES, Case, placed, random_tensors
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.function import once_differentiable
