@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import fastmaml
 from fastmaml.backends.cpu import CpuExecutor
 from fastmaml.backends.reference import ReferenceExecutor
-from fastmaml.program.program import NativeProgram, ProgramCache
+from fastmaml.program.cache import ProgramCache
+from fastmaml.program.program import NativeProgram
 
 TASKS, EXAMPLES = 4, 5
 

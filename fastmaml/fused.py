@@ -93,7 +93,9 @@ def _recognised(
     A form that has passed once is known again at the price of a comparison.
     """
     kind = built_in(loss) or ""
-    form = (layout, theta.dtype, theta.device, kind, forced_backend(), *checks.form(batch))
+    attributes = None if maml.signature is None else maml.signature.attributes
+    state = (layout, attributes, theta.dtype, theta.device, kind, forced_backend())
+    form = (*state, *checks.form(batch))
     known = maml.recognised
     if known is None or known.form != form:
         batch = checks.batch(batch, theta, labels_needed=True, several_dtypes=layout.several_dtypes)

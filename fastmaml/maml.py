@@ -30,9 +30,11 @@ from fastmaml.inner import InnerOptimizer
 from fastmaml.learner import Learner
 from fastmaml.losses import TaskLoss
 from fastmaml.parameters import Flat, LearnerParameters, Parts
+from fastmaml.program.cache import ProgramCache
 from fastmaml.program.gradient_step import NumberStep, gradient_step
 from fastmaml.program.layout import AdaptFilter, ParameterLayout
-from fastmaml.program.program import Program, ProgramCache, Signature, module_signature
+from fastmaml.program.program import Program
+from fastmaml.program.signature import Signature, module_signature
 from fastmaml.program.substitute import LOCK
 from fastmaml.program.theta import Theta
 from fastmaml.program.transforms import outside
@@ -288,10 +290,12 @@ class MAML(BaseLearner):
         """Where each parameter of the module as it is now lives."""
         with LOCK:
             signature = module_signature(self.module)
-            if self._layout is None or self._layout[0] != signature:
+            if self._layout is None or self._layout[0].structure != signature.structure:
                 self._layout = (signature, ParameterLayout(self.module, self.adapt_filter))
                 if not self.programs.serves(self.module):
                     self.programs = ProgramCache(self.module)
+            elif self._layout[0].attributes != signature.attributes:
+                self._layout = (signature, self._layout[1])
             return self._layout[1]
 
     def current_program(self, layout: ParameterLayout, x: Tensor) -> Program:

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastmaml
 from fastmaml import TaskBatch
+from fastmaml.program.cache import ProgramCache
 from fastmaml.program.capture import capture
-from fastmaml.program.program import ProgramCache
 from fastmaml.program.trace import NotCovered
 from fastmaml.testing import sequential_maml
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fastmaml
 from fastmaml.program.capture import capture
 from fastmaml.program.ir import Graph
-from fastmaml.program.program import module_signature
+from fastmaml.program.signature import module_signature
 from fastmaml.program.substitute import call_with
 from fastmaml.program.trace import NotCovered
 
@@ -376,7 +376,7 @@ def test_shapes_that_keep_changing_are_not_captured_each_time(monkeypatch) -> No
         met.append(x.shape[1])
         return capture(module, x)
 
-    monkeypatch.setattr("fastmaml.program.program.capture", counted)
+    monkeypatch.setattr("fastmaml.program.cache.capture", counted)
     module = Pooled()
     maml = fastmaml.MAML(module, 0.1)
     for length in [*range(1, 41)] * 2:

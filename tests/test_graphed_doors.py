@@ -28,7 +28,7 @@ Run = Callable[[fastmaml.MAML, TaskBatch], list[Tensor]]
 @pytest.fixture
 def making(monkeypatch: pytest.MonkeyPatch) -> Iterator[Making]:
     making = Making()
-    monkeypatch.setattr("fastmaml.program.program.make_executor", making)
+    monkeypatch.setattr("fastmaml.program.cache.make_executor", making)
     return making
 
 
@@ -279,7 +279,7 @@ def test_captures_that_fail(door: int, making: Making) -> None:
 @pytest.mark.parametrize("budget", [1, 40_000])
 def test_graphs_that_go_and_come_back(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     making = Making(Pretended(nbytes=10_000), memory_budget=budget)
-    monkeypatch.setattr("fastmaml.program.program.make_executor", making)
+    monkeypatch.setattr("fastmaml.program.cache.make_executor", making)
     assert_same(through(2), maml_of("mlp_norm"), batches("mlp_norm", 8))
     assert making.pretended.captures > 10
     assert len(making.graphs) <= max(1, budget // 10_000)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fastmaml.backends.select import FallbackWarning
 from fastmaml.data.task_batch import TaskBatch
+from fastmaml.program.cache import ProgramCache
 from fastmaml.program.layout import ParameterLayout
-from fastmaml.program.program import NativeProgram, Program, ProgramCache
+from fastmaml.program.program import NativeProgram, Program
 
 if TYPE_CHECKING:
     from fastmaml.maml import MAML
