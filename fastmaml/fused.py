@@ -43,8 +43,8 @@ def meta_loss(
     batch, program, kind = _recognised(maml, layout, theta, source, loss)
     checks.minibatch_steps(batch, steps)
     rates = maml.fused_rates(layout, theta, steps)
-    unfused = program is None or rates is None
-    if sampler is not None and episodes is not None and (unfused or maml.starts_apart):
+    apart = program is None or rates is None or program.graph.drawn or maml.starts_apart
+    if sampler is not None and episodes is not None and apart:
         # drawn now: what is read before the meta-step, or saved for a graph, is to stay
         batch, episodes = sampler.sample(), None
     if program is None or rates is None:
@@ -164,6 +164,8 @@ def _call(
     """The meta-step as it stands, without a gradient."""
     update = inner if isinstance(inner, FusedUpdate) else None
     rate, rates = (0.0, None) if isinstance(inner, FusedUpdate) else inner
+    if program.graph.drawn:
+        batch = _with_draws(program, batch, steps)
     return MetaStep(
         theta=theta,
         phi=phi,
@@ -181,6 +183,18 @@ def _call(
         first_order=first_order,
         gradient=False,
     )
+
+
+def _with_draws(program: NativeProgram, batch: TaskBatch, steps: int) -> TaskBatch:
+    """``batch`` with what forward draws, task by task, as a loop over tasks would."""
+    supports = [batch.support(step) for step in range(max(steps, 1))]
+    support_x = torch.stack([program.with_room(x) for x, _ in supports])
+    query_x = program.with_room(batch.query_x)
+    for task in range(batch.tasks):
+        for step in range(steps):
+            program.draw(support_x[step, task])
+        program.draw(query_x[task])
+    return TaskBatch(support_x, torch.stack([y for _, y in supports]), query_x, batch.query_y)
 
 
 def _labels(y: Labels) -> Labels:

@@ -75,6 +75,24 @@ class Cumulative(nn.Module):
         return x.cumsum(-1)
 
 
+class Coordinates(nn.Module):
+    """A convolution that sees where it is, and a constant for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 5, 3)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = (
+            torch.linspace(-1, 1, size, dtype=x.dtype, device=x.device) for size in x.shape[2:]
+        )
+        places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
+        h = self.conv(torch.cat([x, places.expand(len(x), -1, -1, -1)], 1))
+        factors = torch.arange(1, 6, dtype=x.dtype, device=x.device)
+        return self.head(torch.tanh(h).mean((2, 3)) * factors)
+
+
 class Mixer(nn.Module):
     """A layer over positions, then one over channels, on a permuted input."""
 
@@ -195,6 +213,7 @@ NETWORKS = {
     "mobile": Network(mobile, (2, 6, 7), 3),
     "layer_norm": Network(layer_normed, (2, 4), 3),
     "group_norm": Network(group_normed, (2, 7, 6), 3),
+    "coordinates": Network(Coordinates, (2, 5, 4), 3),
     "mixer": Network(Mixer, (6, 4), 3),
     "tied_unseen": Network(Tied, (5,), 3),
     "frozen": Network(frozen, (3,), 3),

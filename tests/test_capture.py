@@ -130,7 +130,6 @@ def test_batch_norm_knows_its_buffers() -> None:
         (nn.InstanceNorm1d(3, track_running_stats=True), (3, 5), "running statistics of an inst"),
         (Lambda(lambda x: torch.tanh(x.view(1, -1, 5))), (3, 5), "examples are side by side"),
         (Lambda(lambda x: F.layer_norm(x, x.shape)), (3,), "native_layer_norm .a norm over"),
-        (nn.Sequential(nn.Linear(3, 3), nn.Dropout()), (3,), "in Dropout"),
         (nn.Conv2d(2, 4, 3, groups=2), (2, 5, 5), r"groups > 1\) in Conv2d"),
         (Lambda(lambda x: x[:, ::2]), (3,), r"aten.slice \(a step of 2\) in Lambda"),
         (Lambda(lambda x: x[:2]), (3,), "examples chosen"),
@@ -261,8 +260,7 @@ def test_capture_changes_nothing() -> None:
     before = {k: v.clone() for k, v in module.state_dict().items()}
     state, x = torch.get_rng_state(), torch.randn(4, 3)
     state = torch.get_rng_state()
-    with pytest.raises(NotCovered):
-        capture(module, x)
+    capture(module, x)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     assert all(p.grad is None for p in module.parameters())

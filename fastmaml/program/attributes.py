@@ -8,7 +8,7 @@ from __future__ import annotations
 import pickle
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastmaml.program.draws import Recording
 from fastmaml.program.trace import NotCovered
 
 _CONTAINERS = (list, dict, set, deque, tuple)
@@ -26,7 +27,11 @@ _PLAIN = (bool, int, float, complex, str, bytes)
 
 
 class Attributes:
-    """Those of all parts of a module; ``keep=False``, or an error, puts them back as they were."""
+    """Those of all parts of a module; ``keep=False``, or an error, puts them back as they were.
+
+    What a class names in ``counts_calls`` is always put back, and may be set: a program counts
+    none, and neither does a module of whose copies' calls it hears nothing.
+    """
 
     def __init__(self, module: nn.Module, *, keep: bool = True) -> None:
         self._module = module
@@ -42,9 +47,12 @@ class Attributes:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        if error is not None or not self._keep:
-            for attributes in self._start.values():
+        everything = error is not None or not self._keep
+        for part, attributes in self._start.items():
+            if everything:
                 attributes.put_back()
+            else:
+                vars(part).update({name: attributes.items[name] for name in _counters(part)})
 
     def settle(self) -> None:
         """What a first run has set may stay, if a second run would set the same."""
@@ -54,13 +62,20 @@ class Attributes:
         """Raise NotCovered where anything has changed since then."""
         for part, attributes in self._state().items():
             before = self._settled.get(part)
+            counters = _counters(part)
             for name, held in attributes.items.items():
+                if name in counters:
+                    continue
                 if before is None or not _same(held, before.items.get(name)):
                     raise NotCovered(f"a forward that sets {type(part).__name__}.{name}")
 
     def _state(self, *, values: bool = False) -> dict[nn.Module, _Held]:
         look = _Look(values)
         return {part: look.attributes(part) for part in self._module.modules()}
+
+
+def _counters(part: nn.Module) -> Collection[str]:
+    return getattr(type(part), "counts_calls", ())
 
 
 @dataclass
@@ -157,20 +172,39 @@ def _same(a: Any, b: Any) -> bool:
 
 
 @contextmanager
-def random_states(device: torch.device) -> Iterator[None]:
-    """Those of Python, NumPy and PyTorch, put back; NotCovered where they have moved."""
+def random_states(device: torch.device, draws: Recording | None = None) -> Iterator[None]:
+    """Those of Python, NumPy and PyTorch, put back.
+
+    NotCovered where they have moved, but by ``draws``, which are made again to see whether they
+    are the same.
+    """
     generators = _generators(device)
-    before = [generator.read() for generator in generators]
-    moved = []
+    before = _states(generators)
     try:
         yield
     finally:
-        for generator, state in zip(generators, before, strict=True):
-            if generator.read() != state:
-                generator.write(state)
-                moved.append(generator.owner)
+        after = _states(generators)
+        _put_back(generators, before, after)
+    if draws is not None and draws.values:
+        repeatable = draws.is_repeatable()
+        again = _states(generators)
+        _put_back(generators, before, again)
+        if not repeatable:
+            raise NotCovered("random numbers or constants that cannot be made again")
+        after = [a if a != b else c for a, b, c in zip(after, again, before, strict=True)]
+    moved = [g.owner for g, a, b in zip(generators, before, after, strict=True) if a != b]
     if moved:
         raise NotCovered(f"random numbers of {' and '.join(moved)}")
+
+
+def _states(generators: Sequence[_Generator]) -> list[Any]:
+    return [generator.read() for generator in generators]
+
+
+def _put_back(generators: Sequence[_Generator], before: list[Any], now: list[Any]) -> None:
+    for generator, state, moved in zip(generators, before, now, strict=True):
+        if moved != state:
+            generator.write(state)
 
 
 @dataclass(frozen=True)

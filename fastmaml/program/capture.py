@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch.nn.modules import module as torch_module
 
 from fastmaml.backends.native import DTYPES
 from fastmaml.program.attributes import Attributes, random_states
-from fastmaml.program.ir import Graph, Op
+from fastmaml.program.draws import Tape
+from fastmaml.program.ir import Graph, Op, freeze
 from fastmaml.program.lowering import TABLE
 from fastmaml.program.substitute import call_with
 from fastmaml.program.trace import NotCovered, Trace
@@ -49,7 +51,7 @@ def capture(module: nn.Module, x: Tensor) -> Graph:
         raise NotCovered(f"an input of dtype {x.dtype}")
     _refuse_hooks(module)
     with Attributes(module) as attributes:
-        graph = _trace(module, _Sample(x, _FEW))
+        graph, _ = _trace(module, _Sample(x, _FEW))
         attributes.settle()  # what depends on shapes alone is now as it will always be
         _compare(module, graph, _Sample(x, _MORE))
         attributes.check()
@@ -66,6 +68,16 @@ def require_same(module: nn.Module, graph: Graph, x: Tensor, examples: int) -> N
         _compare_twice(module, graph, x, examples, blank=True)
     except NotCovered:
         _compare_twice(module, graph, x, examples, blank=False)
+
+
+def drawn(module: nn.Module, graph: Graph, x: Tensor, examples: int) -> Tape:
+    """How what ``module``, which is ``graph``, draws for so many examples is drawn.
+
+    Raises:
+        NotCovered: it is another program for so many, or cannot draw the same again.
+    """
+    with Attributes(module, keep=False):
+        return _compare(module, graph, _Sample(x, examples))
 
 
 def fails(module: nn.Module, x: Tensor) -> bool:
@@ -98,9 +110,11 @@ def _compare_twice(
         attributes.check()
 
 
-def _compare(module: nn.Module, graph: Graph, sample: _Sample) -> None:
-    if _trace(module, sample) != graph:
+def _compare(module: nn.Module, graph: Graph, sample: _Sample) -> Tape:
+    found, tape = _trace(module, sample)
+    if found != graph:
         raise NotCovered(_VARIES)
+    return tape
 
 
 @dataclass(frozen=True)
@@ -149,17 +163,18 @@ class _Sample:
 
 
 @torch.inference_mode(False)  # under it composite calls would not come apart
-def _trace(module: nn.Module, sample: _Sample) -> Graph:
+def _trace(module: nn.Module, sample: _Sample) -> tuple[Graph, Tape]:
     # gradients on: a forward that switches them off, or detaches, is then seen to do so
-    with torch.set_grad_enabled(sample.gradients), random_states(sample.device):
+    with torch.set_grad_enabled(sample.gradients):
         rows, (parameters, buffers) = sample.rows(), sample.copies(module)
         trace = Trace(sample.examples, parameters, buffers, TABLE, gradients=sample.gradients)
         trace.add_input(rows)
         trace.refuse_originals(module)
-        with _saving_for_itself(), trace:
+        draws = None if sample.blank else trace.draws
+        with random_states(sample.device, draws), _saving_for_itself(), trace:
             output = _run(module, parameters | buffers, rows)
     trace.check()
-    return _graph(trace, output)
+    return _graph(trace, output), trace.draws.tape()
 
 
 def has_global_hooks() -> bool:
@@ -195,9 +210,36 @@ def _graph(trace: Trace, output: object) -> Graph:
     known = trace.value(output)
     if known.merged:
         raise NotCovered("an output whose first axis is not the examples")
-    ops = _live(trace.ops, known.id)
-    return _compact(
-        Graph(tuple(trace.values), ops, tuple(trace.parameters), tuple(trace.buffers), known.id)
+    whole = Graph(
+        tuple(trace.values),
+        tuple(trace.ops),
+        tuple(trace.parameters),
+        tuple(trace.buffers),
+        known.id,
+    )
+    if len(trace.sources) > 1:
+        whole = _with_one_input(whole, trace.sources)
+    return _compact(replace(whole, ops=_live(whole.ops, whole.output)))
+
+
+def _with_one_input(graph: Graph, sources: Sequence[int]) -> Graph:
+    """``graph`` of several ``sources`` as one of them all, flat and behind each other."""
+    values, ops, start = [*graph.values], list[Op](), 0
+    packed = len(values)
+    values.append((sum(prod(values[source]) for source in sources),))
+    for source in sources:
+        shape, size = values[source], prod(values[source])
+        part = source if len(shape) == 1 else len(values)
+        if part != source:
+            values.append((size,))
+        ops.append(Op("narrow", (packed,), part, attrs=freeze({"dim": 0, "start": start})))
+        if part != source:
+            ops.append(Op("view", (part,), source))
+        start += size
+    drawn = start - prod(values[sources[0]])
+    order = [packed, *range(packed), *range(packed + 1, len(values))]
+    return _renumbered(
+        replace(graph, values=tuple(values), ops=(*ops, *graph.ops), drawn=drawn), order
     )
 
 
@@ -214,26 +256,30 @@ def _live(ops: Iterable[Op], output: int) -> tuple[Op, ...]:
 def _compact(graph: Graph) -> Graph:
     """Renumber values, parameters and buffers so that only the used ones remain."""
     used = sorted({0, graph.output, *(v for op in graph.ops for v in (*op.inputs, op.output))})
-    value = {old: new for new, old in enumerate(used)}
     params = _used(op.params for op in graph.ops)
     buffers = _used(op.buffers for op in graph.ops)
     ops = tuple(
         replace(
             op,
-            inputs=tuple(value[v] for v in op.inputs),
-            output=value[op.output],
             params=tuple(None if p is None else params[p] for p in op.params),
             buffers=tuple(None if b is None else buffers[b] for b in op.buffers),
         )
         for op in graph.ops
     )
-    return Graph(
-        tuple(graph.values[v] for v in used),
-        ops,
-        tuple(graph.parameters[p] for p in params),
-        tuple(graph.buffers[b] for b in buffers),
-        value[graph.output],
+    parameters = tuple(graph.parameters[p] for p in params)
+    names = tuple(graph.buffers[b] for b in buffers)
+    return _renumbered(replace(graph, ops=ops, parameters=parameters, buffers=names), used)
+
+
+def _renumbered(graph: Graph, order: Sequence[int]) -> Graph:
+    """The values in another order, those left out dropped."""
+    new = {old: number for number, old in enumerate(order)}
+    ops = tuple(
+        replace(op, inputs=tuple(new[v] for v in op.inputs), output=new[op.output])
+        for op in graph.ops
     )
+    values = tuple(graph.values[v] for v in order)
+    return replace(graph, values=values, ops=ops, output=new[graph.output])
 
 
 def _used(slots: Iterable[tuple[int | None, ...]]) -> dict[int, int]:

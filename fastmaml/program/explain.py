@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Plan:
     """How a module runs. ``reason``: why there is no native program, or None; ``meta_steps``: how
-    meta-steps run on a GPU, or None.
+    meta-steps run on a GPU, or None; ``drawn``: how many random numbers and constants of its forward
+    go in with each example.
     """
 
     module: str
@@ -31,6 +32,7 @@ class Plan:
     adapted: int
     shared: int
     meta_steps: str | None = None
+    drawn: int = 0
 
     def __str__(self) -> str:
         lines = [
@@ -41,6 +43,8 @@ class Plan:
             lines.append(f"  no native program: {self.reason}")
         if self.meta_steps is not None:
             lines.append(f"  meta-steps: {self.meta_steps}")
+        if self.drawn:
+            lines.append(f"  drawn by forward: {self.drawn} values per example")
         lines += [f"  {i:3d}  {op}" for i, op in enumerate(self.ops)]
         return "\n".join(lines)
 
@@ -72,6 +76,7 @@ def explain(model: nn.Module, x: Tensor | TaskBatch) -> Plan:
         adapted=layout.theta_size,
         shared=layout.shared_size,
         meta_steps=_meta_steps(maml, program),
+        drawn=program.graph.drawn if isinstance(program, NativeProgram) else 0,
     )
     print(plan)  # noqa: T201
     return plan

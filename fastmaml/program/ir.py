@@ -57,13 +57,17 @@ class Slot:
 
 @dataclass(frozen=True)
 class Graph:
-    """What capture finds in a module: ops over values, and the tensors they read."""
+    """What capture finds in a module: ops over values, and the tensors they read.
+
+    ``drawn``: how many values go in behind each example's own, see :mod:`fastmaml.program.draws`.
+    """
 
     values: tuple[Shape, ...]
     ops: tuple[Op, ...]
     parameters: tuple[str, ...]
     buffers: tuple[str, ...]
     output: int
+    drawn: int = 0
 
     def tracking_ops(self) -> tuple[Op, ...]:
         """The batch norms whose batch statistics feed running statistics, in op order."""

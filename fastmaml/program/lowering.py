@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastmaml.program.lowering_shape import SHAPE_TABLE, Arguments, lower_split
@@ -208,11 +210,12 @@ def _power(trace: Trace, a: Arguments, result: Tensor) -> None:
 def _add(trace: Trace, a: Arguments, result: Tensor, *, sign: int = 1) -> None:
     if isinstance(trace.lookup(a["self"]), Read):
         return _count_batches(trace, a, result)
-    x, other, alpha = trace.value(a["self"]), a["other"], sign * a["alpha"]
+    other, alpha = a["other"], sign * a["alpha"]
     if isinstance(trace.lookup(other), Read) and alpha == 1:
-        return _add_bias(trace, x, other, result)
+        return _add_bias(trace, trace.value(a["self"]), other, result)
     if isinstance(other, Tensor):
         return trace.emit("add", result, _operands(trace, a, result), alpha=float(alpha))
+    x = trace.value(a["self"])
     return trace.emit("scale", result, (x,), alpha=1.0, beta=float(alpha * other))
 
 
@@ -220,10 +223,10 @@ def _operands(trace: Trace, a: Arguments, result: Tensor) -> tuple[Value, Value]
     """Both in the result's shape: one that broadcasts is expanded first."""
 
     def expanded(tensor: Tensor) -> Value:
-        value = trace.value(tensor)
-        if tensor.shape == result.shape:
+        value = trace.operand(tensor, result)
+        if prod(value.shape) * trace.examples == result.numel():
             return value
-        if value.merged or tensor.ndim != result.ndim:
+        if value.merged or len(value.shape) + 1 != result.ndim:
             raise NotCovered("an operand that broadcasts over examples")
         repeated = tensor.expand(result.shape)
         trace.emit("expand", repeated, (value,))
@@ -257,14 +260,25 @@ def _add_bias(trace: Trace, x: Value, bias: Tensor, result: Tensor) -> None:
 
 
 def _multiply(trace: Trace, a: Arguments, result: Tensor, *, divide: bool = False) -> None:
-    x, other = trace.value(a["self"]), a["other"]
+    other = a["other"]
     if isinstance(other, Tensor) and not divide:
         return trace.emit("mul", result, _operands(trace, a, result))
     if isinstance(other, Tensor) or a.get("rounding_mode") is not None:
         raise NotCovered("a quotient of tensors")
-    return trace.emit(
-        "scale", result, (x,), alpha=1 / float(other) if divide else float(other), beta=0.0
-    )
+    alpha = 1 / float(other) if divide else float(other)
+    trace.emit("scale", result, (trace.value(a["self"]),), alpha=alpha, beta=0.0)
+
+
+def _dropout(trace: Trace, a: Arguments, result: Any) -> None:
+    """As PyTorch writes it on a GPU, in one call; the mask does not depend on the input."""
+    output, mask = result
+    if not a["train"] or a["p"] == 1:
+        raise NotCovered("a rate of 1, or none")
+    arguments = a["input"], a["p"], a["train"]
+    trace.add_drawn(torch.ops.aten.native_dropout.default, arguments, {}, (None, mask))
+    kept = torch.empty_like(output)
+    trace.emit("mul", kept, (trace.value(a["input"]), trace.value(mask)))
+    trace.emit("scale", output, (trace.value(kept),), alpha=1 / (1 - a["p"]), beta=0.0)
 
 
 def _negate(trace: Trace, a: Arguments, result: Tensor) -> None:
@@ -353,6 +367,7 @@ TABLE: Mapping[str, Lowering] = {
     "mul": _multiply,
     "div": partial(_multiply, divide=True),
     "neg": _negate,
+    "native_dropout": _dropout,
     "max_pool2d_with_indices": _max_pool,
     "avg_pool2d": _avg_pool,
     "_adaptive_avg_pool2d": _adaptive_avg_pool,

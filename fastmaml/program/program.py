@@ -6,12 +6,14 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from fastmaml import checks
 from fastmaml.backends.base import Executor
 from fastmaml.backends.reference import ReferenceExecutor
 from fastmaml.program.autograd import ProgramForward, Run
-from fastmaml.program.capture import FAILS_ON_A_SAMPLE, require_same
+from fastmaml.program.capture import FAILS_ON_A_SAMPLE, drawn, require_same
+from fastmaml.program.draws import Tape
 from fastmaml.program.functional import FunctionalProgram
 from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
@@ -46,6 +48,7 @@ class NativeProgram:
         self._modes = modes
         self._example = x[:1].clone()
         self._reasons: dict[int, str | None] = {0: None}  # by the number of examples
+        self._tapes: dict[int, Tape] = {}  # as well
         self._reference = ReferenceExecutor(graph, layout)
         self._rows = [
             prod(graph.values[op.inputs[0]][1:])
@@ -72,6 +75,9 @@ class NativeProgram:
         try:
             with outside(), modes_set(self._module, self._modes):
                 require_same(self._module, self.graph, self._example, examples)
+                if self.graph.drawn:
+                    tape = drawn(self._module, self.graph, self._example, examples)
+                    self._tapes[examples] = tape
         except NotCovered as reason:
             if self._starves(examples) and str(reason).startswith(FAILS_ON_A_SAMPLE):
                 return None  # check_examples says it better
@@ -96,6 +102,22 @@ class NativeProgram:
                 f"mode, got {examples} example(s) per task; add examples or call eval()"
             )
 
+    def with_room(self, x: Tensor) -> Tensor:
+        """``x [T, N, ...]`` as ``[T, N, values]``, with room for what forward draws."""
+        rows = x.reshape(*x.shape[:2], prod(x.shape[2:]))
+        return rows if not self.graph.drawn else pad(rows, (0, self.graph.drawn))
+
+    def draw(self, rows: Tensor) -> None:
+        """Fill the room in one task's ``rows [N, values]``."""
+        if self.graph.drawn and len(rows):
+            self._tapes[len(rows)].play_into(rows[:, -self.graph.drawn :])
+
+    def _with_draws(self, x: Tensor) -> Tensor:
+        rows = self.with_room(x)
+        for task in rows.detach():
+            self.draw(task)
+        return rows
+
     def run(
         self, theta: Theta, phi: Tensor, x: Tensor, *, one_task: bool = False
     ) -> tuple[Tensor, Tensor | None]:
@@ -107,6 +129,8 @@ class NativeProgram:
             if parameters.numel():
                 checks.placed_like("x", x, parameters)
         self.check_examples(x.shape[0 if one_task else 1], "x")
+        if self.graph.drawn:
+            x = self._with_draws(x[None])[0] if one_task else self._with_draws(x)
         executor, rows, start = theta.on(self.executor)
         keep = torch.is_grad_enabled()
         run = Run(executor, self._reference, self.buffers(), keep, one_task)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastmaml.program.draws import Recording
 from fastmaml.program.ir import Op, Shape, freeze
 
 
@@ -50,7 +51,12 @@ class SideBySide:
     value: Value
 
 
-Known = Value | Read | SideBySide
+@dataclass(frozen=True)
+class Drawn:
+    """A tensor that was made without a look at the input, as random numbers are."""
+
+
+Known = Value | Read | SideBySide | Drawn
 Lowering = Callable[["Trace", Mapping[str, Any], Any], Any]
 
 _NORM_FORWARDS = {
@@ -80,10 +86,13 @@ class Trace(TorchDispatchMode):
         self.ops: list[Op] = []
         self.parameters: list[str] = []
         self.buffers: list[str] = []
+        self.draws = Recording(examples)
+        self.sources: list[int] = []  # the input, and what was drawn: values that no op has made
         self._table = table
         self._gradients = gradients
         self._vectors: dict[int, bool] = {}  # by slot
         self._known: dict[int, Known] = {}
+        self._taken: dict[tuple[int, int], Value] = {}  # of what was drawn, by id and version
         self._alive: list[Tensor] = []  # an id is only unique while its tensor lives
         self._refusal: str | None = None  # which a forward may have caught
         self._refused: dict[int, str] = {}  # why an op that reads this tensor is not covered
@@ -111,7 +120,41 @@ class Trace(TorchDispatchMode):
             return known
         if isinstance(known, SideBySide):
             raise NotCovered("a value whose examples are side by side in one")
+        if isinstance(known, Drawn):
+            return self._take(tensor)
         raise NotCovered("an operand that does not come from the input")
+
+    def operand(self, tensor: Tensor, like: Tensor) -> Value:
+        """:meth:`value`; what was drawn for all examples at once is one for each of ``like``."""
+        alike = tensor.ndim == like.ndim and tensor.shape[:1] == like.shape[:1]
+        if alike or not isinstance(self.lookup(tensor), Drawn):
+            return self.value(tensor)
+        axes = [*[1] * (like.ndim - tensor.ndim), *tensor.shape]
+        return self.value(self.draw(torch.ops.aten.expand.default, tensor, [len(like), *axes[1:]]))
+
+    def draw(self, func: Any, *args: Any) -> Tensor:
+        """The result of a call of what was drawn, which the module does not make."""
+        result: Tensor = func(*args)
+        self.add_drawn(func, args, {}, result)
+        return result
+
+    def add_drawn(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """``result`` was made by a call that looks at no value of the input."""
+        self.draws.add(func, args, kwargs, result)
+        for tensor in _flat({"results": result}):
+            if isinstance(tensor, Tensor):
+                self._know(tensor, Drawn())
+
+    def _take(self, tensor: Tensor) -> Value:
+        key = id(tensor), tensor._version
+        if key not in self._taken:
+            if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype != self._dtype):
+                raise NotCovered(f"an operand of {tensor.dtype}")
+            value = self._new_value(tensor)
+            self.draws.take(tensor, self._dtype)
+            self.sources.append(value.id)
+            self._taken[key] = value
+        return self._taken[key]
 
     def parameter(
         self,
@@ -146,6 +189,8 @@ class Trace(TorchDispatchMode):
 
     def add_input(self, tensor: Tensor) -> None:
         self._know(tensor, self._new_value(tensor))
+        self.sources.append(0)
+        self._dtype = tensor.dtype
 
     def _new_value(self, tensor: Tensor) -> Value:
         rows = tensor.shape[0] if tensor.ndim else 0
@@ -226,7 +271,8 @@ class Trace(TorchDispatchMode):
         try:
             self._refuse_before(func, name, arguments)
             result = func(*args, **(kwargs or {}))
-            self._record(name, arguments, result)
+            if not self._recorded_as_drawn(func, args, kwargs or {}, arguments, result):
+                self._record(name, arguments, result)
         except NotCovered as reason:
             detail = f" ({reason})" if str(reason) else ""
             self._refusal = f"aten.{name}{detail}{_whereabouts()}"
@@ -236,11 +282,33 @@ class Trace(TorchDispatchMode):
     def _refuse_before(self, func: Any, name: str, arguments: Mapping[str, Any]) -> None:
         """What must not even be tried, or could not be seen by what comes of it."""
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise NotCovered("random numbers")
+            own = isinstance(arguments.get("generator"), torch.Generator)
+            if own or not (name in self._table or self.draws.covers(func, _flat(arguments))):
+                raise NotCovered("random numbers")
         if name == "_local_scalar_dense" and not in_batch_norm():
             raise NotCovered("a value that is read off a tensor")
         if func._schema.is_mutable:
             self._require_readable(_written(func, arguments))
+
+    def _recorded_as_drawn(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Mapping[str, Any],
+        arguments: Mapping[str, Any],
+        result: Any,
+    ) -> bool:
+        items = list(_flat(arguments))
+        if func is torch.ops.aten.lift_fresh.default and self.lookup(items[0]) is None:
+            self.draws.constant(result)
+            self._know(result, Drawn())
+            return True
+        if not self.draws.covers(func, items):
+            return False
+        if torch.Tag.dynamic_output_shape in func.tags:
+            raise NotCovered("a shape that depends on values")
+        self.add_drawn(func, args, kwargs, result)
+        return True
 
     def _record(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
         if not self._touches_known(arguments):

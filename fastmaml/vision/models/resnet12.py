@@ -23,7 +23,7 @@ class DropBlock(nn.Module):
         valid = (*x.shape[:2], x.shape[2] - size + 1, x.shape[3] - size + 1)
         corners = torch.bernoulli(x.new_full(valid, gamma))
         kept = 1 - F.max_pool2d(F.pad(corners, [size - 1] * 4), size, stride=1)
-        return x * kept * (kept.numel() / kept.sum())
+        return x * (kept * (kept.numel() / kept.sum()))
 
     def side(self, x: Tensor) -> int:
         """Of the squares dropped from ``x [N, C, H, W]``: no longer than its own."""
@@ -31,7 +31,13 @@ class DropBlock(nn.Module):
 
 
 class ResNet12Block(nn.Module):
-    """Three 3x3 convolutions with batch norm, a shortcut, and a max-pool by ``stride``."""
+    """Three 3x3 convolutions with batch norm, a shortcut, and a max-pool by ``stride``.
+
+    DropBlock's rate grows with the calls of the block itself. Those of its clones are not among
+    them, as in learn2learn: within an inner loop the rate stays as it is.
+    """
+
+    counts_calls = ("batches",)
 
     def __init__(
         self,
@@ -79,8 +85,7 @@ class ResNet12Backbone(nn.Module):
         wider: 64, 160, 320, 640 channels (Lee et al., CVPR 2019), else 64, 128, 256, 512
             (Oreshkin et al., NeurIPS 2018).
         embedding_dropout: dropout rate of the features.
-        dropblock_dropout: drop rate of the residual blocks; with 0 training is deterministic, and
-            runs natively.
+        dropblock_dropout: drop rate of the residual blocks; with 0 training is deterministic.
         dropblock_size: side of the dropped squares in the last two blocks.
     """
 
