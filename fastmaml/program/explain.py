@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Plan:
     """How a module runs. ``reason``: why there is no native program, or None; ``meta_steps``: how
-    meta-steps run on a GPU, or None; ``drawn``: how many random numbers and constants of its forward
+    meta-steps run on a GPU, or None; ``drawn``: how many random numbers and constants of forward
     go in with each example.
     """
 

@@ -37,7 +37,7 @@ def build() -> None:
 
 def _compile(nvcc: str, target: Path, names: list[str], options: list[str]) -> None:
     sources = [SOURCES / name for name in names]
-    read = [*sources, SOURCES / "runtime.h", Path(torch.__file__)]
+    read = [*sources, *SOURCES.glob("*.h"), Path(torch.__file__)]
     if target.exists() and target.stat().st_mtime > max(path.stat().st_mtime for path in read):
         return
     command = [nvcc, "-O1", "-shared", "-cudart", "none", "-Xcompiler", "-fPIC", *options]

@@ -20,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "random_numbers.h"
 #include "runtime.h"
 
 namespace py = pybind11;
@@ -37,6 +38,7 @@ const std::set<std::string> kReplacedToo = {"copy_", "zero_", "index_put_", "con
 // What handles memory, not values.
 const std::set<std::string> kKept = {"resize_",   "set_",      "record_stream",
                                      "is_set_to", "is_pinned", "_efficientzerotensor"};
+const std::string kDropout = "native_dropout";
 const std::set<std::string> kOfTwoDevices = {"copy_",      "_foreach_copy_",     "index",
                                              "index_put_", "_index_put_impl_",   "_unsafe_index",
                                              "_copy_from", "_local_scalar_dense"};
@@ -98,6 +100,9 @@ void run_on_host(const c10::OperatorHandle& op, Stack& stack) {
       {c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot,
        c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::FuncTorchBatched,
        c10::DispatchKey::FuncTorchDynamicLayerBackMode}));
+  for (IValue& argument : stack) {  // a trial run draws from the same state
+    if (argument.isGenerator()) argument = argument.toGenerator().clone();
+  }
   op.callBoxed(&stack);
 }
 
@@ -226,6 +231,10 @@ class Call {
     Stack host;
     for (std::size_t i = 0; i < arguments_.size(); ++i) {
       const IValue& argument = arguments_[i];
+      if (parameters()[i].name() == "generator" && !captured_) {  // a replay draws others
+        host.push_back(generator_of_call(device_, argument));
+        continue;
+      }
       const bool to_be_resized =
           is_written(parameters()[i]) && argument.isTensor() && argument.toTensor().numel() == 0;
       if (to_be_resized) {  // which memory of somebody else's cannot be
@@ -332,7 +341,9 @@ void on_cuda_tensors(const c10::OperatorHandle& op, Stack* stack) {
 
 bool is_replaced(const c10::OperatorHandle& op) {
   const std::string name = short_name(op.schema().name());
-  if (kKept.count(name) || name.rfind("empty", 0) == 0 || name.rfind("cudnn", 0) == 0) return false;
+  if (kKept.count(name) || name == kDropout || name.rfind("empty", 0) == 0 ||
+      name.rfind("cudnn", 0) == 0)
+    return false;
   for (const c10::Argument& found : op.schema().returns()) {
     if (found.alias_info() != nullptr && !found.alias_info()->isWrite()) return false;  // a view
   }
@@ -350,6 +361,7 @@ void install() {
     library.impl((short_name(name.name) + overload).c_str(),
                  torch::CppFunction::makeFromBoxedFunction<&on_cuda_tensors>());
   }
+  library.impl(kDropout.c_str(), &dropout);
 }
 
 void enqueue_call(std::uintptr_t stream, py::object call) {
