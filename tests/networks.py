@@ -171,6 +171,22 @@ def mobile() -> nn.Module:
     )
 
 
+def separable(groups: int = 1) -> nn.Module:
+    """Depthwise layers, one of which has strides, and products in between; or fewer groups."""
+    return nn.Sequential(
+        nn.Conv2d(2, 20, 1),
+        nn.Tanh(),
+        nn.Conv2d(20, 20, 3, stride=2, padding=1, groups=20 // groups, bias=False),
+        nn.BatchNorm2d(20),
+        nn.SiLU(),
+        nn.Conv2d(20, 40, (2, 3), dilation=(1, 2), padding=2, groups=20 // groups),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(40, 3),
+    )
+
+
 def frozen() -> nn.Module:
     module = mlp(batch_norm=True)
     module[0].weight.requires_grad_(False)
@@ -211,6 +227,10 @@ NETWORKS = {
     "max_pool": Network(lambda: pooled(nn.MaxPool2d), (2, 8, 9), 3),
     "avg_pool": Network(lambda: pooled(nn.AvgPool2d, affine=False, tracking=False), (2, 8, 9), 3),
     "mobile": Network(mobile, (2, 6, 7), 3),
+    "depthwise": Network(separable, (2, 7, 6), 3),
+    "depthwise_eval": Network(evaluated(separable), (2, 7, 6), 3),
+    "groups": Network(lambda: separable(2), (2, 7, 6), 3),
+    "wide_groups": Network(lambda: separable(5), (2, 7, 6), 3),
     "layer_norm": Network(layer_normed, (2, 4), 3),
     "group_norm": Network(group_normed, (2, 7, 6), 3),
     "coordinates": Network(Coordinates, (2, 5, 4), 3),

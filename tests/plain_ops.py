@@ -19,7 +19,8 @@ def _linear(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
 
 def _conv2d(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
     a = op.attrs
-    return F.conv2d(x, params[0], params[1], a["stride"], a["padding"], a["dilation"])
+    window = a["stride"], a["padding"], a["dilation"]
+    return F.conv2d(x, params[0], params[1], *window, a.get("groups", 1))
 
 
 def _batch_norm(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
@@ -90,6 +91,7 @@ def _permute(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
 _PLAIN = {
     "linear": _linear,
     "conv2d": _conv2d,
+    "grouped_conv2d": _conv2d,
     "batch_norm": _batch_norm,
     "group_norm": _group_norm,
     "activation": _activation,

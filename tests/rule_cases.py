@@ -76,11 +76,13 @@ def _conv_case(
     padding: Shape = (0, 0),
     dilation: Shape = (1, 1),
     bias: bool = True,
+    groups: int | None = None,
 ) -> Case:
     params = (weight, weight[:1] if bias else None)
-    return _case(
-        name, "conv2d", (x,), params, stride=stride, padding=padding, dilation=dilation
-    )  # fmt: skip
+    attrs = {"stride": stride, "padding": padding, "dilation": dilation}
+    if groups is None:
+        return _case(name, "conv2d", (x,), params, **attrs)
+    return _case(name, "grouped_conv2d", (x,), params, **attrs, groups=groups)
 
 
 def _norm_case(
@@ -177,6 +179,17 @@ CASES: dict[str, list[Case]] = {
         _conv_case("all_at_once", (3, 6, 9), (17, 3, 3, 2), (2, 1), (2, 1), (1, 3), bias=False),
         _conv_case("lanes", (16, 4, 4), (32, 16, 3, 3), padding=(1, 1)),
         _conv_case("one_position", (3, 3, 3), (17, 3, 3, 3)),
+    ],
+    "grouped_conv2d": [
+        _conv_case("depthwise", (17, 5, 7), (17, 1, 3, 3), padding=(1, 1), groups=17),
+        _conv_case("depthwise_few", (3, 6, 9), (3, 1, 3, 2), (2, 3), (1, 2), groups=3),
+        _conv_case("two_outputs", (5, 4, 6), (10, 1, 2, 5), padding=(1, 4), bias=False, groups=5),
+        _conv_case("three_inputs", (18, 5, 4), (6, 3, 3, 3), (1, 2), (2, 1), groups=6),
+        _conv_case("dilated", (34, 5, 7), (51, 2, 3, 3), (1, 1), (1, 2), (2, 2), groups=17),
+        _conv_case("1x1", (20, 3, 5), (40, 1, 1, 1), (2, 2), groups=20),
+        _conv_case("wide", (8, 5, 7), (6, 4, 3, 3), (2, 1), (1, 1), groups=2),
+        _conv_case("wide_no_bias", (15, 4, 4), (9, 5, 2, 1), bias=False, groups=3),
+        _conv_case("lanes", (32, 9, 8), (32, 1, 5, 5), padding=(2, 2), groups=32),
     ],
     "batch_norm": [
         _norm_case("1d", (17,)),

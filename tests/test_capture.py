@@ -130,7 +130,7 @@ def test_batch_norm_knows_its_buffers() -> None:
         (nn.InstanceNorm1d(3, track_running_stats=True), (3, 5), "running statistics of an inst"),
         (Lambda(lambda x: torch.tanh(x.view(1, -1, 5))), (3, 5), "examples are side by side"),
         (Lambda(lambda x: F.layer_norm(x, x.shape)), (3,), "native_layer_norm .a norm over"),
-        (nn.Conv2d(2, 4, 3, groups=2), (2, 5, 5), r"groups > 1\) in Conv2d"),
+        (nn.ConvTranspose2d(2, 4, 3), (2, 5, 5), r"a transposed convolution\) in ConvTranspose2d"),
         (Lambda(lambda x: x[:, ::2]), (3,), r"aten.slice \(a step of 2\) in Lambda"),
         (Lambda(lambda x: x[:2]), (3,), "examples chosen"),
         (Lambda(lambda x: torch.cat([x, x])), (3,), "examples joined"),

@@ -60,6 +60,34 @@ struct ConvGeometry {
 // geometry, n and the lanes of the table that made it. Immutable, shared by threads.
 struct ConvPlan;
 
+// A weight along one axis of a kernel, and the place that it multiplies.
+struct GroupedTap {
+  std::int32_t tap, source;
+};
+// Places of the destination along one axis that draw on the same taps; `first_tap` of the axis's.
+struct GroupedRun {
+  std::int32_t first, step, count;
+  std::int32_t source_step;  // between what a tap multiplies in one place and in the next
+  std::int32_t first_tap, tap_count;
+};
+struct GroupedAxis {
+  const GroupedRun* runs;
+  int run_count;
+  const GroupedTap* taps;
+};
+// One direction of a grouped convolution: planes of channels, of each group one, in rows
+// [images][planes][height][width][padded(groups)]. Weights, rows of the same, are packed
+// [kernel_h][kernel_w][out of a group][in of a group].
+struct GroupedSweep {
+  Index groups;
+  Index in_planes, in_height, in_width;
+  Index out_planes, out_height, out_width;
+  Index weight_in, weight_out, weight_tap;  // rows from one plane, or tap, to the next
+  Index kernel_h, kernel_w;
+  GroupedAxis lines;  // a run for each
+  GroupedAxis columns;
+};
+
 // One pooling window per output position, in input positions [h0, h1) x [w0, w1) (dilated by
 // `step`).
 struct PoolWindow {
@@ -210,6 +238,14 @@ struct Kernels {
                           const T* wt2, T* gx, bool accumulate, Share share);
   void (*conv_weight_grad)(const ConvPlan& plan, const T* x, Index ldx, const T* gy, const T* x2,
                            const T* gy2, T* gw, bool accumulate, Share share);
+
+  // y[.][padded(groups)] = (accumulate ? y : 0) + bias + x * w (+ x2 * w2), bias [planes][groups].
+  void (*grouped_conv_sweep)(const GroupedSweep& sweep, Index images, const T* x, const T* w,
+                             const T* x2, const T* w2, const T* bias, T* y, bool accumulate,
+                             Share share);
+  void (*grouped_conv_weight_grad)(const GroupedSweep& forward, Index images, const T* x,
+                                   const T* gy, const T* x2, const T* gy2, T* gw, bool accumulate,
+                                   Share share);
 
   // --- batch norm over rows ----------------------------------------------------------------------
   // Channels are padded; gamma, beta and their tangents may be null.

@@ -102,6 +102,8 @@ std::unique_ptr<Op<T>> make_linear(OpReader& reader);
 template <typename T>
 std::unique_ptr<Op<T>> make_conv2d(OpReader& reader);
 template <typename T>
+std::unique_ptr<Op<T>> make_grouped_conv2d(OpReader& reader);
+template <typename T>
 std::unique_ptr<Op<T>> make_batch_norm(OpReader& reader);
 template <typename T>
 std::unique_ptr<Op<T>> make_group_norm(OpReader& reader);

@@ -372,6 +372,7 @@ int Planner<T>::add_op(int index) {
   static const std::map<std::string, Maker> makers = {
       {"linear", make_linear<T>},
       {"conv2d", make_conv2d<T>},
+      {"grouped_conv2d", make_grouped_conv2d<T>},
       {"batch_norm", make_batch_norm<T>},
       {"group_norm", make_group_norm<T>},
       {"activation", make_activation<T>},

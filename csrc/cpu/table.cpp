@@ -3,6 +3,7 @@
 #include "conv2d.h"
 #include "gemm.h"
 #include "group_norm.h"
+#include "grouped_conv.h"
 #include "inner_update.h"
 #include "lanes.h"
 #include "loss.h"
@@ -34,6 +35,8 @@ const Kernels<T>& table() {
       &conv_forward<T>,
       &conv_input_grad<T>,
       &conv_weight_grad<T>,
+      &grouped_conv_sweep<T>,
+      &grouped_conv_weight_grad<T>,
       &norm_forward<T>,
       &norm_backward<T>,
       &norm_tangent<T>,

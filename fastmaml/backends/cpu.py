@@ -13,12 +13,12 @@ from torch import Tensor
 
 from fastmaml import _core
 from fastmaml.backends.base import MetaStep, MetaStepResult
+from fastmaml.backends.core_spec import core_spec
 from fastmaml.backends.native import MetaStepArguments, batch_sizes, dtype_name, empty, pointer
-from fastmaml.program.ir import Graph, Shape, Slot
+from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.updates import FusedUpdate
 
-_PYTHON_ONLY = ("running", "momentum")  # whose running statistics a batch norm feeds, and how
 _STEP_PASSES = 6  # of a second-order inner step: forward, backward, and its part of the adjoint
 _MEMORY_BUDGET = 96 << 20  # bytes of activations that a meta-step keeps for each thread
 _WORTH_A_THREAD = 1 << 17  # elements to copy
@@ -45,24 +45,7 @@ class CpuExecutor:
         slots = [layout.slots[layout.aliases[name]] for name in graph.parameters]
         self._program = _core.Program(
             dtype=dtype_name(dtype),
-            values=list(graph.values),
-            ops=[
-                {
-                    "kind": op.kind,
-                    "inputs": list(op.inputs),
-                    "output": op.output,
-                    "params": [-1 if p is None else p for p in op.params],
-                    "buffers": [-1 if b is None else b for b in op.buffers],
-                    **{k: v for k, v in op.attrs.items() if k not in _PYTHON_ONLY},
-                }
-                for op in graph.ops
-            ],
-            slots=[
-                {"shape": shape, "adapted": s.adapted, "offset": s.offset}
-                for s, shape in zip(slots, _slot_shapes(graph, slots), strict=True)
-            ],
-            buffers=_buffer_shapes(graph),
-            output=graph.output,
+            **core_spec(graph, slots),
             theta_size=layout.theta_size,
             shared_size=layout.shared_size,
         )
@@ -297,21 +280,3 @@ def _flat(buffers: Sequence[Tensor], x: Tensor) -> Tensor | None:
     if not buffers:
         return None
     return torch.cat([b.detach().reshape(-1).to(x.dtype) for b in buffers])
-
-
-def _slot_shapes(graph: Graph, slots: Sequence[Slot]) -> list[Shape]:
-    """The axes of what scales and shifts a value matter to nobody: to the core these are vectors,
-    and no matrices to be packed.
-    """
-    vectors = {p for op in graph.ops if op.kind == "group_norm" for p in op.params}
-    return [(s.size,) if i in vectors else s.shape for i, s in enumerate(slots)]
-
-
-def _buffer_shapes(graph: Graph) -> list[tuple[int, ...]]:
-    """Running statistics are vectors over the channels of the value they normalise."""
-    shapes: list[tuple[int, ...]] = [()] * len(graph.buffers)
-    for op in graph.ops:
-        for buffer in op.buffers:
-            if buffer is not None:
-                shapes[buffer] = (graph.values[op.inputs[0]][0],)
-    return shapes

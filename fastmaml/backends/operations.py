@@ -275,10 +275,10 @@ def _multiplications(graph: Graph, layout: ParameterLayout) -> int:
     return sum(
         prod(shapes[op.params[0]]) * _positions(op.kind, graph.values[op.output])
         for op in graph.ops
-        if op.kind in ("conv2d", "linear") and op.params[0] is not None
+        if op.kind in ("conv2d", "grouped_conv2d", "linear") and op.params[0] is not None
     )
 
 
 def _positions(kind: str, shape: Shape) -> int:
     """How often a layer's weights are applied to one example: its output without channels."""
-    return prod(shape[1:] if kind == "conv2d" else shape[:-1])
+    return prod(shape[:-1] if kind == "linear" else shape[1:])

@@ -61,17 +61,15 @@ def _matrix_product(trace: Trace, a: Arguments, result: Tensor) -> None:
 
 def _convolution(trace: Trace, a: Arguments, result: Tensor) -> None:
     x = _image(trace, a["input"])
-    if a["transposed"] or a["groups"] != 1:
-        raise NotCovered("a transposed convolution" if a["transposed"] else "groups > 1")
-    trace.emit(
-        "conv2d",
-        result,
-        (x,),
-        (trace.parameter(a["weight"]), trace.parameter(a["bias"])),
-        stride=_pair(a["stride"]),
-        padding=_pair(a["padding"]),
-        dilation=_pair(a["dilation"]),
-    )
+    if a["transposed"]:
+        raise NotCovered("a transposed convolution")
+    groups = None if a["groups"] == 1 else int(a["groups"])
+    slots = tuple(trace.parameter(a[name], groups=groups) for name in ("weight", "bias"))
+    window = {name: _pair(a[name]) for name in ("stride", "padding", "dilation")}
+    if groups is None:
+        trace.emit("conv2d", result, (x,), slots, **window)
+    else:
+        trace.emit("grouped_conv2d", result, (x,), slots, **window, groups=groups)
 
 
 def _batch_norm(trace: Trace, a: Arguments, result: Any, *, training: bool | None = None) -> None:

@@ -90,7 +90,7 @@ class Trace(TorchDispatchMode):
         self.sources: list[int] = []  # the input, and what was drawn: values that no op has made
         self._table = table
         self._gradients = gradients
-        self._vectors: dict[int, bool] = {}  # by slot
+        self._readings: dict[int, int | str | None] = {}  # by slot
         self._known: dict[int, Known] = {}
         self._taken: dict[tuple[int, int], Value] = {}  # of what was drawn, by id and version
         self._alive: list[Tensor] = []  # an id is only unique while its tensor lives
@@ -163,16 +163,20 @@ class Trace(TorchDispatchMode):
         transposed: bool = False,
         repeats: int = 1,
         vector: bool = False,
+        groups: int | None = None,
     ) -> int | None:
-        """The slot number of a parameter, added on first use; ``vector``: whatever axes it has."""
+        """The slot number of a parameter, added on first use; ``vector``: whatever axes it has;
+        ``groups``: its first axis are so many.
+        """
         if tensor is None:
             return None
         known = self.lookup(tensor)
         if not isinstance(known, Read) or known != Read(known.name, False, transposed, repeats):
             raise NotCovered("a weight that is not a parameter itself")
         slot = _slot(self.parameters, known.name)
-        if tensor.ndim > 1 and self._vectors.setdefault(slot, vector) != vector:
-            raise NotCovered("a weight that is a matrix elsewhere")
+        reading = "vector" if vector and tensor.ndim > 1 else groups
+        if self._readings.setdefault(slot, reading) != reading:
+            raise NotCovered("a weight that is read in another way elsewhere")
         return slot
 
     def buffer(self, tensor: Tensor | None) -> int:

@@ -1,4 +1,8 @@
-"""``conv2d``: cross-correlation with each task's own weights, as one grouped convolution."""
+"""``conv2d``: cross-correlation with each task's own weights, as one grouped convolution.
+
+And ``grouped_conv2d``, whose channels come in groups themselves: depthwise convolutions (Howard et
+al., "MobileNets", 2017) have one for each channel.
+"""
 
 from __future__ import annotations
 
@@ -22,28 +26,27 @@ def _channels_to_tasks(x: Tensor, tasks: int) -> Tensor:
     return x.unflatten(1, (tasks, -1)).transpose(0, 1)
 
 
-def _geometry(op: Op) -> dict[str, Any]:
-    return {name: op.attrs[name] for name in ("stride", "padding", "dilation")}
+def _geometry(op: Op, tasks: int) -> dict[str, Any]:
+    window = {name: op.attrs[name] for name in ("stride", "padding", "dilation")}
+    return {**window, "groups": tasks * op.attrs.get("groups", 1)}
 
 
 class Conv2d(BilinearRule):
-    """x ``[T, N, C, H, W]``, weight ``[T, O, C, kh, kw]``, bias ``[T, O]``."""
+    """x ``[T, N, C, H, W]``, weight ``[T, O, C / groups, kh, kw]``, bias ``[T, O]``."""
 
     def product(self, op: Op, x: Tensor, w: Tensor) -> Tensor:
-        y = F.conv2d(_tasks_to_channels(x), w.flatten(0, 1), groups=len(w), **_geometry(op))
+        y = F.conv2d(_tasks_to_channels(x), w.flatten(0, 1), **_geometry(op, len(w)))
         return _channels_to_tasks(y, len(w))
 
     def input_grad(self, op: Op, x: Tensor, w: Tensor, gy: Tensor) -> Tensor:
         size = _tasks_to_channels(x).shape
-        gx = conv2d_input(
-            size, w.flatten(0, 1), _tasks_to_channels(gy), groups=len(w), **_geometry(op)
-        )
+        gx = conv2d_input(size, w.flatten(0, 1), _tasks_to_channels(gy), **_geometry(op, len(w)))
         return _channels_to_tasks(gx, len(w))
 
     def weight_grad(self, op: Op, x: Tensor, w: Tensor, gy: Tensor) -> Tensor:
         size = w.flatten(0, 1).shape
         gw = conv2d_weight(
-            _tasks_to_channels(x), size, _tasks_to_channels(gy), groups=len(w), **_geometry(op)
+            _tasks_to_channels(x), size, _tasks_to_channels(gy), **_geometry(op, len(w))
         )
         return gw.view_as(w)
 
@@ -54,4 +57,4 @@ class Conv2d(BilinearRule):
         return bias[:, None, :, None, None]
 
 
-RULES: dict[str, Rule] = {"conv2d": Conv2d()}
+RULES: dict[str, Rule] = {"conv2d": Conv2d(), "grouped_conv2d": Conv2d()}

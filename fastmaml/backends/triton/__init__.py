@@ -1,14 +1,15 @@
 """Triton kernels, batched over tasks: rules (see ``fastmaml.rules``) for float32 CUDA tensors.
 
 The stems are those of ``fastmaml/rules``. What is not here (views, parts and sums of values,
-normalisation by given statistics) runs through the reference rules, on the device too.
+normalisation by given statistics) runs through the reference rules, on the device too, and so do
+convolutions in groups.
 """
 
 from collections.abc import Mapping
 from functools import cache
 
 from fastmaml.backends.triton import activation, group_norm, mul, norm, pool
-from fastmaml.backends.triton.conv2d import Conv2d
+from fastmaml.backends.triton.conv2d import Conv2d, GroupedConv2d
 from fastmaml.backends.triton.linear import Linear
 from fastmaml.backends.triton.loss import LOSSES
 from fastmaml.rules import RULES as REFERENCE_RULES
@@ -26,6 +27,7 @@ def rules(convolution: str, linear: str) -> Mapping[str, Rule]:
         **mul.RULES,
         **pool.RULES,
         "conv2d": Conv2d(convolution),
+        "grouped_conv2d": GroupedConv2d(convolution),
         "linear": Linear(linear),
     }
 

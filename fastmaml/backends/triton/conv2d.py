@@ -7,8 +7,10 @@ one launch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
+import torch
 import triton
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from fastmaml.backends.triton.linear import added
 from fastmaml.backends.triton.products import NO_BLOCKS, Blocks, choose_blocks, dot_precision
 from fastmaml.backends.triton.tiles import aligned, new_channels_last
 from fastmaml.program.ir import Op, Shape
+from fastmaml.rules import conv2d
 
 
 def _window(op: Op, weight: Tensor) -> tuple[int, ...]:
@@ -205,3 +208,27 @@ class Conv2d(Bilinear):
 
     def broadcast(self, bias: Tensor, tasks_examples: Shape, out_shape: Shape) -> Tensor:
         return bias[:, None, :, None, None].expand(*tasks_examples, *out_shape)
+
+
+class GroupedConv2d(conv2d.Conv2d):
+    """PyTorch's own convolution in groups, in this precision or a better one."""
+
+    def __init__(self, precision: str) -> None:
+        self._tf32 = precision in ("tf32", "bf16")
+
+    def product(self, op: Op, x: Tensor, w: Tensor) -> Tensor:
+        with self._precision():
+            return super().product(op, x, w)
+
+    def input_grad(self, op: Op, x: Tensor, w: Tensor, gy: Tensor) -> Tensor:
+        with self._precision():
+            return super().input_grad(op, x, w, gy)
+
+    def weight_grad(self, op: Op, x: Tensor, w: Tensor, gy: Tensor) -> Tensor:
+        with self._precision():
+            return super().weight_grad(op, x, w, gy)
+
+    def _precision(self) -> AbstractContextManager[None]:
+        own = torch.backends.cudnn
+        names = ("enabled", "benchmark", "benchmark_limit", "deterministic")
+        return own.flags(**{name: getattr(own, name) for name in names}, allow_tf32=self._tf32)

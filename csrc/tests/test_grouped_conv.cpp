@@ -1,0 +1,191 @@
+// Convolution in groups against plain loops in double precision.
+#include "check.h"
+#include "grouped_conv_plan.h"
+
+namespace {
+
+using namespace fastmaml_test;
+using fastmaml::ConvGeometry;
+using fastmaml::GroupedConvPlan;
+using fastmaml::GroupedSweep;
+using fastmaml::padded;
+
+struct Case {
+  Index groups, images;
+  ConvGeometry g;
+};
+
+// `in` and `out`: channels of a group.
+Case make_case(int groups, int in, int out, int height, int width, int kernel_h, int kernel_w,
+               int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w,
+               Index images) {
+  const auto extent = [](int size, int pad, int dilation, int kernel, int stride) {
+    return (size + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
+  };
+  return {groups,
+          images,
+          {groups * in, groups * out, height, width,
+           extent(height, pad_h, dilation_h, kernel_h, stride_h),
+           extent(width, pad_w, dilation_w, kernel_w, stride_w), kernel_h, kernel_w, stride_h,
+           stride_w, pad_h, pad_w, dilation_h, dilation_w}};
+}
+
+// Rows of groups: where a plane's place, and a weight, lies.
+struct Rows {
+  explicit Rows(const Case& c)
+      : g(c.g), images(c.images), in(g.in_channels / c.groups), out(g.out_channels / c.groups) {}
+
+  Index input(Index image, Index plane, Index h, Index w) const {
+    return ((image * in + plane) * g.height + h) * g.width + w;
+  }
+  Index output(Index image, Index plane, Index h, Index w) const {
+    return ((image * out + plane) * g.out_height + h) * g.out_width + w;
+  }
+  Index inputs() const { return input(images, 0, 0, 0); }
+  Index outputs() const { return output(images, 0, 0, 0); }
+  Index weights() const { return Index{g.kernel_h} * g.kernel_w * in * out; }
+
+  // body(output row, input row, weight row) for every product of each group
+  template <typename Body>
+  void for_products(Body body) const {
+    for (Index i = 0; i < outputs(); ++i) {
+      const Index w = i % g.out_width, h = i / g.out_width % g.out_height;
+      const Index plane = i / g.out_width / g.out_height % out;
+      const Index image = i / g.out_width / g.out_height / out;
+      for (Index tap = 0; tap < Index{g.kernel_h} * g.kernel_w; ++tap) {
+        const Index y = h * g.stride_h - g.pad_h + tap / g.kernel_w * g.dilation_h;
+        const Index x = w * g.stride_w - g.pad_w + tap % g.kernel_w * g.dilation_w;
+        if (y < 0 || y >= g.height || x < 0 || x >= g.width) continue;
+        for (Index from = 0; from < in; ++from) {
+          body(i, input(image, from, y, x), (tap * out + plane) * in + from);
+        }
+      }
+    }
+  }
+
+  ConvGeometry g;
+  Index images, in, out;
+};
+
+template <typename T>
+using Values = std::vector<T>;
+
+// Sums of so many random products.
+template <typename T>
+void check_sums(const Values<T>& got, const Values<double>& expected, Index products,
+                const std::string& name) {
+  const double typical = std::sqrt(static_cast<double>(2 * products));
+  check_close(got, expected, 40 + typical, name, typical);
+}
+
+// What a kernel adds to: memory that it must overwrite, or values.
+template <typename T>
+Values<T> start(Index count, bool accumulate, Values<double>* expected) {
+  Values<T> values = accumulate ? random_values<T>(count) : poisoned<T>(count);
+  expected->assign(count, 0);
+  if (accumulate) expected->assign(values.begin(), values.end());
+  return values;
+}
+
+template <typename T>
+void add_product(Values<double>* sums, Index to, Index ld, const Values<T>& a, Index row_a,
+                 const Values<T>& b, Index row_b) {
+  for (Index i = 0; i < ld; ++i) {
+    (*sums)[to * ld + i] += static_cast<double>(a[row_a * ld + i]) * b[row_b * ld + i];
+  }
+}
+
+struct TestGroupedConv {
+  template <typename T>
+  void operator()(const Kernels<T>& k) const {
+    // groups, channels of one; height, width; kernel; stride; padding; dilation; images
+    const Case cases[] = {
+        make_case(32, 1, 1, 14, 14, 3, 3, 1, 1, 1, 1, 1, 1, 3),
+        make_case(17, 1, 1, 9, 12, 3, 3, 2, 2, 1, 1, 1, 1, 2),
+        make_case(33, 1, 2, 7, 5, 5, 5, 1, 1, 2, 2, 1, 1, 2),
+        make_case(5, 3, 2, 6, 11, 2, 4, 1, 3, 0, 2, 1, 1, 3),
+        make_case(16, 4, 4, 8, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1),
+        make_case(3, 2, 3, 10, 13, 3, 2, 2, 3, 2, 1, 2, 3, 2),
+        make_case(1, 2, 2, 4, 5, 3, 3, 1, 1, 1, 1, 1, 1, 2),
+        make_case(8, 1, 1, 1, 1, 3, 3, 1, 1, 1, 1, 1, 1, 4),
+        make_case(9, 1, 1, 5, 4, 1, 1, 3, 3, 0, 0, 1, 1, 2),
+        make_case(20, 1, 1, 6, 17, 7, 7, 1, 1, 3, 3, 1, 1, 1),
+        make_case(4, 1, 1, 9, 9, 3, 3, 4, 4, 0, 0, 1, 1, 2),
+    };
+    for (const Case& c : cases) {
+      for (const bool dual : {false, true}) run(k, c, dual);
+    }
+  }
+
+  // `dual`: two products, added to what is there.
+  template <typename T>
+  static void run(const Kernels<T>& k, const Case& c, bool dual) {
+    const Rows rows(c);
+    const GroupedConvPlan plan(c.g, c.groups);
+    const Index ld = padded(c.groups, k.lanes);
+    const auto random = [&](Index count) { return random_rows<T>(count, c.groups, ld); };
+    const Values<T> x = random(rows.inputs()), x2 = random(rows.inputs());
+    const Values<T> w = random(rows.weights()), w2 = random(rows.weights());
+    const Values<T> gy = random(rows.outputs()), gy2 = random(rows.outputs());
+    const Values<T> bias = random(rows.out);
+    const auto second = [&](const Values<T>& v) { return dual ? v.data() : nullptr; };
+    const std::string name =
+        std::string(k.isa) + " " + scalar_name<T>() + " " + describe(c) + (dual ? " dual" : "");
+
+    Values<double> expected;
+    Values<T> y = start<T>(rows.outputs() * ld, dual, &expected);
+    for (Index i = 0; !dual && i < rows.outputs(); ++i) {
+      const Index plane = i / c.g.out_height / c.g.out_width % rows.out;
+      for (Index lane = 0; lane < ld; ++lane) expected[i * ld + lane] += bias[plane * ld + lane];
+    }
+    rows.for_products([&](Index out, Index in, Index weight) {
+      add_product(&expected, out, ld, x, in, w, weight);
+      if (dual) add_product(&expected, out, ld, x2, in, w2, weight);
+    });
+    check_shares(&y, "forward " + name, [&](Share share) {
+      k.grouped_conv_sweep(plan.forward(), c.images, x.data(), w.data(), second(x2), second(w2),
+                           dual ? nullptr : bias.data(), y.data(), dual, share);
+    });
+    check_sums(y, expected, rows.weights(), "forward " + name);
+
+    Values<T> gx = start<T>(rows.inputs() * ld, dual, &expected);
+    rows.for_products([&](Index out, Index in, Index weight) {
+      add_product(&expected, in, ld, gy, out, w, weight);
+      if (dual) add_product(&expected, in, ld, gy2, out, w2, weight);
+    });
+    check_shares(&gx, "input grad " + name, [&](Share share) {
+      k.grouped_conv_sweep(plan.input_grad(), c.images, gy.data(), w.data(), second(gy2),
+                           second(w2), nullptr, gx.data(), dual, share);
+    });
+    check_sums(gx, expected, rows.weights(), "input grad " + name);
+
+    Values<T> gw = start<T>(rows.weights() * ld, dual, &expected);
+    rows.for_products([&](Index out, Index in, Index weight) {
+      add_product(&expected, weight, ld, x, in, gy, out);
+      if (dual) add_product(&expected, weight, ld, x2, in, gy2, out);
+    });
+    check_shares(&gw, "weight grad " + name, [&](Share share) {
+      k.grouped_conv_weight_grad(plan.forward(), c.images, x.data(), gy.data(), second(x2),
+                                 second(gy2), gw.data(), dual, share);
+    });
+    check_sums(gw, expected, rows.outputs(), "weight grad " + name);
+  }
+
+  static std::string describe(const Case& c) {
+    const ConvGeometry& g = c.g;
+    std::string text = std::to_string(c.groups) + " groups";
+    for (const int number :
+         {g.in_channels, g.out_channels, g.height, g.width, g.kernel_h, g.kernel_w, g.stride_h,
+          g.stride_w, g.pad_h, g.pad_w, g.dilation_h, g.dilation_w}) {
+      text += " " + std::to_string(number);
+    }
+    return text;
+  }
+};
+
+}  // namespace
+
+int main() {
+  for_each_table(TestGroupedConv());
+  return report("grouped_conv");
+}
