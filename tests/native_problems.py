@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from networks import Dense, Gated, evaluated, group_normed, layer_normed, separable
+from networks import Dense, Gated, Scaled, evaluated, group_normed, layer_normed, separable
 from rule_cases import Case, random_tensors
 from torch import Tensor, nn
 
@@ -228,6 +228,8 @@ CHAINS = {
     "dense_shared": Chain(Dense, (2, 4, 5), lambda name, p: "first" not in name),
     "norm_of_the_input": Chain(norm_of_the_input, (3, 4, 5)),
     "layer_norms": Chain(layer_normed, (2, 4)),
+    "scaled": Chain(Scaled, (2, 5, 4)),
+    "scaled_shared": Chain(Scaled, (2, 5, 4), lambda name, p: name in ("scale", "head.weight")),
     "depthwise": Chain(separable, (2, 7, 6)),
     "depthwise_shared": Chain(separable, (2, 7, 6), lambda name, p: name.startswith("5")),
     "wide_groups": Chain(lambda: separable(5), (2, 7, 6)),

@@ -75,6 +75,22 @@ class Cumulative(nn.Module):
         return x.cumsum(-1)
 
 
+class Scaled(nn.Module):
+    """Layer scale, embeddings of places, a token in front, a temperature and a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 6, 3, padding=1), nn.Linear(6, 3)
+        self.scale, self.places = nn.Parameter(torch.randn(6, 1, 1)), nn.Parameter(torch.randn(20))
+        self.token = nn.Parameter(torch.randn(1, 6, 1))
+        self.temperature = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = (torch.tanh(self.conv(x)) * self.scale).flatten(2) + self.places
+        h = torch.cat([self.token.expand(len(x), -1, -1), h], 2)
+        return self.head(torch.tanh(h)[:, :, :9].mean(2)) * self.temperature
+
+
 class Coordinates(nn.Module):
     """A convolution that sees where it is, and a constant for each channel."""
 
@@ -233,6 +249,7 @@ NETWORKS = {
     "wide_groups": Network(lambda: separable(5), (2, 7, 6), 3),
     "layer_norm": Network(layer_normed, (2, 4), 3),
     "group_norm": Network(group_normed, (2, 7, 6), 3),
+    "scaled": Network(Scaled, (2, 5, 4), 3),
     "coordinates": Network(Coordinates, (2, 5, 4), 3),
     "mixer": Network(Mixer, (6, 4), 3),
     "tied_unseen": Network(Tied, (5,), 3),

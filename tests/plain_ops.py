@@ -108,6 +108,8 @@ _PLAIN = {
 
 def plain(op: Op, out_shape: Shape, params: Tensors, buffers: Tensors, *inputs: Tensor) -> Tensor:
     """The op for one task: parameters ``[*shape]``, inputs ``[N, *shape]``."""
+    if op.kind == "parameter":
+        return params[0].expand(len(inputs[0]), *params[0].shape).reshape(-1, *out_shape)
     if op.kind == "view":
         return inputs[0].reshape(-1, *out_shape)
     if op.kind == "expand":

@@ -191,6 +191,12 @@ CASES: dict[str, list[Case]] = {
         _conv_case("wide_no_bias", (15, 4, 4), (9, 5, 2, 1), bias=False, groups=3),
         _conv_case("lanes", (32, 9, 8), (32, 1, 5, 5), padding=(2, 2), groups=32),
     ],
+    "parameter": [
+        _case("vector", "parameter", ((3,),), ((17,),), out=(17,)),
+        _case("scale_of_channels", "parameter", ((6, 5, 4),), ((6, 1, 1),), out=(6, 1, 1)),
+        _case("scalar", "parameter", ((2, 3),), ((),), out=(1, 1)),
+        _case("places", "parameter", ((2,),), ((1, 3, 7),), out=(3, 7)),
+    ],
     "batch_norm": [
         _norm_case("1d", (17,)),
         _norm_case("1d_plain", (3,), weight=False, bias=False, eps=1e-3),

@@ -139,6 +139,11 @@ def test_batch_norm_knows_its_buffers() -> None:
         (Lambda(lambda x: x if x.sum() > 0 else -x), (3,), "sum or mean over examples"),
         (Lambda(lambda x: x * float(x.numpy().max())), (3,), "examples or their values"),
         (Lambda(lambda x: x * x.shape[0]), (3,), "number of examples"),
+        (
+            Lambda(lambda x: x.as_strided((len(x), 3), (1, len(x)))),
+            (3,),
+            "by their place in memory",
+        ),
         (Lambda(lambda x: x.flatten()), (3,), "whose first axis is not the examples"),
         (Lambda(lambda x: (x, x)), (3,), "an output of type tuple, not one tensor"),
         (Lambda(lambda x: x @ torch.ones(3, 3)), (3,), "a weight that is not a parameter"),

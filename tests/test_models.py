@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 from fastmaml import explain
+from fastmaml.program.capture import capture
 from fastmaml.vision.models import (
     CNN4,
     WRN28,
@@ -299,6 +301,19 @@ def test_dropped_squares_are_no_larger_than_small_images() -> None:
     net = ResNet12(5, hidden_size=2048, wider=False, avg_pool=False, dropblock_dropout=0.5)
     output = net.train()(torch.randn(4, 3, 32, 32))  # its last maps have 4 and 2 positions a side
     assert output.isfinite().all()
+
+
+TORCHVISION = [
+    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0"),
+    *("mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18"),
+    *("resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_1"),
+]
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvisions_convolutional_networks_are_native(name: str) -> None:
+    graph = capture(getattr(torchvision.models, name)(num_classes=5), torch.randn(5, 3, 64, 64))
+    assert graph.values[graph.output] == (5,)
 
 
 def test_resnet12_runs_natively_without_dropout() -> None:

@@ -382,6 +382,7 @@ int Planner<T>::add_op(int index) {
       {"mean", make_mean<T>},
       {"add", make_add<T>},
       {"mul", make_mul<T>},
+      {"parameter", make_parameter<T>},
       {"cat", make_cat<T>},
       {"narrow", make_narrow<T>},
       {"expand", make_expand<T>},

@@ -1,4 +1,4 @@
-// Rearranging: between layouts; parts of values, joined values and repeated ones.
+// Rearranging: between layouts; parts of values, joined values and repeated ones, and parameters.
 #include <algorithm>
 
 #include "cpu/program_ops.h"
@@ -161,7 +161,47 @@ class ExpandOp final : public LinearOp<T> {
   Index positions_ = 0, channels_ = 0, ld_ = 0;
 };
 
+// A parameter as a value, the same for every example.
+template <typename T>
+class ParameterOp final : public Op<T> {
+ public:
+  explicit ParameterOp(OpReader& reader) : size_(element_count(reader.output())) {
+    ld_ = padded(size_, reader.lanes());
+    this->slots = {reader.parameter(0, "parameter", {size_}, true)};
+    this->output = reader.produce(with_ld(dense_layout(reader.output()), ld_));
+  }
+
+  void forward(Run<T>& run) const override {
+    repeat(run, run.weight(this->slots[0]), run.value_out(this->output));
+  }
+  void tangent(Run<T>& run) const override {
+    repeat(run, run.direction(this->slots[0]), run.tangent_out(this->output));
+  }
+  void backward(Run<T>& run, Flow<T>& flow) const override {
+    if (const Target<T> sums = run.into_slot(flow, this->slots[0])) {
+      run.kernels.column_sums(run.examples(), size_, run.arrived(flow, this->output), sums.data,
+                              sums.accumulate, run.share);
+    }
+  }
+  void backward_tangent(Run<T>& run) const override {
+    if (run.arrived(run.second, this->output) != nullptr) backward(run, run.second);
+  }
+
+ private:
+  void repeat(const Run<T>& run, const T* row, T* out) const {
+    const Range mine = split(run.examples(), run.share);
+    for (Index n = mine.begin; n < mine.end; ++n) std::copy(row, row + ld_, out + n * ld_);
+  }
+
+  Index size_, ld_ = 0;
+};
+
 }  // namespace
+
+template <typename T>
+std::unique_ptr<Op<T>> make_parameter(OpReader& reader) {
+  return std::make_unique<ParameterOp<T>>(reader);
+}
 
 template <typename T>
 std::unique_ptr<Op<T>> make_cat(OpReader& reader) {
@@ -196,6 +236,7 @@ std::unique_ptr<Op<T>> make_gather(int from, const Layout& from_layout, Index fr
   return std::make_unique<GatherOp<T>>(from, from_layout, from_gradient_ld, to, to_layout);
 }
 
+FASTMAML_INSTANTIATE_OP(make_parameter)
 FASTMAML_INSTANTIATE_OP(make_cat)
 FASTMAML_INSTANTIATE_OP(make_narrow)
 FASTMAML_INSTANTIATE_OP(make_expand)

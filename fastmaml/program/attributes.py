@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastmaml.program.draws import Recording
 from fastmaml.program.trace import NotCovered
 
 _CONTAINERS = (list, dict, set, deque, tuple)
@@ -172,11 +171,13 @@ def _same(a: Any, b: Any) -> bool:
 
 
 @contextmanager
-def random_states(device: torch.device, draws: Recording | None = None) -> Iterator[None]:
+def random_states(
+    device: torch.device, repeatable: Callable[[], bool | None] = lambda: None
+) -> Iterator[None]:
     """Those of Python, NumPy and PyTorch, put back.
 
-    NotCovered where they have moved, but by ``draws``, which are made again to see whether they
-    are the same.
+    NotCovered where they have moved, but by draws that are ``repeatable``: it makes them again, and
+    says whether they are the same, or None where there are none.
     """
     generators = _generators(device)
     before = _states(generators)
@@ -185,11 +186,11 @@ def random_states(device: torch.device, draws: Recording | None = None) -> Itera
     finally:
         after = _states(generators)
         _put_back(generators, before, after)
-    if draws is not None and draws.values:
-        repeatable = draws.is_repeatable()
+    same = repeatable()
+    if same is not None:
         again = _states(generators)
         _put_back(generators, before, again)
-        if not repeatable:
+        if not same:
             raise NotCovered("random numbers or constants that cannot be made again")
         after = [a if a != b else c for a, b, c in zip(after, again, before, strict=True)]
     moved = [g.owner for g, a, b in zip(generators, before, after, strict=True) if a != b]

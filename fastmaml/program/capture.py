@@ -170,8 +170,12 @@ def _trace(module: nn.Module, sample: _Sample) -> tuple[Graph, Tape]:
         trace = Trace(sample.examples, parameters, buffers, TABLE, gradients=sample.gradients)
         trace.add_input(rows)
         trace.refuse_originals(module)
-        draws = None if sample.blank else trace.draws
-        with random_states(sample.device, draws), _saving_for_itself(), trace:
+
+        def repeatable() -> bool | None:
+            none = sample.blank or not trace.draws.values
+            return None if none else trace.draws.is_repeatable(buffers.__getitem__)
+
+        with random_states(sample.device, repeatable), _saving_for_itself(), trace:
             output = _run(module, parameters | buffers, rows)
     trace.check()
     return _graph(trace, output), trace.draws.tape()

@@ -1,8 +1,8 @@
 """What a forward makes without a look at its input: random numbers, constants, and what follows.
 
-A program cannot make them. They are made again for each call, by the same calls of PyTorch in the
-same order, so that a seed gives the masks that the module itself would draw, and go in with the
-input: behind each example's own values, flat.
+A program cannot make them, nor does it know buffers that are no running statistics. They are made
+again for each call, by the same calls of PyTorch in the same order, so that a seed gives the masks
+that the module itself would draw, and go in with the input: behind each example's own values, flat.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ class Tape:
     calls: tuple[_Call, ...]
     taken: tuple[int, ...]
 
-    def play(self) -> list[Tensor]:
-        """What goes in, each ``[N, values]``."""
+    def play(self, buffer: Callable[[str], Tensor]) -> list[Tensor]:
+        """What goes in, each ``[N, values]``; ``buffer``: the module's, by its name."""
         made: dict[int | None, Tensor] = {}
         for call in self.calls:
             args = list(call.args)
             for index, place in call.given:
                 args[index] = made[place]
-            result = call.func(*args, **call.kwargs)
+            result = buffer(*args) if call.func is _buffer else call.func(*args, **call.kwargs)
             if len(call.places) == 1:
                 made[call.places[0]] = result[0] if isinstance(result, (list, tuple)) else result
             else:
                 made.update(zip(call.places, result, strict=True))
         return [made[place] for place in self.taken]
 
-    def play_into(self, rows: Tensor) -> None:
+    def play_into(self, rows: Tensor, buffer: Callable[[str], Tensor]) -> None:
         """Write what goes in to ``rows [N, values]``."""
-        torch.cat(self.play(), 1, out=rows)
+        torch.cat(self.play(buffer), 1, out=rows)
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,12 @@ class Recording:
         """Record a tensor that was made of numbers of Python's."""
         self._calls.append(_Call(tensor.detach().clone().clone, (), {}, (), (self._place(tensor),)))
 
+    def buffer(self, name: str, value: Tensor) -> Tensor:
+        """A copy of a buffer, which stands for that as it is when the tape is played."""
+        copy = value.detach().clone()
+        self._calls.append(_Call(_buffer, (name,), {}, (), (self._place(copy),)))
+        return copy
+
     def take(self, tensor: Tensor, dtype: torch.dtype) -> None:
         """Let ``tensor``, whose first axis is the examples, go in as it is now."""
         rows = _copied_rows(tensor, self._examples, dtype)
@@ -122,9 +128,9 @@ class Recording:
             taken.append(self._places[id(rows)])
         return Tape(tuple(calls), tuple(taken))
 
-    def is_repeatable(self) -> bool:
+    def is_repeatable(self, buffer: Callable[[str], Tensor]) -> bool:
         """Whether its tape gives the same; to be asked with the generators as they were."""
-        again = self.tape().play()
+        again = self.tape().play(buffer)
         return all(torch.equal(a, b) for a, b in zip(again, self.values, strict=True))
 
     def _is_made(self, item: Any) -> bool:
@@ -146,6 +152,10 @@ class Recording:
             self._places[id(result)] = len(self._alive)
             self._alive.append(result)
         return self._places[id(result)]
+
+
+def _buffer(name: str) -> Tensor:
+    raise AssertionError(name)  # which a tape finds itself
 
 
 def _rows(tensor: Tensor, examples: int, dtype: torch.dtype) -> Tensor:

@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmaml.program.frames import in_batch_norm
+from fastmaml.program.ir import Op
 from fastmaml.program.lowering_shape import SHAPE_TABLE, Arguments, lower_split
 from fastmaml.program.trace import (
+    Drawn,
     Lowering,
     NotCovered,
     Read,
     SideBySide,
     Trace,
     Value,
-    in_batch_norm,
 )
 
 
@@ -206,15 +208,17 @@ def _power(trace: Trace, a: Arguments, result: Tensor) -> None:
 
 
 def _add(trace: Trace, a: Arguments, result: Tensor, *, sign: int = 1) -> None:
-    if isinstance(trace.lookup(a["self"]), Read):
-        return _count_batches(trace, a, result)
+    if in_batch_norm() and isinstance(trace.lookup(a["self"]), Read):
+        return  # num_batches_tracked += 1: the running statistics' own business
     other, alpha = a["other"], sign * a["alpha"]
+    if not isinstance(other, Tensor):
+        x = trace.value(a["self"])
+        return trace.emit("scale", result, (x,), alpha=1.0, beta=float(alpha * other))
     if isinstance(trace.lookup(other), Read) and alpha == 1:
-        return _add_bias(trace, trace.value(a["self"]), other, result)
-    if isinstance(other, Tensor):
-        return trace.emit("add", result, _operands(trace, a, result), alpha=float(alpha))
-    x = trace.value(a["self"])
-    return trace.emit("scale", result, (x,), alpha=1.0, beta=float(alpha * other))
+        product = _product_without_bias(trace, trace.value(a["self"]))
+        if product is not None and other.shape == result.shape[-1:]:
+            return _add_bias(trace, product, other, result)
+    return trace.emit("add", result, _operands(trace, a, result), alpha=float(alpha))
 
 
 def _operands(trace: Trace, a: Arguments, result: Tensor) -> tuple[Value, Value]:
@@ -243,28 +247,40 @@ def _subtract_from(trace: Trace, a: Arguments, result: Tensor) -> None:
     trace.emit("scale", result, (x,), alpha=-float(a["alpha"]), beta=float(other))
 
 
-def _add_bias(trace: Trace, x: Value, bias: Tensor, result: Tensor) -> None:
-    """A product and then its bias, as PyTorch writes ``linear`` on inputs that are not contiguous.
-
-    The product without the bias stays in the trace; capture drops it if nothing else uses it.
+def _product_without_bias(trace: Trace, x: Value) -> Op | None:
+    """The product that ``x`` is, if it is one: PyTorch writes ``linear`` on inputs that are not
+    contiguous as a product and then its bias.
     """
-    product = next(op for op in trace.ops if op.output == x.id) if x.id else None
-    if product is None or product.kind != "linear" or product.params[1] is not None:
-        raise NotCovered("a parameter added to something that is no matrix product")
-    if bias.shape != result.shape[-1:]:
-        raise NotCovered("an addition that broadcasts")
+    product = next((op for op in trace.ops if op.output == x.id), None)
+    plain = product is not None and product.kind == "linear" and product.params[1] is None
+    return product if plain else None
+
+
+def _add_bias(trace: Trace, product: Op, bias: Tensor, result: Tensor) -> None:
+    """The product without the bias stays in the trace; capture drops it if nothing else uses it."""
     source = Value(product.inputs[0], trace.values[product.inputs[0]])
     trace.emit("linear", result, (source,), (product.params[0], trace.parameter(bias)))
 
 
 def _multiply(trace: Trace, a: Arguments, result: Tensor, *, divide: bool = False) -> None:
     other = a["other"]
-    if isinstance(other, Tensor) and not divide:
-        return trace.emit("mul", result, _operands(trace, a, result))
-    if isinstance(other, Tensor) or a.get("rounding_mode") is not None:
-        raise NotCovered("a quotient of tensors")
+    if a.get("rounding_mode") is not None:
+        raise NotCovered("a rounded quotient")
+    if isinstance(other, Tensor):
+        factors = {**a, "other": _inverse(trace, other)} if divide else a
+        return trace.emit("mul", result, _operands(trace, factors, result))
     alpha = 1 / float(other) if divide else float(other)
     trace.emit("scale", result, (trace.value(a["self"]),), alpha=alpha, beta=0.0)
+
+
+def _inverse(trace: Trace, divisor: Tensor) -> Tensor:
+    """Of what is drawn, and of buffers: of them there is no derivative."""
+    known = trace.lookup(divisor)
+    if isinstance(known, Read) and known.is_buffer:
+        divisor, known = trace.copy_of_buffer(divisor), Drawn()
+    if not isinstance(known, Drawn):
+        raise NotCovered("a quotient of values")
+    return trace.draw(torch.ops.aten.reciprocal.default, divisor)
 
 
 def _dropout(trace: Trace, a: Arguments, result: Any) -> None:
@@ -372,6 +388,8 @@ TABLE: Mapping[str, Lowering] = {
     "glu": _glu,
     **SHAPE_TABLE,
     "detach": _detach,
-    **dict.fromkeys(("clone", "contiguous", "alias", "lift_fresh", "_to_copy"), _same),
+    **dict.fromkeys(
+        ("clone", "contiguous", "alias", "as_strided", "lift_fresh", "_to_copy"), _same
+    ),
 }
 """ATen's name of an operation, without the trailing underscore of its in-place form."""

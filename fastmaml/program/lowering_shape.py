@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmaml.program.trace import Lowering, NotCovered, SideBySide, Trace
+from fastmaml.program.trace import Lowering, NotCovered, Read, SideBySide, Trace
 
 Arguments = Mapping[str, Any]
 
@@ -86,6 +86,11 @@ def _is_side_by_side(shape: Sequence[int], examples: int, of: Sequence[int]) -> 
 
 
 def _expand(trace: Trace, a: Arguments, result: Tensor) -> None:
+    if isinstance(trace.lookup(a["self"]), Read):
+        x = trace.operand(a["self"], result)
+        if x.shape == result.shape[1:]:
+            return trace.alias(result, x)
+        return trace.emit("expand", result, (x,))
     x = trace.value(a["self"])
     if x.merged or a["self"].ndim != result.ndim:
         raise NotCovered("a new axis in front of the examples")

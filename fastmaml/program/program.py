@@ -110,7 +110,8 @@ class NativeProgram:
     def draw(self, rows: Tensor) -> None:
         """Fill the room in one task's ``rows [N, values]``."""
         if self.graph.drawn and len(rows):
-            self._tapes[len(rows)].play_into(rows[:, -self.graph.drawn :])
+            room = rows[:, -self.graph.drawn :]
+            self._tapes[len(rows)].play_into(room, self._module.get_buffer)
 
     def _with_draws(self, x: Tensor) -> Tensor:
         rows = self.with_room(x)

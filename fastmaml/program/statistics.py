@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fastmaml import _core
 from fastmaml.backends.native import DTYPES, dtype_name
+from fastmaml.program.frames import in_batch_norm
 from fastmaml.program.ir import Graph
-from fastmaml.program.trace import in_batch_norm
 
 
 @dataclass(frozen=True)

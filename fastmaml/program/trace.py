@@ -7,17 +7,17 @@ code all arrive as the same handful of ATen calls.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastmaml.program.calls import bind, flat, moves_nothing, written
 from fastmaml.program.draws import Recording
+from fastmaml.program.frames import in_batch_norm, whereabouts
 from fastmaml.program.ir import Op, Shape, freeze
 
 
@@ -59,11 +59,6 @@ class Drawn:
 Known = Value | Read | SideBySide | Drawn
 Lowering = Callable[["Trace", Mapping[str, Any], Any], Any]
 
-_NORM_FORWARDS = {
-    nn.modules.batchnorm._BatchNorm.forward.__code__,
-    nn.SyncBatchNorm.forward.__code__,
-}
-
 
 class Trace(TorchDispatchMode):
     """Records ``ops`` while active. ``examples`` is the length of dim 0 of the input.
@@ -93,6 +88,8 @@ class Trace(TorchDispatchMode):
         self._readings: dict[int, int | str | None] = {}  # by slot
         self._known: dict[int, Known] = {}
         self._taken: dict[tuple[int, int], Value] = {}  # of what was drawn, by id and version
+        self._copies: dict[str, Tensor] = {}  # of buffers
+        self._broadcast: dict[tuple[int | None, ...], Value] = {}  # parameters, by slot and shape
         self._alive: list[Tensor] = []  # an id is only unique while its tensor lives
         self._refusal: str | None = None  # which a forward may have caught
         self._refused: dict[int, str] = {}  # why an op that reads this tensor is not covered
@@ -122,15 +119,44 @@ class Trace(TorchDispatchMode):
             raise NotCovered("a value whose examples are side by side in one")
         if isinstance(known, Drawn):
             return self._take(tensor)
+        if isinstance(known, Read):
+            raise NotCovered("a buffer or parameter used as an operand")
         raise NotCovered("an operand that does not come from the input")
 
     def operand(self, tensor: Tensor, like: Tensor) -> Value:
-        """:meth:`value`; what was drawn for all examples at once is one for each of ``like``."""
+        """:meth:`value`; what was drawn for all examples at once, or is a parameter, is one for
+        each of ``like``.
+        """
+        known = self.lookup(tensor)
+        if isinstance(known, Read) and not known.is_buffer:
+            return self._repeated(tensor, like)
+        if isinstance(known, Read):
+            tensor, known = self.copy_of_buffer(tensor), Drawn()
         alike = tensor.ndim == like.ndim and tensor.shape[:1] == like.shape[:1]
-        if alike or not isinstance(self.lookup(tensor), Drawn):
+        if alike or not isinstance(known, Drawn):
             return self.value(tensor)
         axes = [*[1] * (like.ndim - tensor.ndim), *tensor.shape]
         return self.value(self.draw(torch.ops.aten.expand.default, tensor, [len(like), *axes[1:]]))
+
+    def copy_of_buffer(self, buffer: Tensor) -> Tensor:
+        """As what is drawn: the buffer as it is at each call."""
+        name = self.buffer_name(buffer)
+        if name not in self._copies:
+            self._copies[name] = self.draws.buffer(name, buffer)
+            self._know(self._copies[name], Drawn())
+        return self._copies[name]
+
+    def _repeated(self, parameter: Tensor, like: Tensor) -> Value:
+        first, *axes = [*[1] * (like.ndim - parameter.ndim), *parameter.shape]
+        if first != 1 or len(like) != self.examples:
+            raise NotCovered("a parameter that differs between examples")
+        slot = self.parameter(parameter, vector=True)
+        key = slot, *axes
+        if key not in self._broadcast:
+            rows = torch.empty(self.examples, *axes, device="meta")
+            self.emit("parameter", rows, (Value(0, self.values[0]),), (slot,))
+            self._broadcast[key] = self.value(rows)
+        return self._broadcast[key]
 
     def draw(self, func: Any, *args: Any) -> Tensor:
         """The result of a call of what was drawn, which the module does not make."""
@@ -141,7 +167,7 @@ class Trace(TorchDispatchMode):
     def add_drawn(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """``result`` was made by a call that looks at no value of the input."""
         self.draws.add(func, args, kwargs, result)
-        for tensor in _flat({"results": result}):
+        for tensor in flat({"results": result}):
             if isinstance(tensor, Tensor):
                 self._know(tensor, Drawn())
 
@@ -257,9 +283,14 @@ class Trace(TorchDispatchMode):
         self.refuse(result, self._refused.get(id(source), "a detached tensor"))
 
     def check(self) -> None:
-        """Raise NotCovered where an op was refused, or a value has hooks, which would not run."""
+        """Raise NotCovered where an op was refused, or a value has hooks, which would not run, or a
+        buffer is read that moves on between the calls of a meta-step.
+        """
         if self._refusal is not None:
             raise NotCovered(self._refusal)
+        tracking = (op for op in self.ops if op.attrs.get("tracking"))
+        if any(name in self._copies for op in tracking for name in op.attrs["running"]):
+            raise NotCovered("running statistics used as an operand")
         for tensor in self._alive:
             watched = tensor._backward_hooks or tensor.retains_grad
             if watched and isinstance(self._known[id(tensor)], Value):
@@ -279,7 +310,7 @@ class Trace(TorchDispatchMode):
                 self._record(name, arguments, result)
         except NotCovered as reason:
             detail = f" ({reason})" if str(reason) else ""
-            self._refusal = f"aten.{name}{detail}{_whereabouts()}"
+            self._refusal = f"aten.{name}{detail}{whereabouts()}"
             raise NotCovered(self._refusal) from None
         return result
 
@@ -287,12 +318,14 @@ class Trace(TorchDispatchMode):
         """What must not even be tried, or could not be seen by what comes of it."""
         if torch.Tag.nondeterministic_seeded in func.tags:
             own = isinstance(arguments.get("generator"), torch.Generator)
-            if own or not (name in self._table or self.draws.covers(func, _flat(arguments))):
+            if own or not (name in self._table or self.draws.covers(func, flat(arguments))):
                 raise NotCovered("random numbers")
         if name == "_local_scalar_dense" and not in_batch_norm():
             raise NotCovered("a value that is read off a tensor")
+        if name.removesuffix("_") == "as_strided" and not moves_nothing(arguments):
+            raise NotCovered("elements by their place in memory")
         if func._schema.is_mutable:
-            self._require_readable(_written(func, arguments))
+            self._require_readable(written(func, arguments))
 
     def _recorded_as_drawn(
         self,
@@ -302,7 +335,7 @@ class Trace(TorchDispatchMode):
         arguments: Mapping[str, Any],
         result: Any,
     ) -> bool:
-        items = list(_flat(arguments))
+        items = list(flat(arguments))
         if func is torch.ops.aten.lift_fresh.default and self.lookup(items[0]) is None:
             self.draws.constant(result)
             self._know(result, Drawn())
@@ -329,14 +362,16 @@ class Trace(TorchDispatchMode):
         lowering(self, arguments, result)
 
     def _touches_known(self, arguments: Mapping[str, Any]) -> bool:
-        return any(id(item) in self._known for item in _flat(arguments))
+        return any(id(item) in self._known for item in flat(arguments))
 
     def _require_readable(self, arguments: Mapping[str, Any]) -> None:
-        for item in _flat(arguments):
+        for item in flat(arguments):
             self.lookup(item)
 
     def _change_in_place(self, target: Tensor) -> None:
         """Every other tensor of the same storage changes too; none may be used from here on."""
+        if isinstance(self._known.get(id(target)), Read) and not in_batch_norm():
+            raise NotCovered("a buffer or parameter used as an operand")
         storage = target.untyped_storage()._cdata
         for other in self._alive:
             known = self._known[id(other)]
@@ -347,52 +382,7 @@ class Trace(TorchDispatchMode):
                 self.refuse(other, "a view that was changed in place through another")
 
 
-def _written(func: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        argument.name: arguments[argument.name]
-        for argument in func._schema.arguments
-        if argument.alias_info is not None and argument.alias_info.is_write
-    }
-
-
-def _flat(arguments: Mapping[str, Any]) -> Iterator[Any]:
-    for argument in arguments.values():
-        yield from argument if isinstance(argument, (list, tuple)) else (argument,)
-
-
 def _slot(names: list[str], name: str) -> int:
     if name not in names:
         names.append(name)
     return names.index(name)
-
-
-def bind(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The call's arguments by the schema's names, defaults filled in."""
-    bound: dict[str, Any] = {}
-    for position, argument in enumerate(func._schema.arguments):
-        if position < len(args):
-            bound[argument.name] = args[position]
-        else:
-            default = argument.default_value if argument.has_default_value() else None
-            bound[argument.name] = kwargs.get(argument.name, default)
-    return bound
-
-
-def _innermost() -> FrameType | None:
-    """The innermost call on the Python stack of a module's method."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not isinstance(frame.f_locals.get("self"), nn.Module):
-        frame = frame.f_back
-    return frame
-
-
-def in_batch_norm() -> bool:
-    """Whether PyTorch's own batch norm is what runs."""
-    frame = _innermost()
-    return frame is not None and frame.f_code in _NORM_FORWARDS
-
-
-def _whereabouts() -> str:
-    """The innermost module that runs, for messages."""
-    frame = _innermost()
-    return "" if frame is None else f" in {type(frame.f_locals['self']).__name__}"
