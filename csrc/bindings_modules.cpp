@@ -18,7 +18,7 @@ using Fact = std::intptr_t;
 
 constexpr Py_ssize_t kWatchedItems = 32;  // of a container; of a longer one its length alone
 constexpr int kWatchedDepth = 4;
-constexpr std::size_t kUsualFacts = 512;
+constexpr std::size_t kUsualFacts = 512, kMostFacts = 1 << 16;  // beyond, containers stay closed
 
 // Values of attributes in the order in which they are met: numbers, strings and what containers
 // hold by value, all else by its identity.
@@ -28,7 +28,7 @@ class Values {
   explicit Values(py::list* held) : held_(held) { facts_.reserve(kUsualFacts); }
 
   void add(PyObject* value, int depth = 0) {
-    const bool inside = depth < kWatchedDepth;
+    const bool inside = depth < kWatchedDepth && facts_.size() < kMostFacts;
     if (PyFloat_CheckExact(value)) {
       add_double(PyFloat_AS_DOUBLE(value));
     } else if (PyLong_CheckExact(value)) {

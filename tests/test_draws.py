@@ -230,6 +230,27 @@ def test_inputs_may_be_learned() -> None:
     torch.testing.assert_close(*found)
 
 
+def test_under_a_transform_randomness_is_the_transforms() -> None:
+    module = between(nn.Dropout(0.4))
+    maml, x = fastmaml.MAML(module, lr=0.2), torch.randn(1, 4).expand(3, 6, 4)
+    learner = maml.clone()
+    learner(x[0])
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.func.vmap(maml.clone())(x)
+    found = torch.func.vmap(maml.clone(), randomness="different")(x)
+    assert not torch.allclose(found[0], found[1])
+    same = torch.func.vmap(maml.clone(), randomness="same")(x)
+    torch.testing.assert_close(same[0], same[1])
+
+
+def test_what_a_tape_keeps_is_small() -> None:
+    maml = fastmaml.MAML(between(nn.Dropout(0.4)), lr=0.2)
+    maml.clone()(torch.randn(1000, 4))
+    calls = maml.programs.latest._tapes[1000].calls
+    kept = [a for call in calls for a in call.args if isinstance(a, Tensor)]
+    assert sum(t.untyped_storage().nbytes() for t in kept) < 100
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("door", [1, 3])
 @pytest.mark.parametrize("name", ["dropout", "convolutional", "mask"])

@@ -18,7 +18,7 @@ from fastmaml.program.signature import Signature, held, module_signature
 from fastmaml.program.substitute import Modes, modes_set
 from fastmaml.program.theta import Start, Theta
 from fastmaml.program.trace import NotCovered
-from fastmaml.program.transforms import outside, plain
+from fastmaml.program.transforms import outside, plain, transformed
 
 _CACHED_PROGRAMS = 16  # per module: modes, input shapes, dtypes
 _VARIANTS = 8  # of each, by the module's attributes
@@ -144,6 +144,9 @@ class ProgramCache:
             program = self._captured(key, attributes, kept, layout, x, example_axes, modes)
             if isinstance(program, FunctionalProgram):
                 return program
+        if program.graph.drawn and transformed():  # whose randomness is the transform's
+            draws = "random numbers or constants under a transform of torch.func"
+            return self._unlowered((*known, draws), draws, modes)
         refused = program.why_not(x.shape[example_axes - 1])
         if refused is not None:
             task = _one_task(x, example_axes)

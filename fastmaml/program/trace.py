@@ -344,6 +344,8 @@ class Trace(TorchDispatchMode):
             return False
         if torch.Tag.dynamic_output_shape in func.tags:
             raise NotCovered("a shape that depends on values")
+        if any(isinstance(item, Tensor) for item in flat(kwargs)):
+            raise NotCovered("a tensor as a keyword argument")
         self.add_drawn(func, args, kwargs, result)
         return True
 
