@@ -230,6 +230,39 @@ def test_inputs_may_be_learned() -> None:
     torch.testing.assert_close(*found)
 
 
+def added_to_noise(x: Tensor) -> Tensor:
+    noise = torch.rand_like(x)
+    view = noise.view(-1)
+    noise.add_(x)
+    return view.relu().view(len(x), -1) + noise.relu()
+
+
+def test_noise_that_has_become_a_value_is_no_noise_any_more() -> None:
+    module = Lambda(added_to_noise)
+    x = torch.zeros(6, 4)  # of which a capture sees no difference
+    maml = fastmaml.MAML(nn.Sequential(module, nn.Linear(4, 3)), lr=0.2)
+    with pytest.warns(fastmaml.FallbackWarning, match="changed in place through another"):
+        maml.clone(tasks=1)(x[None])
+    plain = Lambda(lambda x: torch.zeros_like(x).add_(x).relu())
+    maml = fastmaml.MAML(nn.Sequential(plain, nn.Linear(4, 3)), lr=0.2)
+    for rows in (x, torch.randn(6, 4)):
+        torch.testing.assert_close(maml.clone()(rows), maml.module(rows))
+    assert not maml.programs.found_none
+
+
+def test_profiled_forwards_are_no_draws() -> None:
+    def profiled(x: Tensor) -> Tensor:
+        with torch.profiler.record_function("own"):
+            return F.dropout(x, 0.5)
+
+    maml, x = fastmaml.MAML(between(profiled), lr=0.2), torch.randn(6, 4)
+    torch.manual_seed(1)
+    found = maml.clone()(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, maml.module(x))
+    assert not maml.programs.found_none
+
+
 def test_under_a_transform_randomness_is_the_transforms() -> None:
     module = between(nn.Dropout(0.4))
     maml, x = fastmaml.MAML(module, lr=0.2), torch.randn(1, 4).expand(3, 6, 4)

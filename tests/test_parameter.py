@@ -55,6 +55,10 @@ NATIVE: dict[str, Callable[[Operands, Tensor], Tensor]] = {
     "several times": lambda m, x: (m.layer(x) * m.vector - m.row) * m.vector + m.scale,
     "joined": lambda m, x: torch.cat([m.layer(x), m.row.expand(len(x), -1)], 1)[:, 2:5],
     "normalised input": lambda m, x: m.layer((x - m.mean) / m.deviation),
+    "in other shapes": lambda m, x: m.layer(x) * m.vector[None, :] + m.row.view(3).unsqueeze(0),
+    "buffers in other shapes": lambda m, x: m.layer(
+        (x - m.mean.view(1, -1)) / m.deviation.squeeze(0)
+    ),
     "masked": lambda m, x: m.layer(x * (torch.arange(4, dtype=x.dtype) > 1)) * m.row,
     "with a norm": lambda m, x: m.norm(m.layer(x)) * m.vector,
 }
@@ -111,6 +115,8 @@ def _summed(m: Operands, x: Tensor) -> Tensor:
         (lambda m, x: m.layer(x) / m.scale, "a quotient of values"),
         (lambda m, x: m.layer(x) / m.layer(x), "a quotient of values"),
         (lambda m, x: m.norm(m.layer(x)) - m.norm.running_mean, "running statistics used"),
+        (lambda m, x: nn.functional.linear(x, m.layer.weight.view(3, 4)) * m.row, "aten.t "),
+        (lambda m, x: m.layer(x) + m.layer.weight.t().reshape(4, 3)[:1], "transposed|operand"),
         (_counted, "used as an operand"),
         (_summed, "detached tensor|used as an operand"),
     ],

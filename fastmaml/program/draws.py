@@ -83,6 +83,10 @@ class Recording:
         """Whether ``tensor`` was made by the calls."""
         return id(tensor) in self._places
 
+    def forget(self, tensor: Tensor) -> None:
+        """``tensor`` was made by the calls, and has been written to by others."""
+        self._places.pop(id(tensor), None)
+
     def covers(self, func: Any, items: Iterable[Any]) -> bool:
         """Whether a call, ``items`` being its arguments in a row, looks at nothing but those."""
         tensors = [item for item in items if isinstance(item, Tensor)]

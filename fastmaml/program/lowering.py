@@ -17,16 +17,9 @@ from torch import Tensor
 
 from fastmaml.program.frames import in_batch_norm
 from fastmaml.program.ir import Op
+from fastmaml.program.known import Drawn, Read, SideBySide, Value
 from fastmaml.program.lowering_shape import SHAPE_TABLE, Arguments, lower_split
-from fastmaml.program.trace import (
-    Drawn,
-    Lowering,
-    NotCovered,
-    Read,
-    SideBySide,
-    Trace,
-    Value,
-)
+from fastmaml.program.trace import Lowering, NotCovered, Trace
 
 
 def _pair(value: Any, default: Any = None) -> tuple[int, int]:

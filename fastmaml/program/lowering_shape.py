@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmaml.program.trace import Lowering, NotCovered, Read, SideBySide, Trace
+from fastmaml.program.known import Read, Reshaped, SideBySide
+from fastmaml.program.trace import Lowering, NotCovered, Trace
 
 Arguments = Mapping[str, Any]
 
@@ -73,6 +74,10 @@ def lower_split(trace: Trace, a: Arguments, result: Sequence[Tensor]) -> None:
 
 def _view(trace: Trace, a: Arguments, result: Tensor) -> None:
     known, examples = trace.lookup(a["self"]), trace.examples
+    if isinstance(known, Reshaped):
+        return trace.alias(result, known)
+    if isinstance(known, Read):
+        return _view_of_read(trace, known, a["self"], result)
     if isinstance(known, SideBySide) and result.shape == (examples, *known.value.shape):
         return trace.alias(result, known.value)
     x = trace.value(a["self"])
@@ -81,12 +86,21 @@ def _view(trace: Trace, a: Arguments, result: Tensor) -> None:
     return trace.reshape(result, x)
 
 
+def _view_of_read(trace: Trace, known: Read, tensor: Tensor, result: Tensor) -> None:
+    if known.transposed or known.repeats != 1:
+        raise NotCovered("a transposed weight in another shape")
+    if not known.is_buffer:
+        return trace.alias(result, Reshaped(tensor))
+    shaped = trace.copy_of_buffer(tensor), list(result.shape)
+    trace.add_drawn(torch.ops.aten.reshape.default, shaped, {}, result)
+
+
 def _is_side_by_side(shape: Sequence[int], examples: int, of: Sequence[int]) -> bool:
     return len(of) > 1 and tuple(shape) == (1, examples * of[0], *of[1:])
 
 
 def _expand(trace: Trace, a: Arguments, result: Tensor) -> None:
-    if isinstance(trace.lookup(a["self"]), Read):
+    if isinstance(trace.lookup(a["self"]), (Read, Reshaped)):
         x = trace.operand(a["self"], result)
         if x.shape == result.shape[1:]:
             return trace.alias(result, x)

@@ -8,7 +8,6 @@ code all arrive as the same handful of ATen calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,44 +18,13 @@ from fastmaml.program.calls import bind, flat, moves_nothing, written
 from fastmaml.program.draws import Recording
 from fastmaml.program.frames import in_batch_norm, whereabouts
 from fastmaml.program.ir import Op, Shape, freeze
+from fastmaml.program.known import Drawn, Known, Read, Reshaped, SideBySide, Value
 
 
 class NotCovered(Exception):
     """A module does something that no rule covers; the message names it and where it is."""
 
 
-@dataclass(frozen=True)
-class Value:
-    """A tensor computed from the input. ``merged``: dim 0 is N times the first per-example dim."""
-
-    id: int
-    shape: Shape
-    merged: bool = False
-
-
-@dataclass(frozen=True)
-class Read:
-    """A parameter or buffer of the module; ``transposed`` after ``.t()``, and ``repeats`` times."""
-
-    name: str
-    is_buffer: bool
-    transposed: bool = False
-    repeats: int = 1
-
-
-@dataclass(frozen=True)
-class SideBySide:
-    """A value ``[N, C, ...]`` seen as one example, ``[1, N * C, ...]``."""
-
-    value: Value
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A tensor that was made without a look at the input, as random numbers are."""
-
-
-Known = Value | Read | SideBySide | Drawn
 Lowering = Callable[["Trace", Mapping[str, Any], Any], Any]
 
 
@@ -103,6 +71,8 @@ class Trace(TorchDispatchMode):
     def _know(self, tensor: Tensor, what: Known) -> None:
         if id(tensor) not in self._known:
             self._alive.append(tensor)
+        if not isinstance(what, Drawn):
+            self.draws.forget(tensor)
         self._known[id(tensor)] = what
 
     def lookup(self, tensor: object) -> Known | None:
@@ -119,7 +89,7 @@ class Trace(TorchDispatchMode):
             raise NotCovered("a value whose examples are side by side in one")
         if isinstance(known, Drawn):
             return self._take(tensor)
-        if isinstance(known, Read):
+        if isinstance(known, (Read, Reshaped)):
             raise NotCovered("a buffer or parameter used as an operand")
         raise NotCovered("an operand that does not come from the input")
 
@@ -128,8 +98,10 @@ class Trace(TorchDispatchMode):
         each of ``like``.
         """
         known = self.lookup(tensor)
+        if isinstance(known, Reshaped):
+            return self._repeated(known.parameter, tensor, like)
         if isinstance(known, Read) and not known.is_buffer:
-            return self._repeated(tensor, like)
+            return self._repeated(tensor, tensor, like)
         if isinstance(known, Read):
             tensor, known = self.copy_of_buffer(tensor), Drawn()
         alike = tensor.ndim == like.ndim and tensor.shape[:1] == like.shape[:1]
@@ -146,8 +118,8 @@ class Trace(TorchDispatchMode):
             self._know(self._copies[name], Drawn())
         return self._copies[name]
 
-    def _repeated(self, parameter: Tensor, like: Tensor) -> Value:
-        first, *axes = [*[1] * (like.ndim - parameter.ndim), *parameter.shape]
+    def _repeated(self, parameter: Tensor, shaped: Tensor, like: Tensor) -> Value:
+        first, *axes = [*[1] * (like.ndim - shaped.ndim), *shaped.shape]
         if first != 1 or len(like) != self.examples:
             raise NotCovered("a parameter that differs between examples")
         slot = self.parameter(parameter, vector=True)
@@ -340,8 +312,11 @@ class Trace(TorchDispatchMode):
             self.draws.constant(result)
             self._know(result, Drawn())
             return True
-        if not self.draws.covers(func, items):
+        results = list(flat({"results": result}))
+        if not self.draws.covers(func, items) or not any(isinstance(r, Tensor) for r in results):
             return False
+        for item in filter(self.draws.has, items):
+            self.lookup(item)
         if torch.Tag.dynamic_output_shape in func.tags:
             raise NotCovered("a shape that depends on values")
         if any(isinstance(item, Tensor) for item in flat(kwargs)):
