@@ -75,6 +75,19 @@ class Cumulative(nn.Module):
         return x.cumsum(-1)
 
 
+class Padded(nn.Module):
+    """Zeros and other constants around images and rows, and sides cut off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.ZeroPad2d((1, 2, 0, 1)), nn.Conv2d(2, 5, (2, 4)))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.pad(torch.tanh(self.conv(x)), (1, -2, 0, 3), value=0.5)
+        return self.head(F.pad(h.sin().mean((2, 3)), (2, 1)))
+
+
 class Scaled(nn.Module):
     """Layer scale, embeddings of places, a token in front, a temperature and a bias."""
 
@@ -249,6 +262,7 @@ NETWORKS = {
     "wide_groups": Network(lambda: separable(5), (2, 7, 6), 3),
     "layer_norm": Network(layer_normed, (2, 4), 3),
     "group_norm": Network(group_normed, (2, 7, 6), 3),
+    "padded": Network(Padded, (2, 5, 4), 3),
     "scaled": Network(Scaled, (2, 5, 4), 3),
     "coordinates": Network(Coordinates, (2, 5, 4), 3),
     "mixer": Network(Mixer, (6, 4), 3),

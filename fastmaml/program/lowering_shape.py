@@ -40,6 +40,32 @@ def _cat(trace: Trace, a: Arguments, result: Tensor) -> None:
     trace.emit("cat", result, tuple(parts), dim=dim - 1)
 
 
+def _pad(trace: Trace, a: Arguments, result: Tensor) -> None:
+    x, pads = a["self"], a["pad"]
+    for i in range(0, len(pads), 2):
+        x = _padded(trace, x, x.ndim - 1 - i // 2, pads[i], pads[i + 1], a["value"])
+    trace.alias(result, trace.value(x))
+
+
+def _padded(trace: Trace, x: Tensor, dim: int, before: int, after: int, value: Any) -> Tensor:
+    """``x`` with constants joined at both ends of an axis, or cut there."""
+    start, end = max(-before, 0), x.shape[dim] - max(-after, 0)
+    kept = x.narrow(dim, start, end - start)
+    _narrow(trace, x, kept, dim, start)
+
+    def constants(size: int) -> list[Tensor]:
+        shape = [size if d == dim else n for d, n in enumerate(kept.shape)]
+        full = torch.ops.aten.new_full.default
+        return [trace.draw(full, kept, shape, value)] if size > 0 else []
+
+    parts = [*constants(before), kept, *constants(after)]
+    if len(parts) == 1:
+        return kept
+    joined = torch.cat(parts, dim)
+    _cat(trace, {"tensors": parts, "dim": dim}, joined)
+    return joined
+
+
 def _narrow(trace: Trace, x: Tensor, result: Tensor, dim: int, start: int) -> None:
     value = trace.value(x)
     if x.shape == result.shape:
@@ -130,6 +156,7 @@ SHAPE_TABLE: Mapping[str, Lowering] = {
     "mean": _mean,
     "sum": _sum,
     "cat": _cat,
+    "constant_pad_nd": _pad,
     "slice": _slice,
     "select": _select,
     **dict.fromkeys(("split", "split_with_sizes"), lower_split),
