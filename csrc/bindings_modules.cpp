@@ -1,4 +1,4 @@
-// fastmaml._core.module_signature: what programs depend on in a torch.nn.Module.
+// fastmaml._core.ModuleSignatures: what programs depend on in a torch.nn.Module.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>

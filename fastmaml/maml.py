@@ -294,8 +294,7 @@ class MAML(BaseLearner):
                 self._layout = (signature, ParameterLayout(self.module, self.adapt_filter))
                 if not self.programs.serves(self.module):
                     self.programs = ProgramCache(self.module)
-            elif self._layout[0].attributes != signature.attributes:
-                self._layout = (signature, self._layout[1])
+            self._layout = (signature, self._layout[1])
             return self._layout[1]
 
     def current_program(self, layout: ParameterLayout, x: Tensor) -> Program:

@@ -202,8 +202,9 @@ class ProgramCache:
                 return self._functional(key, reason, modes, task)
             program = self._functional((*key, reason), reason, modes, task)
         left_behind = module_signature(self._module).attributes  # by a forward, which was run
-        for state in (attributes, left_behind):
-            variants.add(state, program, held(self._module))
+        objects = held(self._module)
+        for state in {attributes, left_behind}:
+            variants.add(state, program, objects)
         self._keep(key, variants)
         return program
 

@@ -35,19 +35,22 @@ class _Call:
 
 @dataclass(frozen=True)
 class Tape:
-    """The calls of a forward on so many examples, and which of their results go in."""
+    """The calls of a forward on so many examples, and which of their results go in; ``buffers``:
+    what is there before them, by place.
+    """
 
     calls: tuple[_Call, ...]
     taken: tuple[int, ...]
+    buffers: dict[int, str]
 
     def play(self, buffer: Callable[[str], Tensor]) -> list[Tensor]:
         """What goes in, each ``[N, values]``; ``buffer``: the module's, by its name."""
-        made: dict[int | None, Tensor] = {}
+        made: dict[int | None, Tensor] = {p: buffer(name) for p, name in self.buffers.items()}
         for call in self.calls:
             args = list(call.args)
             for index, place in call.given:
                 args[index] = made[place]
-            result = buffer(*args) if call.func is _buffer else call.func(*args, **call.kwargs)
+            result = call.func(*args, **call.kwargs)
             if len(call.places) == 1:
                 made[call.places[0]] = result[0] if isinstance(result, (list, tuple)) else result
             else:
@@ -76,6 +79,7 @@ class Recording:
         self._examples = examples
         self._calls: list[_Call] = []
         self._taken: list[_Taken] = []
+        self._buffers: dict[int, str] = {}
         self._places: dict[int, int] = {}
         self._alive: list[Tensor] = []  # an id is only unique while its tensor lives
 
@@ -102,7 +106,7 @@ class Recording:
         given = [(i, self._places[id(a)]) for i, a in enumerate(args) if self._is_made(a)]
         fixed = tuple(self._stand_in(item) for item in args)
         results = result if isinstance(result, (list, tuple)) else (result,)
-        places = tuple(self._place(item) for item in results)
+        places = tuple(self._place(r) if isinstance(r, Tensor) else None for r in results)
         self._calls.append(_Call(func, fixed, kwargs, tuple(given), places))
 
     def constant(self, tensor: Tensor) -> None:
@@ -112,7 +116,7 @@ class Recording:
     def buffer(self, name: str, value: Tensor) -> Tensor:
         """A copy of a buffer, which stands for that as it is when the tape is played."""
         copy = value.detach().clone()
-        self._calls.append(_Call(_buffer, (name,), {}, (), (self._place(copy),)))
+        self._buffers[self._place(copy)] = name
         return copy
 
     def take(self, tensor: Tensor, dtype: torch.dtype) -> None:
@@ -130,7 +134,7 @@ class Recording:
             if take.tensor._version == take.version and take.tensor.dtype == rows.dtype:
                 calls[take.call] = replace(call, func=_rows)
             taken.append(self._places[id(rows)])
-        return Tape(tuple(calls), tuple(taken))
+        return Tape(tuple(calls), tuple(taken), self._buffers.copy())
 
     def is_repeatable(self, buffer: Callable[[str], Tensor]) -> bool:
         """Whether its tape gives the same; to be asked with the generators as they were."""
@@ -151,17 +155,11 @@ class Recording:
         shape, stride = item.shape, item.stride()
         return torch.empty_strided(shape, stride, dtype=item.dtype, device=item.device)
 
-    def _place(self, result: Any) -> int | None:
-        if not isinstance(result, Tensor):
-            return None
+    def _place(self, result: Tensor) -> int:
         if not self.has(result):
             self._places[id(result)] = len(self._alive)
             self._alive.append(result)
         return self._places[id(result)]
-
-
-def _buffer(name: str) -> Tensor:
-    raise AssertionError(name)  # which a tape finds itself
 
 
 def _rows(tensor: Tensor, examples: int, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastmaml.program.frames import in_batch_norm
 from fastmaml.program.ir import Op
-from fastmaml.program.known import Drawn, Read, SideBySide, Value
+from fastmaml.program.known import Read, SideBySide, Value
 from fastmaml.program.lowering_shape import SHAPE_TABLE, Arguments, lower_split
 from fastmaml.program.trace import Lowering, NotCovered, Trace
 
@@ -147,8 +147,6 @@ def _emit_group_norm(
 
 def _count_batches(trace: Trace, a: Arguments, result: Any) -> None:
     """``num_batches_tracked += 1`` and its ``item()``: the running statistics' own business."""
-    if not in_batch_norm():
-        raise NotCovered("a buffer or parameter used as an operand")
 
 
 # --- pointwise ------------------------------------------------------------------------------------
@@ -201,8 +199,8 @@ def _power(trace: Trace, a: Arguments, result: Tensor) -> None:
 
 
 def _add(trace: Trace, a: Arguments, result: Tensor, *, sign: int = 1) -> None:
-    if in_batch_norm() and isinstance(trace.lookup(a["self"]), Read):
-        return  # num_batches_tracked += 1: the running statistics' own business
+    if isinstance(trace.lookup(a["self"]), Read) and in_batch_norm():
+        return _count_batches(trace, a, result)
     other, alpha = a["other"], sign * a["alpha"]
     if not isinstance(other, Tensor):
         x = trace.value(a["self"])
@@ -268,12 +266,10 @@ def _multiply(trace: Trace, a: Arguments, result: Tensor, *, divide: bool = Fals
 
 def _inverse(trace: Trace, divisor: Tensor) -> Tensor:
     """Of what is drawn, and of buffers: of them there is no derivative."""
-    known = trace.lookup(divisor)
-    if isinstance(known, Read) and known.is_buffer:
-        divisor, known = trace.copy_of_buffer(divisor), Drawn()
-    if not isinstance(known, Drawn):
+    drawn = trace.drawn(divisor)
+    if drawn is None:
         raise NotCovered("a quotient of values")
-    return trace.draw(torch.ops.aten.reciprocal.default, divisor)
+    return trace.draw(torch.ops.aten.reciprocal.default, drawn)
 
 
 def _dropout(trace: Trace, a: Arguments, result: Any) -> None:

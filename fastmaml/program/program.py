@@ -103,13 +103,13 @@ class NativeProgram:
             )
 
     def with_room(self, x: Tensor) -> Tensor:
-        """``x [T, N, ...]`` as ``[T, N, values]``, with room for what forward draws."""
+        """``x [T, N, ...]`` as ``[T, N, values]``, with room for what forward draws, if it does."""
         rows = x.reshape(*x.shape[:2], prod(x.shape[2:]))
-        return rows if not self.graph.drawn else pad(rows, (0, self.graph.drawn))
+        return pad(rows, (0, self.graph.drawn))
 
     def draw(self, rows: Tensor) -> None:
         """Fill the room in one task's ``rows [N, values]``."""
-        if self.graph.drawn and len(rows):
+        if len(rows):
             room = rows[:, -self.graph.drawn :]
             self._tapes[len(rows)].play_into(room, self._module.get_buffer)
 

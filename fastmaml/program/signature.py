@@ -33,5 +33,5 @@ def module_signature(module: nn.Module) -> Signature:
 
 
 def held(module: nn.Module) -> list[object]:
-    """What a signature knows by its identity, which another object must not come to have."""
-    return [*module.modules(), *_signatures.held(module)]
+    """What ``attributes`` knows by its identity, which another object must not come to have."""
+    return _signatures.held(module)

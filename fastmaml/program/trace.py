@@ -97,18 +97,24 @@ class Trace(TorchDispatchMode):
         """:meth:`value`; what was drawn for all examples at once, or is a parameter, is one for
         each of ``like``.
         """
-        known = self.lookup(tensor)
+        known, drawn = self.lookup(tensor), self.drawn(tensor)
         if isinstance(known, Reshaped):
             return self._repeated(known.parameter, tensor, like)
-        if isinstance(known, Read) and not known.is_buffer:
+        if drawn is None and isinstance(known, Read):
             return self._repeated(tensor, tensor, like)
-        if isinstance(known, Read):
-            tensor, known = self.copy_of_buffer(tensor), Drawn()
-        alike = tensor.ndim == like.ndim and tensor.shape[:1] == like.shape[:1]
-        if alike or not isinstance(known, Drawn):
+        if drawn is None:
             return self.value(tensor)
+        if tensor.ndim == like.ndim and tensor.shape[:1] == like.shape[:1]:
+            return self.value(drawn)
         axes = [*[1] * (like.ndim - tensor.ndim), *tensor.shape]
-        return self.value(self.draw(torch.ops.aten.expand.default, tensor, [len(like), *axes[1:]]))
+        return self.value(self.draw(torch.ops.aten.expand.default, drawn, [len(like), *axes[1:]]))
+
+    def drawn(self, tensor: Tensor) -> Tensor | None:
+        """What was drawn itself, of a buffer a copy that stands for it; None for all else."""
+        known = self.lookup(tensor)
+        if isinstance(known, Read) and known.is_buffer:
+            return self.copy_of_buffer(tensor)
+        return tensor if isinstance(known, Drawn) else None
 
     def copy_of_buffer(self, buffer: Tensor) -> Tensor:
         """As what is drawn: the buffer as it is at each call."""
