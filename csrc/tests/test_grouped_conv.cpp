@@ -1,5 +1,6 @@
 // Convolution in groups against plain loops in double precision.
 #include "check.h"
+#include "conv_cases.h"
 #include "grouped_conv_plan.h"
 
 namespace {
@@ -16,51 +17,32 @@ struct Case {
 };
 
 // `in` and `out`: channels of a group.
-Case make_case(int groups, int in, int out, int height, int width, int kernel_h, int kernel_w,
-               int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w,
-               Index images) {
-  const auto extent = [](int size, int pad, int dilation, int kernel, int stride) {
-    return (size + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
-  };
-  return {groups,
-          images,
-          {groups * in, groups * out, height, width,
-           extent(height, pad_h, dilation_h, kernel_h, stride_h),
-           extent(width, pad_w, dilation_w, kernel_w, stride_w), kernel_h, kernel_w, stride_h,
-           stride_w, pad_h, pad_w, dilation_h, dilation_w}};
+Case make_case(int groups, int in, int out, int height, int width, int kh, int kw, int sh, int sw,
+               int ph, int pw, int dh, int dw, Index images) {
+  const int channels = groups * in, outputs = groups * out;
+  return {groups, images,
+          conv_geometry(channels, outputs, height, width, kh, kw, sh, sw, ph, pw, dh, dw)};
 }
 
-// Rows of groups: where a plane's place, and a weight, lies.
+// Rows of groups: an image's places, plane by plane, and the weights of each tap.
 struct Rows {
   explicit Rows(const Case& c)
       : g(c.g), images(c.images), in(g.in_channels / c.groups), out(g.out_channels / c.groups) {}
 
-  Index input(Index image, Index plane, Index h, Index w) const {
-    return ((image * in + plane) * g.height + h) * g.width + w;
-  }
-  Index output(Index image, Index plane, Index h, Index w) const {
-    return ((image * out + plane) * g.out_height + h) * g.out_width + w;
-  }
-  Index inputs() const { return input(images, 0, 0, 0); }
-  Index outputs() const { return output(images, 0, 0, 0); }
+  Index inputs() const { return images * in * g.height * g.width; }
+  Index outputs() const { return images * out * g.out_height * g.out_width; }
   Index weights() const { return Index{g.kernel_h} * g.kernel_w * in * out; }
 
   // body(output row, input row, weight row) for every product of each group
   template <typename Body>
   void for_products(Body body) const {
-    for (Index i = 0; i < outputs(); ++i) {
-      const Index w = i % g.out_width, h = i / g.out_width % g.out_height;
-      const Index plane = i / g.out_width / g.out_height % out;
-      const Index image = i / g.out_width / g.out_height / out;
-      for (Index tap = 0; tap < Index{g.kernel_h} * g.kernel_w; ++tap) {
-        const Index y = h * g.stride_h - g.pad_h + tap / g.kernel_w * g.dilation_h;
-        const Index x = w * g.stride_w - g.pad_w + tap % g.kernel_w * g.dilation_w;
-        if (y < 0 || y >= g.height || x < 0 || x >= g.width) continue;
-        for (Index from = 0; from < in; ++from) {
-          body(i, input(image, from, y, x), (tap * out + plane) * in + from);
-        }
+    fastmaml_test::for_products(g, 1, [&](Index to, Index from, Index tap) {
+      for (Index i = 0; i < images * out * in; ++i) {
+        const Index image = i / in / out, plane = i / in % out, source = i % in;
+        body((image * out + plane) * g.out_height * g.out_width + to,
+             (image * in + source) * g.height * g.width + from, (tap * out + plane) * in + source);
       }
-    }
+    });
   }
 
   ConvGeometry g;
