@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -112,21 +113,32 @@ def close(found: Tensor, expected: Tensor, name: str) -> None:
 
 
 def problem_of(case: Case, dtype: torch.dtype, tasks: int, examples: int) -> Problem:
-    """The case as a program of its own; a second input is the square of the first."""
-    values, ops = [case.inputs[0]], []
-    if len(case.inputs) == 2:
+    """The case as a program of its own; a second input of the same shape is the square of the
+    first, and of another one the rest of the program's input.
+    """
+    examples = max(examples, case.least_examples)
+    params, read, inputs = random_tensors(case, tasks, examples, dtype)
+    values, ops, op, x = [case.inputs[0]], [], case.op, inputs[0]
+    if len(set(case.inputs)) == 2:
+        x = torch.cat([i.flatten(2) for i in inputs], 2)
+        values = [tuple(x.shape[2:])]
+        for shape, start in zip(case.inputs, (0, prod(case.inputs[0])), strict=True):
+            at = freeze({"dim": 0, "start": start})
+            ops.append(Op("narrow", (0,), len(values), attrs=at))
+            ops.append(Op("view", (len(values),), len(values) + 1))
+            values += [(prod(shape),), shape]
+        op = replace(op, inputs=(2, 4), output=5)
+    elif len(case.inputs) == 2:
         square = freeze({"function": "square", "alpha": 0.0, "beta": 0.0})
         ops.append(Op("activation", (0,), 1, attrs=square))
         values.append(case.inputs[1])
     names = tuple(f"p{i}" for i in range(len(case.params)))
     buffers = tuple(f"b{i}" for i in range(len(case.buffers)))
-    graph = Graph((*values, case.out_shape), (*ops, case.op), names, buffers, len(values))
-    examples = max(examples, case.least_examples)
-    params, read, inputs = random_tensors(case, tasks, examples, dtype)
+    graph = Graph((*values, case.out_shape), (*ops, op), names, buffers, len(values))
     module = nn.ParameterDict({n: nn.Parameter(p[0]) for n, p in zip(names, params, strict=True)})
     flat = [p.reshape(tasks, -1) for p in params]
     theta = torch.cat([*flat, torch.zeros(tasks, 0, dtype=dtype)], 1)
-    return Problem(graph, ParameterLayout(module), read, inputs[0], theta)
+    return Problem(graph, ParameterLayout(module), read, x, theta)
 
 
 # --- small programs -------------------------------------------------------------------------------

@@ -59,6 +59,13 @@ _FUNCTIONS = {
     "log_sigmoid": lambda x, a, b: F.logsigmoid(x),
     "abs": lambda x, a, b: x.abs(),
     "square": lambda x, a, b: x.square(),
+    "cube": lambda x, a, b: x**3,
+    "reciprocal": lambda x, a, b: x.reciprocal(),
+    "sqrt": lambda x, a, b: x.sqrt(),
+    "rsqrt": lambda x, a, b: x.rsqrt(),
+    "length": lambda x, a, b: torch.where(x > 0, torch.where(x > 0, x, 1.0).sqrt(), 0.0),
+    "log": lambda x, a, b: x.log(),
+    "clamp": lambda x, a, b: x.clamp(a, b),
     "sin": lambda x, a, b: x.sin(),
     "cos": lambda x, a, b: x.cos(),
     "exp": lambda x, a, b: x.exp(),
@@ -78,6 +85,11 @@ def _avg_pool2d(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
     a = op.attrs
     window = (a["kernel"], a["stride"], a["padding"])
     return F.avg_pool2d(x, *window, a["ceil_mode"], a["count_include_pad"], a["divisor"])
+
+
+def _softmax(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
+    dim = op.attrs["dim"] + 1
+    return x.log_softmax(dim) if op.attrs["log"] else x.softmax(dim)
 
 
 def _mean(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
@@ -100,6 +112,8 @@ _PLAIN = {
     "mean": _mean,
     "permute": _permute,
     "cat": lambda op, params, buffers, *inputs: torch.cat(inputs, op.attrs["dim"] + 1),
+    "softmax": _softmax,
+    "bmm": lambda op, params, buffers, a, b: a @ b,
     "mul": lambda op, params, buffers, a, b: a * b,
     "add": lambda op, params, buffers, a, b: torch.add(a, b, alpha=op.attrs["alpha"]),
     "scale": lambda op, params, buffers, x: op.attrs["alpha"] * x + op.attrs["beta"],

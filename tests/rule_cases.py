@@ -27,6 +27,7 @@ class Case:
     inputs: tuple[Shape, ...]
     out_shape: Shape
     least_examples: int = 1
+    positive: bool = False  # where alone it is defined
 
     def __str__(self) -> str:
         return f"{self.op.kind}-{self.name}"
@@ -43,6 +44,7 @@ def _case(
     buffers: tuple[Shape | None, ...] = (),
     out: Shape | None = None,
     least_examples: int = 1,
+    positive: bool = False,
     **attrs: Any,
 ) -> Case:
     def number(shapes: tuple[Shape | None, ...]) -> tuple[int | None, ...]:
@@ -61,7 +63,7 @@ def _case(
         dummies = [[None if s is None else torch.ones(s) for s in g] for g in (params, buffers)]
         out = tuple(plain(op, (), *dummies, *(torch.ones(2, *s) for s in inputs)).shape[1:])
     kept = [tuple(s for s in group if s is not None) for group in (params, buffers)]
-    return Case(name, op, *kept, inputs, out, least_examples)
+    return Case(name, op, *kept, inputs, out, least_examples, positive)
 
 
 def _linear_case(name: str, x: Shape, out: int, bias: bool = True) -> Case:
@@ -150,9 +152,9 @@ def _avg_case(
     )
 
 
-def _activation_case(function: str, alpha: float = 0.0, beta: float = 0.0) -> Case:
-    constants = {"alpha": alpha, "beta": beta}
-    return _case(function, "activation", ((3, 5, 7),), function=function, **constants)
+def _activation_case(function: str, alpha: float = 0.0, beta: float = 0.0, **of_case: Any) -> Case:
+    attrs = {"function": function, "alpha": alpha, "beta": beta}
+    return _case(function, "activation", ((3, 5, 7),), **attrs, **of_case)
 
 
 # --- the cases ------------------------------------------------------------------------------------
@@ -249,6 +251,13 @@ CASES: dict[str, list[Case]] = {
         _activation_case("log_sigmoid"),
         _activation_case("abs"),
         _activation_case("square"),
+        _activation_case("cube"),
+        _activation_case("reciprocal", positive=True),
+        _activation_case("sqrt", positive=True),
+        _activation_case("rsqrt", positive=True),
+        _activation_case("length", positive=True),
+        _activation_case("log", positive=True),
+        _activation_case("clamp", -0.75, 1.125),
         _activation_case("sin"),
         _activation_case("cos"),
         _activation_case("exp"),
@@ -256,6 +265,25 @@ CASES: dict[str, list[Case]] = {
     "mul": [
         _case("images", "mul", ((3, 5, 7), (3, 5, 7))),
         _case("features", "mul", ((17,), (17,))),
+    ],
+    "softmax": [
+        _case("features", "softmax", ((17,),), dim=0, log=False),
+        _case("log_features", "softmax", ((5,),), dim=0, log=True),
+        _case("one_feature", "softmax", ((1,),), dim=0, log=True),
+        _case("lanes", "softmax", ((2, 32),), dim=1, log=False),
+        _case("log_lanes", "softmax", ((3, 16),), dim=1, log=True),
+        _case("columns", "softmax", ((3, 5, 7),), dim=2, log=False),
+        _case("channels", "softmax", ((17, 2, 3),), dim=0, log=False),
+        _case("log_channels", "softmax", ((3, 5, 7),), dim=0, log=True),
+        _case("log_lines", "softmax", ((2, 19, 3),), dim=1, log=True),
+    ],
+    "bmm": [
+        _case("one_matrix", "bmm", ((5, 3), (3, 17))),
+        _case("heads", "bmm", ((2, 5, 7), (2, 7, 5))),
+        _case("axes_in_front", "bmm", ((2, 3, 1, 4), (2, 3, 4, 5))),
+        _case("lanes", "bmm", ((3, 17, 16), (3, 16, 32))),
+        _case("outer", "bmm", ((4, 1), (1, 6))),
+        _case("inner", "bmm", ((2, 1, 19), (2, 19, 1))),
     ],
     "pool": [
         _max_case("2x2", (3, 5, 7), (2, 2), (2, 2)),
@@ -307,6 +335,8 @@ def random_tensors(
     params = [torch.randn(tasks, *shape, dtype=dtype) for shape in case.params]
     buffers = [torch.rand(shape, dtype=dtype) + 0.5 for shape in case.buffers]
     inputs = [torch.randn(tasks, examples, *shape, dtype=dtype) for shape in case.inputs]
+    if case.positive:
+        inputs = [x.abs() + 0.25 for x in inputs]
     return params, buffers, inputs
 
 

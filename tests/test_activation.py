@@ -16,6 +16,8 @@ KINKS = {
     "hardsigmoid": [-3.0, 3.0],
     "hardswish": [-3.0, 3.0],
     "abs": [0.0],
+    "length": [0.0],
+    "clamp": [-0.75, 1.125],
 }
 UNBOUNDED = ("exp",)
 
@@ -48,6 +50,8 @@ def test_far_from_zero(case: Case) -> None:
     """Value, slope and curvature neither overflow nor lose themselves where PyTorch's do not."""
     if case.name in UNBOUNDED:
         values = torch.tensor([-800.0, -40.0, 20.0], dtype=torch.float64)
+    elif case.positive:
+        values = torch.tensor([1e-6, 1e-3, 0.5, 30.0, 800.0], dtype=torch.float64)
     else:
         values = torch.tensor([-800.0, -90.0, -30.0, 30.0, 90.0, 800.0], dtype=torch.float64)
     p = at(case, values)

@@ -211,6 +211,59 @@ struct Square {
 };
 
 template <typename T>
+struct Cube {
+  Vec<T> value(Vec<T> x) const { return x * x * x; }
+  Vec<T> slope(Vec<T> x) const { return constant<T>(3) * x * x; }
+  Vec<T> curvature(Vec<T> x) const { return constant<T>(6) * x; }
+};
+
+template <typename T>
+struct Reciprocal {
+  Vec<T> value(Vec<T> x) const { return constant<T>(1) / x; }
+  Vec<T> slope(Vec<T> x) const { return constant<T>(-1) / (x * x); }
+  Vec<T> curvature(Vec<T> x) const { return constant<T>(2) / (x * x * x); }
+};
+
+template <typename T>
+struct Sqrt {
+  Vec<T> value(Vec<T> x) const { return square_root<T>(x); }
+  Vec<T> slope(Vec<T> x) const { return constant<T>(0.5) / square_root<T>(x); }
+  Vec<T> curvature(Vec<T> x) const { return constant<T>(-0.25) / (x * square_root<T>(x)); }
+};
+
+template <typename T>
+struct Rsqrt {
+  Vec<T> value(Vec<T> x) const { return constant<T>(1) / square_root<T>(x); }
+  Vec<T> slope(Vec<T> x) const { return constant<T>(-0.5) / (x * square_root<T>(x)); }
+  Vec<T> curvature(Vec<T> x) const { return constant<T>(0.75) / (x * x * square_root<T>(x)); }
+};
+
+template <typename T>
+struct Length {
+  static Vec<T> where_positive(Vec<T> x, Vec<T> y) { return select<T>(x > Vec<T>{}, y, Vec<T>{}); }
+  Vec<T> value(Vec<T> x) const { return square_root<T>(x); }
+  Vec<T> slope(Vec<T> x) const { return where_positive(x, Sqrt<T>().slope(x)); }
+  Vec<T> curvature(Vec<T> x) const { return where_positive(x, Sqrt<T>().curvature(x)); }
+};
+
+template <typename T>
+struct Log {
+  Vec<T> value(Vec<T> x) const { return vector_log<T>(x); }
+  Vec<T> slope(Vec<T> x) const { return constant<T>(1) / x; }
+  Vec<T> curvature(Vec<T> x) const { return constant<T>(-1) / (x * x); }
+};
+
+template <typename T>
+struct Clamp {
+  Vec<T> low, high;
+  Vec<T> value(Vec<T> x) const { return select<T>(x < low, low, select<T>(x > high, high, x)); }
+  Vec<T> slope(Vec<T> x) const {
+    return select<T>((x >= low) & (x <= high), constant<T>(1), Vec<T>{});
+  }
+  Vec<T> curvature(Vec<T>) const { return Vec<T>{}; }
+};
+
+template <typename T>
 struct Sin {
   Vec<T> value(Vec<T> x) const { return vector_sin<T>(x); }
   Vec<T> slope(Vec<T> x) const { return vector_cos<T>(x); }
@@ -273,6 +326,20 @@ FASTMAML_INLINE void with_function(Activation kind, T alpha, T beta, Body body) 
       return body(Abs<T>{});
     case Activation::kSquare:
       return body(Square<T>{});
+    case Activation::kCube:
+      return body(Cube<T>{});
+    case Activation::kReciprocal:
+      return body(Reciprocal<T>{});
+    case Activation::kSqrt:
+      return body(Sqrt<T>{});
+    case Activation::kRsqrt:
+      return body(Rsqrt<T>{});
+    case Activation::kLength:
+      return body(Length<T>{});
+    case Activation::kLog:
+      return body(Log<T>{});
+    case Activation::kClamp:
+      return body(Clamp<T>{a, b});
     case Activation::kSin:
       return body(Sin<T>{});
     case Activation::kCos:

@@ -40,6 +40,13 @@ enum class Activation : int {
   kLogSigmoid,
   kAbs,
   kSquare,
+  kCube,
+  kReciprocal,
+  kSqrt,
+  kRsqrt,
+  kLength,  // square root of a sum of squares: flat at zero
+  kLog,
+  kClamp,  // alpha: lower bound, beta: upper bound; unlike hardtanh not flat on its bounds
   kSin,
   kCos,
   kExp,
@@ -324,6 +331,18 @@ struct Kernels {
   void (*act_backward_tangent)(Activation kind, T alpha, T beta, Index count, const T* x,
                                const T* dx, const T* gy, const T* dgy, T* dgx, bool accumulate,
                                Share share);
+  // --- softmax of rows, or its logarithm, y [rows][padded(columns)] ------------------------------
+  // Writes zeros in padding; dgy may be null (zero).
+  void (*softmax_forward)(bool log, Index rows, Index columns, const T* x, T* y, Share share);
+  void (*softmax_backward)(bool log, Index rows, Index columns, const T* y, const T* gy, T* gx,
+                           bool accumulate, Share share);
+  void (*softmax_tangent)(bool log, Index rows, Index columns, const T* y, const T* dx, T* dy,
+                          Share share);
+  void (*softmax_backward_tangent)(bool log, Index rows, Index columns, const T* y, const T* dy,
+                                   const T* gy, const T* dgy, T* dgx, bool accumulate,
+                                   Share share);
+
+  // --- sums and products of elements -------------------------------------------------------------
   // out = (accumulate ? out : 0) + a * x + b * y; y may be null.
   void (*axpby)(Index count, T a, const T* x, T b, const T* y, T* out, bool accumulate,
                 Share share);

@@ -382,6 +382,8 @@ int Planner<T>::add_op(int index) {
       {"mean", make_mean<T>},
       {"add", make_add<T>},
       {"mul", make_mul<T>},
+      {"bmm", make_bmm<T>},
+      {"softmax", make_softmax<T>},
       {"parameter", make_parameter<T>},
       {"cat", make_cat<T>},
       {"narrow", make_narrow<T>},
@@ -390,7 +392,7 @@ int Planner<T>::add_op(int index) {
   };
   Reader reader(*this, index);
   const OpSpec& op = reader.op();
-  const bool joins = op.kind == "add" || op.kind == "mul" || op.kind == "cat";
+  const bool joins = op.kind == "add" || op.kind == "mul" || op.kind == "bmm" || op.kind == "cat";
   if (!joins) reader.expect_inputs(1);
   if (is_alias(op)) {
     const Place& from = values_[op.inputs[0]];

@@ -1,4 +1,5 @@
 // Activations, sums, products and scalings: ops on elements, in whatever layout they find.
+#include <algorithm>
 #include <utility>
 
 #include "cpu/activation_names.h"
@@ -14,6 +15,12 @@ Activation known_activation(const OpReader& reader, const std::string& name) {
   return *found;
 }
 
+// Not finite everywhere: padding, which may hold anything finite, is then left out and set to zero.
+bool is_singular(Activation function) {
+  return function == Activation::kReciprocal || function == Activation::kSqrt ||
+         function == Activation::kRsqrt || function == Activation::kLog;
+}
+
 template <typename T>
 class ActivationOp final : public Op<T> {
  public:
@@ -24,6 +31,11 @@ class ActivationOp final : public Op<T> {
     reader.expect_output(reader.input(0));
     const Place place = reader.need_any(0);
     size_ = place.layout.size();
+    width_ = used_ = size_;
+    if (is_singular(function_)) {
+      width_ = place.layout.ld;
+      used_ = place.layout.channels;
+    }
     this->inputs = {place.storage};
     // The sign of its output is all that a ReLU needs to know of its input.
     in_place_ = function_ == Activation::kRelu && reader.may_overwrite(0, place);
@@ -31,34 +43,44 @@ class ActivationOp final : public Op<T> {
   }
 
   void forward(Run<T>& run) const override {
-    run.kernels.act_forward(function_, alpha_, beta_, count(run), run.value(input()),
-                            run.value_out(this->output), run.share);
+    const T* x = run.value(input());
+    T* y = run.value_out(this->output);
+    for_pieces(run, y, false, [&](Index at, Index count, Share share) {
+      run.kernels.act_forward(function_, alpha_, beta_, count, x + at, y + at, share);
+    });
   }
 
   void backward(Run<T>& run, Flow<T>& flow) const override {
-    const T* gy = run.arrived(flow, this->output);
+    const T *x = run.value(input()), *gy = run.arrived(flow, this->output);
     const Target<T> gx = into(run, flow);
-    run.kernels.act_backward(function_, alpha_, beta_, count(run), run.value(input()), gy, gx.data,
-                             gx.accumulate, run.share);
+    for_pieces(run, gx.data, gx.accumulate, [&](Index at, Index count, Share share) {
+      run.kernels.act_backward(function_, alpha_, beta_, count, x + at, gy + at, gx.data + at,
+                               gx.accumulate, share);
+    });
   }
 
   void tangent(Run<T>& run) const override {
-    run.kernels.act_tangent(function_, alpha_, beta_, count(run), run.value(input()),
-                            run.tangent(input()), run.tangent_out(this->output), run.share);
+    const T *x = run.value(input()), *dx = run.tangent(input());
+    T* dy = run.tangent_out(this->output);
+    for_pieces(run, dy, false, [&](Index at, Index count, Share share) {
+      run.kernels.act_tangent(function_, alpha_, beta_, count, x + at, dx + at, dy + at, share);
+    });
   }
 
   void backward_tangent(Run<T>& run) const override {
-    const T* dgy = run.arrived(run.second, this->output);
+    const T *x = run.value(input()), *dx = run.tangent(input());
+    const T *gy = run.gradient(this->output), *dgy = run.arrived(run.second, this->output);
     if (in_place_ && dgy == nullptr) return;  // a ReLU has no curvature
     const Target<T> dgx = into(run, run.second);
-    run.kernels.act_backward_tangent(function_, alpha_, beta_, count(run), run.value(input()),
-                                     run.tangent(input()), run.gradient(this->output), dgy,
-                                     dgx.data, dgx.accumulate, run.share);
+    for_pieces(run, dgx.data, dgx.accumulate, [&](Index at, Index count, Share share) {
+      run.kernels.act_backward_tangent(function_, alpha_, beta_, count, x + at,
+                                       dx ? dx + at : nullptr, gy + at, dgy ? dgy + at : nullptr,
+                                       dgx.data + at, dgx.accumulate, share);
+    });
   }
 
  private:
   int input() const { return this->inputs[0]; }
-  Index count(const Run<T>& run) const { return run.examples() * size_; }
 
   Target<T> into(Run<T>& run, Flow<T>& flow) const {
     Target<T> target = run.into(flow, input());
@@ -66,9 +88,22 @@ class ActivationOp final : public Op<T> {
     return target;
   }
 
+  // body(first element, elements, share): all at once, or rows without their padding, which in
+  // `out` becomes zero.
+  template <typename Body>
+  void for_pieces(Run<T>& run, T* out, bool accumulate, Body body) const {
+    if (used_ == width_) return body(0, run.examples() * size_, run.share);
+    const Range mine = split(run.examples() * size_ / width_, run.share);
+    for (Index row = mine.begin; row < mine.end; ++row) {
+      body(row * width_, used_, Share{});
+      if (!accumulate) std::fill_n(out + row * width_ + used_, width_ - used_, T(0));
+    }
+  }
+
   Activation function_;
   T alpha_, beta_;
   Index size_ = 0;
+  Index width_ = 0, used_ = 0;  // of a row, where rows are taken one by one
   bool in_place_ = false;
 };
 

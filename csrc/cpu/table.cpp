@@ -14,6 +14,7 @@
 #include "pixels.h"
 #include "pool.h"
 #include "shape.h"
+#include "softmax.h"
 
 #define FASTMAML_STRING_(x) #x
 #define FASTMAML_STRING(x) FASTMAML_STRING_(x)
@@ -57,6 +58,10 @@ const Kernels<T>& table() {
       &act_backward<T>,
       &act_tangent<T>,
       &act_backward_tangent<T>,
+      &softmax_forward<T>,
+      &softmax_backward<T>,
+      &softmax_tangent<T>,
+      &softmax_backward_tangent<T>,
       &axpby<T>,
       &multiply<T>,
       &update<T>,

@@ -130,6 +130,10 @@ FASTMAML_INLINE Vec<T> vector_log1p(Vec<T> x) {
   return each_lane<T>(x, [](T v) { return scalar_log1p(v); });
 }
 template <typename T>
+FASTMAML_INLINE Vec<T> vector_log(Vec<T> x) {
+  return each_lane<T>(x, [](T v) { return scalar_log(v); });
+}
+template <typename T>
 FASTMAML_INLINE Vec<T> vector_erfc(Vec<T> x) {
   return each_lane<T>(x, [](T v) { return scalar_erfc(v); });
 }

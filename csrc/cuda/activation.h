@@ -17,6 +17,7 @@ using std::fabs;
 using std::log;
 using std::log1p;
 using std::sin;
+using std::sqrt;
 using std::tanh;
 
 // f(x), f'(x), f''(x).
@@ -88,6 +89,24 @@ FASTMAML_TEAM Jet<T> mish(T x) {
 }
 
 template <typename T>
+FASTMAML_TEAM Jet<T> square_root(T x) {
+  const T root = sqrt(x);
+  return {root, T(0.5) / root, T(-0.25) / (x * root)};
+}
+
+template <typename T>
+FASTMAML_TEAM Jet<T> reciprocal_root(T x) {
+  const T root = sqrt(x);
+  return {1 / root, T(-0.5) / (x * root), T(0.75) / (x * x * root)};
+}
+
+template <typename T>
+FASTMAML_TEAM Jet<T> clamp(T x, T low, T high) {
+  if (x < low) return {low, 0, 0};
+  return x > high ? Jet<T>{high, 0, 0} : Jet<T>{x, T(x == x), 0};
+}
+
+template <typename T>
 FASTMAML_TEAM Jet<T> activation(Activation function, T x, T alpha, T beta) {
   switch (function) {
     case Activation::kRelu:
@@ -136,6 +155,20 @@ FASTMAML_TEAM Jet<T> activation(Activation function, T x, T alpha, T beta) {
       return {fabs(x), T(x > 0) - T(x < 0), 0};
     case Activation::kSquare:
       return {x * x, 2 * x, 2};
+    case Activation::kCube:
+      return {x * x * x, 3 * x * x, 6 * x};
+    case Activation::kReciprocal:
+      return {1 / x, -1 / (x * x), 2 / (x * x * x)};
+    case Activation::kSqrt:
+      return square_root(x);
+    case Activation::kRsqrt:
+      return reciprocal_root(x);
+    case Activation::kLength:
+      return x > 0 ? square_root(x) : Jet<T>{sqrt(x), 0, 0};
+    case Activation::kLog:
+      return {log(x), 1 / x, -1 / (x * x)};
+    case Activation::kClamp:
+      return clamp(x, alpha, beta);
     case Activation::kSin:
       return {sin(x), cos(x), -sin(x)};
     case Activation::kCos:

@@ -47,4 +47,13 @@ class Reshaped:
     parameter: Tensor
 
 
-Known = Value | Read | SideBySide | Drawn | Reshaped
+@dataclass(frozen=True)
+class Shared:
+    """What was computed from parameters alone, without an axis of examples; ``value`` has one, and
+    holds the same for each.
+    """
+
+    value: Value
+
+
+Known = Value | Read | SideBySide | Drawn | Reshaped | Shared

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmaml.program.known import Read, Reshaped, SideBySide, Value
+from fastmaml.program.known import Read, Reshaped, Shared, SideBySide, Value
 from fastmaml.program.trace import Lowering, NotCovered, Trace
 
 Arguments = Mapping[str, Any]
@@ -17,7 +17,7 @@ Arguments = Mapping[str, Any]
 
 def _mean(trace: Trace, a: Arguments, result: Tensor) -> None:
     x, dims = trace.value(a["self"]), a.get("dim")
-    if x.merged or not dims or a["dtype"] not in (None, a["self"].dtype):
+    if x.merged or not dims or a.get("dtype") not in (None, a["self"].dtype):
         raise NotCovered("a sum or mean over examples")
     axes = sorted(d % a["self"].ndim for d in dims)
     if axes[0] == 0:
@@ -26,8 +26,8 @@ def _mean(trace: Trace, a: Arguments, result: Tensor) -> None:
     trace.emit("mean", result, (x,), dims=tuple(d - 1 for d in axes), keepdim=keepdim)
 
 
-def _sum(trace: Trace, a: Arguments, result: Tensor) -> None:
-    mean = torch.empty_like(result)
+def lower_sum(trace: Trace, a: Arguments, result: Tensor) -> None:
+    mean = torch.empty_like(result, device="meta")
     _mean(trace, a, mean)
     count = prod(a["self"].shape[d] for d in a["dim"])
     trace.emit("scale", result, (trace.value(mean),), alpha=float(count), beta=0.0)
@@ -104,7 +104,13 @@ def _view(trace: Trace, a: Arguments, result: Tensor) -> None:
     if isinstance(known, Reshaped):
         return trace.alias(result, known)
     if isinstance(known, Read):
-        return _view_of_read(trace, known, a["self"], result)
+        if known.transposed or known.repeats != 1:
+            raise NotCovered("a transposed weight in another shape")
+        return trace.alias(result, Reshaped(a["self"]))
+    if isinstance(known, Shared):
+        rows = torch.empty(examples, *result.shape, device="meta")
+        trace.reshape(rows, known.value)
+        return trace.alias(result, Shared(trace.value(rows)))
     if isinstance(known, SideBySide) and result.shape == (examples, *known.value.shape):
         return trace.alias(result, known.value)
     x = trace.value(a["self"])
@@ -113,21 +119,12 @@ def _view(trace: Trace, a: Arguments, result: Tensor) -> None:
     return trace.reshape(result, x)
 
 
-def _view_of_read(trace: Trace, known: Read, tensor: Tensor, result: Tensor) -> None:
-    if known.transposed or known.repeats != 1:
-        raise NotCovered("a transposed weight in another shape")
-    if not known.is_buffer:
-        return trace.alias(result, Reshaped(tensor))
-    shaped = trace.copy_of_buffer(tensor), list(result.shape)
-    trace.add_drawn(torch.ops.aten.reshape.default, shaped, {}, result)
-
-
 def _is_side_by_side(shape: Sequence[int], examples: int, of: Sequence[int]) -> bool:
     return len(of) > 1 and tuple(shape) == (1, examples * of[0], *of[1:])
 
 
 def _expand(trace: Trace, a: Arguments, result: Tensor) -> None:
-    if isinstance(trace.lookup(a["self"]), (Read, Reshaped)):
+    if isinstance(trace.lookup(a["self"]), (Read, Reshaped, Shared)):
         x = trace.operand(a["self"], result)
         if x.shape == result.shape[1:]:
             return trace.alias(result, x)
@@ -155,7 +152,7 @@ def _permute(trace: Trace, a: Arguments, result: Tensor) -> None:
 
 SHAPE_TABLE: Mapping[str, Lowering] = {
     "mean": _mean,
-    "sum": _sum,
+    "sum": lower_sum,
     "cat": _cat,
     "constant_pad_nd": _pad,
     "slice": _slice,

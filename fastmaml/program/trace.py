@@ -18,7 +18,7 @@ from fastmaml.program.calls import bind, flat, moves_nothing, written
 from fastmaml.program.draws import Recording
 from fastmaml.program.frames import in_batch_norm, whereabouts
 from fastmaml.program.ir import Op, Shape, freeze
-from fastmaml.program.known import Drawn, Known, Read, Reshaped, SideBySide, Value
+from fastmaml.program.known import Drawn, Known, Read, Reshaped, Shared, SideBySide, Value
 
 
 class NotCovered(Exception):
@@ -89,7 +89,7 @@ class Trace(TorchDispatchMode):
             raise NotCovered("a value whose examples are side by side in one")
         if isinstance(known, Drawn):
             return self._take(tensor)
-        if isinstance(known, (Read, Reshaped)):
+        if isinstance(known, (Read, Reshaped, Shared)):
             raise NotCovered("a buffer or parameter used as an operand")
         raise NotCovered("an operand that does not come from the input")
 
@@ -98,6 +98,8 @@ class Trace(TorchDispatchMode):
         each of ``like``.
         """
         known, drawn = self.lookup(tensor), self.drawn(tensor)
+        if isinstance(known, Shared):
+            return self._viewed(known.value, self._axes_of_each(tensor, like))
         if isinstance(known, Reshaped):
             return self._repeated(known.parameter, tensor, like)
         if drawn is None and isinstance(known, Read):
@@ -125,9 +127,7 @@ class Trace(TorchDispatchMode):
         return self._copies[name]
 
     def _repeated(self, parameter: Tensor, shaped: Tensor, like: Tensor) -> Value:
-        first, *axes = [*[1] * (like.ndim - shaped.ndim), *shaped.shape]
-        if first != 1 or len(like) != self.examples:
-            raise NotCovered("a parameter that differs between examples")
+        axes = self._axes_of_each(shaped, like)
         slot = self.parameter(parameter, vector=True)
         key = slot, *axes
         if key not in self._broadcast:
@@ -136,10 +136,27 @@ class Trace(TorchDispatchMode):
             self._broadcast[key] = self.value(rows)
         return self._broadcast[key]
 
-    def draw(self, func: Any, *args: Any) -> Tensor:
+    def _axes_of_each(self, shared: Tensor, like: Tensor) -> list[int]:
+        """Of what is the same for all examples, the axes that it has for each of ``like``."""
+        first, *axes = [*[1] * (like.ndim - shared.ndim), *shared.shape]
+        if first != 1 or len(like) != self.examples:
+            raise NotCovered("a parameter that differs between examples")
+        return axes
+
+    def _viewed(self, value: Value, axes: list[int]) -> Value:
+        rows = torch.empty(self.examples, *axes, device="meta")
+        self.reshape(rows, value)
+        return self.value(rows)
+
+    def stand_in(self, value: Value) -> Tensor:
+        """A tensor of that value's shape without memory, for what the module does not make."""
+        lead, *rest = (1, *value.shape) if not value.merged else value.shape
+        return torch.empty(self.examples * lead, *rest, device="meta", dtype=self.dtype)
+
+    def draw(self, func: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The result of a call of what was drawn, which the module does not make."""
-        result: Tensor = func(*args)
-        self.add_drawn(func, args, {}, result)
+        result: Tensor = func(*args, **kwargs)
+        self.add_drawn(func, args, kwargs, result)
         return result
 
     def add_drawn(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
@@ -152,10 +169,10 @@ class Trace(TorchDispatchMode):
     def _take(self, tensor: Tensor) -> Value:
         key = id(tensor), tensor._version
         if key not in self._taken:
-            if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype != self._dtype):
+            if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype != self.dtype):
                 raise NotCovered(f"an operand of {tensor.dtype}")
             value = self._new_value(tensor)
-            self.draws.take(tensor, self._dtype)
+            self.draws.take(tensor, self.dtype)
             self.sources.append(value.id)
             self._taken[key] = value
         return self._taken[key]
@@ -198,7 +215,7 @@ class Trace(TorchDispatchMode):
     def add_input(self, tensor: Tensor) -> None:
         self._know(tensor, self._new_value(tensor))
         self.sources.append(0)
-        self._dtype = tensor.dtype
+        self.dtype = tensor.dtype
 
     def _new_value(self, tensor: Tensor) -> Value:
         rows = tensor.shape[0] if tensor.ndim else 0
@@ -318,6 +335,9 @@ class Trace(TorchDispatchMode):
             self.draws.constant(result)
             self._know(result, Drawn())
             return True
+        if any(map(self._is_buffer, items)) and not (func._schema.is_mutable or in_batch_norm()):
+            args = [self._with_copies(item) for item in args]
+            items = list(flat(bind(func, args, kwargs)))
         results = list(flat({"results": result}))
         if not self.draws.covers(func, items) or not any(isinstance(r, Tensor) for r in results):
             return False
@@ -329,6 +349,16 @@ class Trace(TorchDispatchMode):
             raise NotCovered("a tensor as a keyword argument")
         self.add_drawn(func, args, kwargs, result)
         return True
+
+    def _is_buffer(self, item: Any) -> bool:
+        known = self._known.get(id(item))
+        return isinstance(known, Read) and known.is_buffer
+
+    def _with_copies(self, item: Any) -> Any:
+        """An argument with copies in the place of buffers."""
+        if isinstance(item, (list, tuple)):
+            return [self._with_copies(part) for part in item]
+        return self.drawn(item) if self._is_buffer(item) else item
 
     def _record(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
         if not self._touches_known(arguments):

@@ -1,6 +1,18 @@
 """The rules: the reference for every op and loss, in plain PyTorch. See ``base.Rule``."""
 
-from fastmaml.rules import activation, conv2d, group_norm, linear, mul, norm, parameter, pool, shape
+from fastmaml.rules import (
+    activation,
+    bmm,
+    conv2d,
+    group_norm,
+    linear,
+    mul,
+    norm,
+    parameter,
+    pool,
+    shape,
+    softmax,
+)
 from fastmaml.rules.base import Rule
 from fastmaml.rules.loss import LOSSES, LossRule
 
@@ -11,6 +23,8 @@ RULES: dict[str, Rule] = {
     **group_norm.RULES,
     **activation.RULES,
     **mul.RULES,
+    **bmm.RULES,
+    **softmax.RULES,
     **parameter.RULES,
     **pool.RULES,
     **shape.RULES,

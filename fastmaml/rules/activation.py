@@ -162,6 +162,29 @@ FUNCTIONS: dict[str, Function] = {
     "square": Function(
         lambda x, a, b: x * x, lambda x, a, b: 2 * x, lambda x, a, b: torch.full_like(x, 2.0)
     ),
+    "cube": Function(lambda x, a, b: x * x * x, lambda x, a, b: 3 * x * x, lambda x, a, b: 6 * x),
+    "reciprocal": Function(
+        lambda x, a, b: 1 / x, lambda x, a, b: -1 / (x * x), lambda x, a, b: 2 / (x * x * x)
+    ),
+    "sqrt": Function(
+        lambda x, a, b: x.sqrt(),
+        lambda x, a, b: 0.5 / x.sqrt(),
+        lambda x, a, b: -0.25 / (x * x.sqrt()),
+    ),
+    "rsqrt": Function(
+        lambda x, a, b: x.rsqrt(),
+        lambda x, a, b: -0.5 * x.rsqrt() / x,
+        lambda x, a, b: 0.75 * x.rsqrt() / (x * x),
+    ),
+    "length": Function(
+        lambda x, a, b: x.sqrt(),
+        lambda x, a, b: _where(x > 0, 0.5 / x.sqrt(), 0.0, x),
+        lambda x, a, b: _where(x > 0, -0.25 / (x * x.sqrt()), 0.0, x),
+    ),
+    "log": Function(lambda x, a, b: x.log(), lambda x, a, b: 1 / x, lambda x, a, b: -1 / (x * x)),
+    "clamp": Function(
+        lambda x, a, b: x.clamp(a, b), lambda x, a, b: ((x >= a) & (x <= b)).to(x), _zero
+    ),
     "sin": Function(lambda x, a, b: x.sin(), lambda x, a, b: x.cos(), lambda x, a, b: -x.sin()),
     "cos": Function(lambda x, a, b: x.cos(), lambda x, a, b: -x.sin(), lambda x, a, b: -x.cos()),
     "exp": Function(lambda x, a, b: x.exp(), lambda x, a, b: x.exp(), lambda x, a, b: x.exp()),
@@ -169,7 +192,10 @@ FUNCTIONS: dict[str, Function] = {
 
 
 class Activation:
-    """y = f(x): ``function`` names f, ``alpha`` and ``beta`` are its constants."""
+    """y = f(x): ``function`` names f, ``alpha`` and ``beta`` are its constants.
+
+    ``length`` is a norm as a function of the sum of squares: as PyTorch has it, flat at zero.
+    """
 
     def _evaluate(self, op: Op, which: str, x: Tensor) -> Tensor:
         function = getattr(FUNCTIONS[op.attrs["function"]], which)

@@ -109,6 +109,18 @@ def value_of(x, alpha, beta, F: tl.constexpr):
         return tl.abs(x)
     elif F == "square":
         return x * x
+    elif F == "cube":
+        return x * x * x
+    elif F == "reciprocal":
+        return 1 / x
+    elif (F == "sqrt") or (F == "length"):
+        return tl.sqrt_rn(x)
+    elif F == "rsqrt":
+        return 1 / tl.sqrt_rn(x)
+    elif F == "log":
+        return tl.log(x)
+    elif F == "clamp":
+        return tl.where(x < alpha, alpha, tl.where(x > beta, beta, x))
     elif F == "sin":
         return tl.sin(x)
     elif F == "cos":
@@ -162,6 +174,20 @@ def slope_of(x, alpha, beta, F: tl.constexpr):
         return tl.where(x > 0, one, tl.where(x < 0, -one, 0.0))
     elif F == "square":
         return 2 * x
+    elif F == "cube":
+        return 3 * x * x
+    elif F == "reciprocal":
+        return -1 / (x * x)
+    elif F == "sqrt":
+        return 0.5 / tl.sqrt_rn(x)
+    elif F == "rsqrt":
+        return -0.5 / (x * tl.sqrt_rn(x))
+    elif F == "length":
+        return tl.where(x > 0, 0.5 / tl.sqrt_rn(x), 0.0)
+    elif F == "log":
+        return 1 / x
+    elif F == "clamp":
+        return tl.where((x >= alpha) & (x <= beta), one, 0.0)
     elif F == "sin":
         return tl.cos(x)
     elif F == "cos":
@@ -206,6 +232,18 @@ def curvature_of(x, alpha, beta, F: tl.constexpr):
         return -s * (1 - s)
     elif F == "square":
         return tl.full(x.shape, 2.0, tl.float32)
+    elif F == "cube":
+        return 6 * x
+    elif F == "reciprocal":
+        return 2 / (x * x * x)
+    elif F == "sqrt":
+        return -0.25 / (x * tl.sqrt_rn(x))
+    elif F == "rsqrt":
+        return 0.75 / (x * x * tl.sqrt_rn(x))
+    elif F == "length":
+        return tl.where(x > 0, -0.25 / (x * tl.sqrt_rn(x)), 0.0)
+    elif F == "log":
+        return -1 / (x * x)
     elif F == "sin":
         return -tl.sin(x)
     elif F == "cos":
@@ -214,7 +252,7 @@ def curvature_of(x, alpha, beta, F: tl.constexpr):
         return tl.exp(x)
     else:
         slopes: tl.constexpr = ((F == "relu") or (F == "leaky_relu")) or (F == "abs")
-        bounds: tl.constexpr = (F == "hardtanh") or (F == "hardsigmoid")
+        bounds: tl.constexpr = ((F == "hardtanh") or (F == "hardsigmoid")) or (F == "clamp")
         tl.static_assert((slopes or bounds) or (F == "identity"))
         return tl.zeros(x.shape, tl.float32)
 

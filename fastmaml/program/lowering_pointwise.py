@@ -1,0 +1,303 @@
+"""Lowering what works element by element: activations, sums, products, quotients and masks.
+
+Parameters alone are worked on as if each example had its own: see :class:`known.Shared`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmaml.program.frames import in_batch_norm
+from fastmaml.program.ir import Op
+from fastmaml.program.known import Read, Reshaped, Shared, SideBySide, Value
+from fastmaml.program.lowering_shape import Arguments, lower_split, lower_sum
+from fastmaml.program.trace import Lowering, NotCovered, Trace
+
+
+def _count_batches(trace: Trace, a: Arguments, result: Any) -> None:
+    """``num_batches_tracked += 1`` and its ``item()``: the running statistics' own business."""
+
+
+def _activation(
+    trace: Trace, a: Arguments, result: Any, *, function: str, alpha: Any = 0.0, beta: Any = 0.0
+) -> None:
+    output = result[0] if isinstance(result, (tuple, list)) else result
+    numbers = [float(a[v]) if isinstance(v, str) else float(v) for v in (alpha, beta)]
+    x = trace.operand(a["self"], output)
+    trace.emit("activation", output, (x,), function=function, alpha=numbers[0], beta=numbers[1])
+
+
+_SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)  # alpha, scale
+
+
+def _elu(trace: Trace, a: Arguments, result: Tensor) -> None:
+    alpha, scale, input_scale = (float(a[k]) for k in ("alpha", "scale", "input_scale"))
+    if scale == 1.0:
+        _activation(trace, a, result, function="elu", alpha=alpha, beta=input_scale)
+    elif (alpha, scale, input_scale) == (*_SELU, 1.0):
+        _activation(trace, a, result, function="selu")
+    else:
+        raise NotCovered("elu with a scale")
+
+
+def _celu(trace: Trace, a: Arguments, result: Tensor) -> None:
+    alpha = float(a["alpha"])
+    _activation(trace, a, result, function="elu", alpha=alpha, beta=1 / alpha)
+
+
+def _gelu(trace: Trace, a: Arguments, result: Tensor) -> None:
+    name = "gelu" if a["approximate"] == "none" else "gelu_tanh"
+    _activation(trace, a, result, function=name)
+
+
+def _glu(trace: Trace, a: Arguments, result: Tensor) -> None:
+    values, gates = parts = a["self"].chunk(2, a["dim"])
+    lower_split(trace, a, parts)
+    opened = gates.sigmoid()
+    _activation(trace, {"self": gates}, opened, function="sigmoid")
+    trace.emit("mul", result, (trace.value(values), trace.value(opened)))
+
+
+_POWERS = {
+    2: ("square",),
+    3: ("cube",),
+    4: ("square", "square"),
+    0.5: ("sqrt",),
+    -0.5: ("rsqrt",),
+    -1: ("reciprocal",),
+    -2: ("square", "reciprocal"),
+}
+
+
+def _power(trace: Trace, a: Arguments, result: Tensor) -> None:
+    exponent = a["exponent"]
+    if isinstance(exponent, Tensor) or exponent not in _POWERS:
+        raise NotCovered(f"exponent {exponent}")
+    x = a["self"]
+    *inner, last = _POWERS[exponent]
+    for function in inner:
+        between = torch.empty_like(result, device="meta")
+        _activation(trace, {"self": x}, between, function=function)
+        x = between
+    _activation(trace, {"self": x}, result, function=last)
+
+
+def _clamp(trace: Trace, a: Arguments, result: Tensor) -> None:
+    bounds = a.get("min"), a.get("max")
+    if any(isinstance(bound, Tensor) for bound in bounds):
+        raise NotCovered("bounds that are tensors")
+    low, high = (math.inf if b is None else float(b) for b in bounds)
+    low = -low if bounds[0] is None else low
+    _activation(trace, a, result, function="clamp", alpha=low, beta=high)
+
+
+def _vector_norm(trace: Trace, a: Arguments, result: Tensor) -> None:
+    """Of sums of squares, or of magnitudes."""
+    order, x = a["ord"] if "ord" in a else a["p"], a["self"]
+    if order not in (1, 2, None) or a.get("dtype") is not None:
+        raise NotCovered(f"a norm of order {order}")
+    terms, total = torch.empty_like(x, device="meta"), torch.empty_like(result, device="meta")
+    _activation(trace, a, terms, function="abs" if order == 1 else "square")
+    if order == 1:
+        return lower_sum(trace, {**a, "self": terms}, result)
+    lower_sum(trace, {**a, "self": terms}, total)
+    _activation(trace, {"self": total}, result, function="length")
+
+
+def _add(trace: Trace, a: Arguments, result: Tensor, *, sign: int = 1) -> None:
+    if isinstance(trace.lookup(a["self"]), Read) and in_batch_norm():
+        return _count_batches(trace, a, result)
+    other, alpha = a["other"], sign * a["alpha"]
+    if not isinstance(other, Tensor):
+        x = trace.operand(a["self"], result)
+        return trace.emit("scale", result, (x,), alpha=1.0, beta=float(alpha * other))
+    if isinstance(trace.lookup(other), Read) and alpha == 1:
+        product = _product_without_bias(trace, trace.value(a["self"]))
+        if product is not None and other.shape == result.shape[-1:]:
+            return _add_bias(trace, product, other, result)
+    return trace.emit("add", result, _operands(trace, a, result), alpha=float(alpha))
+
+
+def _operands(trace: Trace, a: Arguments, result: Tensor) -> tuple[Value, Value]:
+    """Both in the result's shape: one that broadcasts is expanded first."""
+
+    def expanded(tensor: Tensor) -> Value:
+        value = trace.operand(tensor, result)
+        if prod(value.shape) * trace.examples == result.numel():
+            return value
+        if value.merged or len(value.shape) + 1 != result.ndim:
+            raise NotCovered("an operand that broadcasts over examples")
+        repeated = tensor.expand(result.shape)
+        trace.emit("expand", repeated, (value,))
+        return trace.value(repeated)
+
+    x, y = expanded(a["self"]), expanded(a["other"])
+    if x.merged != y.merged:
+        raise NotCovered("operands that mix examples")
+    return x, y
+
+
+def _subtract_from(trace: Trace, a: Arguments, result: Tensor) -> None:
+    x, other = trace.operand(a["self"], result), a["other"]
+    if isinstance(other, Tensor):
+        raise NotCovered("a difference of tensors")
+    trace.emit("scale", result, (x,), alpha=-float(a["alpha"]), beta=float(other))
+
+
+def _product_without_bias(trace: Trace, x: Value) -> Op | None:
+    """The product that ``x`` is, if it is one: PyTorch writes ``linear`` on inputs that are not
+    contiguous as a product and then its bias.
+    """
+    product = next((op for op in trace.ops if op.output == x.id), None)
+    plain = product is not None and product.kind == "linear" and product.params[1] is None
+    return product if plain else None
+
+
+def _add_bias(trace: Trace, product: Op, bias: Tensor, result: Tensor) -> None:
+    """The product without the bias stays in the trace; capture drops it if nothing else uses it."""
+    source = Value(product.inputs[0], trace.values[product.inputs[0]])
+    trace.emit("linear", result, (source,), (product.params[0], trace.parameter(bias)))
+
+
+def _multiply(trace: Trace, a: Arguments, result: Tensor, *, divide: bool = False) -> None:
+    other = a["other"]
+    if a.get("rounding_mode") is not None:
+        raise NotCovered("a rounded quotient")
+    if isinstance(other, Tensor):
+        factors = {**a, "other": _inverse(trace, other, result)} if divide else a
+        return trace.emit("mul", result, _operands(trace, factors, result))
+    alpha = 1 / float(other) if divide else float(other)
+    trace.emit("scale", result, (trace.operand(a["self"], result),), alpha=alpha, beta=0.0)
+
+
+def _inverse(trace: Trace, divisor: Tensor, quotient: Tensor) -> Tensor:
+    drawn = trace.drawn(divisor)
+    if drawn is not None:  # of it there is no derivative
+        return trace.draw(torch.ops.aten.reciprocal.default, drawn)
+    value = trace.operand(divisor, quotient)
+    inverse, constants = trace.stand_in(value), {"alpha": 0.0, "beta": 0.0}
+    trace.emit("activation", inverse, (value,), function="reciprocal", **constants)
+    return inverse
+
+
+# --- masks, which do not depend on the input ------------------------------------------------------
+
+
+def _masked_fill(trace: Trace, a: Arguments, result: Tensor) -> None:
+    kept = _kept(trace, a["self"], _mask(trace, a["mask"]), result, inside=False)
+    filled = _filled(trace, a["mask"], a["value"])
+    trace.emit("add", result, _operands(trace, {"self": kept, "other": filled}, result), alpha=1.0)
+
+
+def _where(trace: Trace, a: Arguments, result: Tensor) -> None:
+    mask = _mask(trace, a["condition"])
+    yes = _kept(trace, a["self"], mask, result, inside=True)
+    no = _kept(trace, a["other"], mask, result, inside=False)
+    trace.emit("add", result, _operands(trace, {"self": yes, "other": no}, result), alpha=1.0)
+
+
+def _mask(trace: Trace, mask: Tensor) -> Tensor:
+    drawn = trace.drawn(mask)
+    if drawn is None:
+        raise NotCovered("a mask that depends on the input")
+    return drawn
+
+
+def _filled(trace: Trace, mask: Tensor, value: Any) -> Tensor:
+    """``value`` inside of the mask, zero elsewhere."""
+    number = value.item() if isinstance(value, Tensor) else value
+    aten, drawn = torch.ops.aten, _mask(trace, mask)
+    filled = trace.draw(aten.where.Scalar, drawn, float(number), 0.0)
+    return trace.draw(aten._to_copy.default, filled, dtype=trace.dtype)
+
+
+def _kept(trace: Trace, x: Tensor, mask: Tensor, result: Tensor, *, inside: bool) -> Tensor:
+    """``x`` inside of the mask, or outside of it, and zero elsewhere."""
+    part = mask if inside else trace.draw(torch.ops.aten.logical_not.default, mask)
+    kept = torch.empty_like(result, device="meta")
+    trace.emit("mul", kept, _operands(trace, {"self": x, "other": part}, result))
+    return kept
+
+
+def _dropout(trace: Trace, a: Arguments, result: Any) -> None:
+    """As PyTorch writes it on a GPU, in one call; the mask does not depend on the input."""
+    output, mask = result
+    if not a["train"] or a["p"] == 1:
+        raise NotCovered("a rate of 1, or none")
+    arguments = a["input"], a["p"], a["train"]
+    trace.add_drawn(torch.ops.aten.native_dropout.default, arguments, {}, (None, mask))
+    kept = torch.empty_like(output)
+    trace.emit("mul", kept, (trace.value(a["input"]), trace.value(mask)))
+    trace.emit("scale", output, (trace.value(kept),), alpha=1 / (1 - a["p"]), beta=0.0)
+
+
+def _negate(trace: Trace, a: Arguments, result: Tensor) -> None:
+    trace.emit("scale", result, (trace.operand(a["self"], result),), alpha=-1.0, beta=0.0)
+
+
+# --- parameters alone -----------------------------------------------------------------------------
+
+
+def _shares(lowering: Lowering) -> Lowering:
+    """``lowering``, also of parameters alone."""
+
+    def lowered(trace: Trace, a: Arguments, result: Any) -> None:
+        tensors = [v for v in a.values() if isinstance(v, Tensor)]
+        if not isinstance(result, Tensor) or not any(_is_shared(trace, t) for t in tensors):
+            return lowering(trace, a, result)
+        if any(isinstance(trace.lookup(t), (Value, SideBySide)) for t in tensors):
+            return lowering(trace, a, result)
+        rows = torch.empty(trace.examples, *result.shape, device="meta")
+        lowering(trace, a, rows)
+        return trace.alias(result, Shared(trace.value(rows)))
+
+    return lowered
+
+
+def _is_shared(trace: Trace, tensor: Tensor) -> bool:
+    known = trace.lookup(tensor)
+    return isinstance(known, (Reshaped, Shared)) or (
+        isinstance(known, Read) and not known.is_buffer
+    )
+
+
+def _activations() -> dict[str, Lowering]:
+    plain = ["relu", "silu", "sigmoid", "tanh", "sin", "cos", "exp", "square", "abs"]
+    plain += ["mish", "hardswish", "hardsigmoid", "sqrt", "rsqrt", "reciprocal", "log"]
+    table: dict[str, Lowering] = {n: partial(_activation, function=n) for n in plain}
+    table["leaky_relu"] = partial(_activation, function="leaky_relu", alpha="negative_slope")
+    table["softplus"] = partial(_activation, function="softplus", alpha="beta", beta="threshold")
+    table["hardtanh"] = partial(_activation, function="hardtanh", alpha="min_val", beta="max_val")
+    table["log_sigmoid_forward"] = partial(_activation, function="log_sigmoid")
+    table |= {"elu": _elu, "celu": _celu, "gelu": _gelu, "pow": _power}
+    return table | dict.fromkeys(("clamp", "clamp_min", "clamp_max"), _clamp)
+
+
+def _table() -> dict[str, Lowering]:
+    table: dict[str, Lowering] = {
+        **_activations(),
+        "add": _add,
+        "sub": partial(_add, sign=-1),
+        "rsub": _subtract_from,
+        "mul": _multiply,
+        "div": partial(_multiply, divide=True),
+        "neg": _negate,
+    }
+    return {name: _shares(lowering) for name, lowering in table.items()} | {
+        "native_dropout": _dropout,
+        "glu": _glu,
+        "masked_fill": _masked_fill,
+        "where": _where,
+        **dict.fromkeys(("linalg_vector_norm", "norm"), _vector_norm),
+        "_local_scalar_dense": _count_batches,
+    }
+
+
+POINTWISE_TABLE: Mapping[str, Lowering] = _table()

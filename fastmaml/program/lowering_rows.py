@@ -1,0 +1,106 @@
+"""Lowering softmax, products of values, and attention, which is made of both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmaml.program.known import Value
+from fastmaml.program.lowering_shape import Arguments
+from fastmaml.program.trace import Lowering, NotCovered, Trace
+
+
+def _softmax(trace: Trace, a: Arguments, result: Tensor, *, log: bool = False) -> None:
+    x = trace.value(a["self"])
+    dim = a["dim"] % a["self"].ndim - (0 if x.merged else 1)
+    if dim < (1 if x.merged else 0):
+        raise NotCovered("a softmax over examples")
+    if result.dtype != a["self"].dtype:
+        raise NotCovered("a change of dtype")
+    trace.emit("softmax", result, (x,), dim=dim, log=log)
+
+
+def _log_softmax(trace: Trace, a: Arguments, result: Tensor) -> None:
+    _softmax(trace, a, result, log=True)
+
+
+def _bmm(trace: Trace, a: Arguments, result: Tensor) -> None:
+    x, y = trace.value(a["self"]), trace.value(a["mat2"])
+    if x.merged != y.merged:
+        raise NotCovered("operands that mix examples")
+    trace.emit("bmm", result, (x, y))
+
+
+def _add_bmm(trace: Trace, a: Arguments, result: Tensor) -> None:
+    """``baddbmm``, of which PyTorch makes masked scores."""
+    product = torch.empty_like(result, device="meta")
+    _bmm(trace, {"self": a["batch1"], "mat2": a["batch2"]}, product)
+    x = trace.value(product)
+    if a["alpha"] != 1:
+        scaled = torch.empty_like(result, device="meta")
+        trace.emit("scale", scaled, (x,), alpha=float(a["alpha"]), beta=0.0)
+        x = trace.value(scaled)
+    other = trace.operand(a["self"], result)
+    if other.shape != x.shape or other.merged != x.merged:
+        raise NotCovered("a sum that broadcasts")
+    trace.emit("add", result, (x, other), alpha=float(a["beta"]))
+
+
+def _attention(trace: Trace, a: Arguments, result: Any) -> None:
+    """Softmax of the scaled scores times the values, as one call of PyTorch's."""
+    query, key, value = (trace.value(a[name]) for name in ("query", "key", "value"))
+    if a["dropout_p"] != 0 or any(x.merged or len(x.shape) != 3 for x in (query, key, value)):
+        raise NotCovered("attention with dropout, or of other axes")
+    heads, places, width = query.shape
+    scale = 1 / math.sqrt(width) if a["scale"] is None else float(a["scale"])
+    turned = _emitted(trace, "permute", (heads, width, key.shape[1]), (key,), dims=(0, 2, 1))
+    shape = (heads, places, key.shape[1])
+    scores = _emitted(trace, "bmm", shape, (query, turned))
+    scores = _emitted(trace, "scale", shape, (scores,), alpha=scale, beta=0.0)
+    mask = a.get("attn_mask", a.get("attn_bias"))
+    if a["is_causal"]:
+        mask = _causal(trace, a["query"], shape[1:])
+    if mask is not None:
+        like = torch.empty(trace.examples, *shape, device="meta")
+        other = trace.operand(mask, like)
+        if other.shape != shape:
+            other = _emitted(trace, "expand", shape, (other,))
+        scores = _emitted(trace, "add", shape, (scores, other), alpha=1.0)
+    weights = _emitted(trace, "softmax", shape, (scores,), dim=2, log=False)
+    trace.emit("bmm", result[0], (weights, value))
+
+
+def _emitted(
+    trace: Trace, kind: str, shape: tuple[int, ...], inputs: tuple[Value, ...], **attrs: Any
+) -> Value:
+    """An op whose result the module does not see, of an example's ``shape``."""
+    result = torch.empty(trace.examples, *shape, device="meta", dtype=trace.dtype)
+    trace.emit(kind, result, inputs, **attrs)
+    return trace.value(result)
+
+
+def _causal(trace: Trace, query: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Nothing looks at the places behind its own."""
+    aten = torch.ops.aten
+    ruled_out = trace.draw(aten.new_full.default, query, list(shape), -math.inf)
+    return trace.draw(aten.triu.default, ruled_out, 1)
+
+
+ROWS_TABLE: Mapping[str, Lowering] = {
+    "_softmax": _softmax,
+    "_safe_softmax": _softmax,
+    "_log_softmax": _log_softmax,
+    "bmm": _bmm,
+    "baddbmm": _add_bmm,
+    **dict.fromkeys(
+        (
+            "_scaled_dot_product_flash_attention_for_cpu",
+            "_scaled_dot_product_efficient_attention",
+        ),
+        _attention,
+    ),
+}

@@ -1,0 +1,7 @@
+"""The rule ``bmm``."""
+
+from rule_checks import RuleTests
+
+
+class TestBmm(RuleTests):
+    cases = "bmm"
