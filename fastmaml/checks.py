@@ -217,6 +217,9 @@ def placed_like(name: str, tensor: Tensor, like: Tensor, *, any_dtype: bool = Fa
         )
 
 
+_LOSS_NAMES = {"cross_entropy": "cross_entropy", "nll": "nll_loss"}
+
+
 def known_loss_targets(
     kind: str, name: str, y: Tensor, output_shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
@@ -236,7 +239,7 @@ def known_loss_targets(
         return
     if y.dtype not in LABEL_DTYPES or y.ndim != 2 or len(output_shape) != 1:
         raise ValueError(
-            f"{name} must be int64 labels of shape [T, N] for cross_entropy with outputs "
+            f"{name} must be int64 labels of shape [T, N] for {_LOSS_NAMES[kind]} with outputs "
             f"[T, N, classes], got {list(y.shape)} of {y.dtype} and outputs "
             f"[T, N, {', '.join(map(str, output_shape))}]"
         )

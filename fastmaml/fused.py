@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from fastmaml.data.episodes import EpisodeSampler
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.errors import UnbatchableError
 from fastmaml.learner import Learner
-from fastmaml.losses import IGNORED_LABEL, TaskLoss, built_in, per_task
+from fastmaml.losses import IGNORED_LABEL, BuiltIn, TaskLoss, built_in, per_task
 from fastmaml.program.autograd import fused_meta_loss
 from fastmaml.program.capture import FAILS_ON_A_SAMPLE
 from fastmaml.program.program import NativeProgram, Program
@@ -40,18 +41,18 @@ def meta_loss(
     sampler, episodes = None, None
     if isinstance(source, EpisodeSampler):
         sampler, (source, episodes) = source, source.in_place()
-    batch, program, kind = _recognised(maml, layout, theta, source, loss)
+    batch, program, known = _recognised(maml, layout, theta, source, loss)
     checks.minibatch_steps(batch, steps)
-    rates = maml.fused_rates(layout, theta, steps)
+    rates = _inner_steps(maml, layout, theta, steps, known)
     apart = program is None or rates is None or program.graph.drawn or maml.starts_apart
     if sampler is not None and episodes is not None and apart:
         # drawn now: what is read before the meta-step, or saved for a graph, is to stay
         batch, episodes = sampler.sample(), None
-    if program is None or rates is None:
+    if program is None or rates is None or known is None:
         return _by_autograd(maml, batch, steps, loss, order)
     start = maml.fused_start(layout, batch)
     theta = theta if start is None else start.detach()
-    call = _call(program, batch, steps, kind, theta, phi, rates, order)
+    call = _call(program, batch, steps, known, theta, phi, rates, order)
     call.episodes = episodes
     call.memory_budget = checks.memory_budget(maml.memory_budget)
     if torch.is_grad_enabled():
@@ -67,10 +68,28 @@ def meta_loss(
         if not _leaves_labels_out(program, call):
             raise
         return _by_autograd(maml, batch, steps, loss, order)
+    if known.summed:
+        value = value * _terms(program, known, batch.query_x)
     checks.finite_loss(value)
     if result.statistics is not None:
         program.running.fold(result.statistics)
     return value
+
+
+def _inner_steps(
+    maml: MAML, layout: ParameterLayout, theta: Tensor, steps: int, known: BuiltIn | None
+) -> FusedRates | FusedUpdate | None:
+    """See :meth:`fastmaml.MAML.fused_rates`. The loss is a mean there: of a sum's gradients, which
+    are multiples of its own, plain steps alone are steps of another size.
+    """
+    inner = maml.fused_rates(layout, theta, steps)
+    resized = known is None or not known.summed or not isinstance(inner, FusedUpdate)
+    return inner if resized else None
+
+
+def _terms(program: NativeProgram, known: BuiltIn, x: Tensor) -> int:
+    """Of the sum that the loss of one task's examples ``x [T, N, ...]`` is the mean of."""
+    return x.shape[1] * (prod(program.output_shape) if known.kind == "mse" else 1)
 
 
 Labels = TypeVar("Labels", Tensor, Tensor | None)
@@ -82,28 +101,28 @@ class Recognised(NamedTuple):
 
     form: tuple[object, ...]
     program: NativeProgram | None
-    kind: str
+    loss: BuiltIn | None
 
 
 def _recognised(
     maml: MAML, layout: ParameterLayout, theta: Tensor, batch: TaskBatch, loss: TaskLoss
-) -> tuple[TaskBatch, NativeProgram | None, str]:
-    """``batch`` checked, and the native program for it with its loss's name, or None.
+) -> tuple[TaskBatch, NativeProgram | None, BuiltIn | None]:
+    """``batch`` checked, the native program for it, or None, and what its loss is.
 
     A form that has passed once is known again at the price of a comparison.
     """
-    kind = built_in(loss) or ""
+    own_loss = built_in(loss)
     attributes = None if maml.signature is None else maml.signature.attributes
-    state = (layout, attributes, theta.dtype, theta.device, kind, forced_backend())
+    state = (layout, attributes, theta.dtype, theta.device, own_loss, forced_backend())
     form = (*state, *checks.form(batch))
     known = maml.recognised
     if known is None or known.form != form:
         batch = checks.batch(batch, theta, labels_needed=True, several_dtypes=layout.several_dtypes)
         program = maml.current_program(layout, batch.support(0)[0])
         data_learned = any(t.requires_grad for t in batch)
-        native = None if data_learned else _native(program, batch, kind)
-        maml.recognised = known = Recognised(form, native, kind)
-    return TaskBatch(*batch), known.program, kind
+        native = None if data_learned else _native(program, batch, own_loss)
+        maml.recognised = known = Recognised(form, native, own_loss)
+    return TaskBatch(*batch), known.program, own_loss
 
 
 def _by_autograd(
@@ -124,7 +143,8 @@ def _losses(
 ) -> Tensor:
     """The losses ``[T]`` of a support or query set."""
     outputs = _outputs(maml, learner, f"{part}_x", x)
-    if built_in(loss) == "cross_entropy":
+    known = built_in(loss)
+    if known is not None and known.kind == "cross_entropy":
         checks.class_targets(f"{part}_y", y, outputs)
     return per_task(loss, outputs, y)
 
@@ -155,15 +175,20 @@ def _call(
     program: NativeProgram,
     batch: TaskBatch,
     steps: int,
-    kind: str,
+    known: BuiltIn,
     theta: Tensor,
     phi: Tensor,
     inner: FusedRates | FusedUpdate,
     first_order: bool = False,
 ) -> MetaStep:
-    """The meta-step as it stands, without a gradient."""
+    """The meta-step as it stands, without a gradient: of the mean, where the loss is a sum.
+
+    The cross-entropy of log-probabilities is their negative log-likelihood, with all derivatives.
+    """
     update = inner if isinstance(inner, FusedUpdate) else None
     rate, rates = (0.0, None) if isinstance(inner, FusedUpdate) else inner
+    if known.summed:
+        rate *= _terms(program, known, batch.support(0)[0])
     if program.graph.drawn:
         batch = _with_draws(program, batch, steps)
     return MetaStep(
@@ -176,7 +201,7 @@ def _call(
         query_y=_labels(batch.query_y),
         minibatches=batch.minibatches is not None,
         steps=steps,
-        loss=kind,
+        loss="mse" if known.kind == "mse" else "cross_entropy",
         rate=rate,
         rates=rates,
         update=update,
@@ -206,28 +231,30 @@ def _leaves_labels_out(program: NativeProgram, call: MetaStep) -> bool:
     targets = [y for y in (call.support_y, call.query_y) if y is not None]
     if call.loss != "cross_entropy" or not all(y.is_cpu for y in targets):
         return False
-    classes = program.graph.values[program.graph.output][0]
+    classes = program.output_shape[0]
     return checks.some_left_out(IGNORED_LABEL, targets, classes)
 
 
-def _native(program: Program, batch: TaskBatch, kind: str) -> NativeProgram | None:
+def _native(program: Program, batch: TaskBatch, known: BuiltIn | None) -> NativeProgram | None:
     """``program`` where it can take a meta-step of this (checked) batch and loss.
 
     There are no kernels for class probabilities as targets, nor for a cross-entropy of pixels.
     """
-    if not isinstance(program, NativeProgram) or not kind:
+    if not isinstance(program, NativeProgram) or known is None:
         return None
-    output = program.graph.values[program.graph.output]
-    if kind == "cross_entropy":
+    output = program.output_shape
+    if known.kind != "mse":
         targets = [y for y in (batch.support(0)[1], batch.query_y) if y is not None]
         if len(output) > 1 or any(y.is_floating_point() for y in targets):
+            return None
+        if known.kind == "nll" and not program.gives_log_probabilities:
             return None
     if any(program.why_not(x.shape[1]) for x in (batch.support(0)[0], batch.query_x)):
         return None
     for part, (x, y) in (("support", batch.support(0)), ("query", batch[2:])):
         program.check_examples(x.shape[1], f"{part}_x")
         if y is not None:
-            checks.known_loss_targets(kind, f"{part}_y", y, output, x.dtype)
+            checks.known_loss_targets(known.kind, f"{part}_y", y, output, x.dtype)
     return program
 
 
@@ -266,13 +293,13 @@ def adapted(maml: MAML, batch: TaskBatch, steps: int, loss: TaskLoss) -> Adapted
     checks.minibatch_steps(batch, steps)
     learner = maml.learner_for(batch, first_order=True)
     learner.updates_statistics = False
-    kind = built_in(loss) or ""
-    program = _native(maml.current_program(layout, batch.support(0)[0]), batch, kind)
-    rates = maml.fused_rates(layout, theta, steps)
-    if program is not None and rates is not None:
+    known = built_in(loss)
+    program = _native(maml.current_program(layout, batch.support(0)[0]), batch, known)
+    rates = _inner_steps(maml, layout, theta, steps, known)
+    if program is not None and rates is not None and known is not None:
         start = maml.fused_start(layout, batch)
         theta = theta if start is None else start
-        call = _call(program, batch, steps, kind, theta, phi, rates)
+        call = _call(program, batch, steps, known, theta, phi, rates)
         call.query_y = None
         try:
             result = program.executor.meta_step(call)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,22 +16,53 @@ IGNORED_LABEL = -100  # F.cross_entropy's default
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
 
 
-def built_in(loss: TaskLoss) -> str | None:
-    """``"cross_entropy"`` or ``"mse"`` where ``loss`` is that function at its defaults."""
-    if loss is F.cross_entropy or _is_default(loss, nn.CrossEntropyLoss):
-        return "cross_entropy"
-    if loss is F.mse_loss or _is_default(loss, nn.MSELoss):
-        return "mse"
-    return None
+class BuiltIn(NamedTuple):
+    """``"cross_entropy"``, ``"nll"`` or ``"mse"``, and whether it is a sum instead of a mean."""
+
+    kind: str
+    summed: bool
 
 
-def _is_default(loss: object, kind: type[nn.Module]) -> bool:
-    if type(loss) is not kind:
-        return False
+_FUNCTIONS: dict[Callable[..., Tensor], str] = {
+    F.cross_entropy: "cross_entropy",
+    F.nll_loss: "nll",
+    F.mse_loss: "mse",
+}
+_MODULES: dict[type[nn.Module], str] = {
+    nn.CrossEntropyLoss: "cross_entropy",
+    nn.NLLLoss: "nll",
+    nn.MSELoss: "mse",
+}
+
+
+def built_in(loss: TaskLoss) -> BuiltIn | None:
+    """What ``loss`` is, where it is a function that is known, at its defaults but for
+    ``reduction``.
+    """
+    if isinstance(loss, partial) and not loss.args and loss.keywords.keys() <= {"reduction"}:
+        return _known(_FUNCTIONS.get(loss.func), loss.keywords.get("reduction", "mean"))
+    if isinstance(loss, nn.Module):
+        return _known(_kind_of_module(loss), getattr(loss, "reduction", None))
+    try:
+        return _known(_FUNCTIONS.get(loss), "mean")
+    except TypeError:  # what has no hash
+        return None
+
+
+def _known(kind: str | None, reduction: object) -> BuiltIn | None:
+    if kind is None or reduction not in ("mean", "sum"):
+        return None
+    return BuiltIn(kind, reduction == "sum")
+
+
+def _kind_of_module(loss: nn.Module) -> str | None:
+    kind = type(loss)
+    if kind not in _MODULES or getattr(loss, "weight", None) is not None:
+        return None
     default = kind()
-    plain = ("reduction", "ignore_index", "label_smoothing")
+    plain = ("ignore_index", "label_smoothing")
     same = all(getattr(loss, name, None) == getattr(default, name, None) for name in plain)
-    return same and getattr(loss, "weight", None) is None
+    return _MODULES[kind] if same else None
 
 
 def per_task(loss: TaskLoss, output: Tensor, target: Tensor) -> Tensor:
@@ -39,11 +72,9 @@ def per_task(loss: TaskLoss, output: Tensor, target: Tensor) -> Tensor:
             "loss must be a function of (outputs, targets) such as F.cross_entropy or "
             f"nn.CrossEntropyLoss(), got {loss!r}"
         )
-    kind = built_in(loss)
-    if kind is not None and _one_row_each(kind, output, target):
-        if kind == "cross_entropy":
-            return _cross_entropy(output, target)
-        return LOSSES[kind].value(output, target)
+    known = built_in(loss)
+    if known is not None and _one_row_each(known.kind, output, target):
+        return _of_rows(known, output, target)
     losses = [loss(o, t) for o, t in zip(output, target, strict=True)]
     for value in losses:
         if not isinstance(value, Tensor) or value.ndim != 0:
@@ -52,15 +83,20 @@ def per_task(loss: TaskLoss, output: Tensor, target: Tensor) -> Tensor:
     return torch.stack(losses)
 
 
-def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+def _of_rows(known: BuiltIn, output: Tensor, target: Tensor) -> Tensor:
     """The rule's value, but for labels that PyTorch leaves out of the mean."""
+    if known.kind == "mse":
+        value = LOSSES["mse"].value(output, target)
+        return value * output[0].numel() if known.summed else value
+    function = F.cross_entropy if known.kind == "cross_entropy" else F.nll_loss
     target = target.long()  # bytes too are labels
-    rows = F.cross_entropy(output.flatten(0, 1), target.flatten(), reduction="none")
-    return rows.view(target.shape).sum(1) / (target != IGNORED_LABEL).sum(1)
+    rows = function(output.flatten(0, 1), target.flatten(), reduction="none")
+    sums = rows.view(target.shape).sum(1)
+    return sums if known.summed else sums / (target != IGNORED_LABEL).sum(1)
 
 
 def _one_row_each(kind: str, output: Tensor, target: Tensor) -> bool:
     """Whether these are the shapes that the rule of a built-in loss is made for."""
-    if kind == "cross_entropy":
-        return output.ndim == 3 and target.ndim == 2 and not target.is_floating_point()
-    return output.shape == target.shape
+    if kind == "mse":
+        return output.shape == target.shape
+    return output.ndim == 3 and target.ndim == 2 and not target.is_floating_point()

@@ -65,7 +65,7 @@ _FUNCTIONS = {
     "rsqrt": lambda x, a, b: x.rsqrt(),
     "length": lambda x, a, b: torch.where(x > 0, torch.where(x > 0, x, 1.0).sqrt(), 0.0),
     "log": lambda x, a, b: x.log(),
-    "clamp": lambda x, a, b: x.clamp(a, b),
+    "clamp": lambda x, a, b: torch.where((x >= a) & (x <= b), x, x.detach().clamp(a, b)),
     "sin": lambda x, a, b: x.sin(),
     "cos": lambda x, a, b: x.cos(),
     "exp": lambda x, a, b: x.exp(),

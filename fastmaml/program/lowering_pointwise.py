@@ -89,13 +89,25 @@ def _power(trace: Trace, a: Arguments, result: Tensor) -> None:
     _activation(trace, {"self": x}, result, function=last)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _clamp_of_this_release() -> str:
+    """On the bounds, releases differ: the older are not flat there."""
+    x = torch.zeros((), requires_grad=True)
+    (slope,) = torch.autograd.grad(x.clamp(0, 1), x)
+    return "clamp" if slope.item() else "hardtanh"
+
+
+_CLAMP = _clamp_of_this_release()  # now: no gradient is taken while a trace is active
+
+
 def _clamp(trace: Trace, a: Arguments, result: Tensor) -> None:
     bounds = a.get("min"), a.get("max")
     if any(isinstance(bound, Tensor) for bound in bounds):
         raise NotCovered("bounds that are tensors")
     low, high = (math.inf if b is None else float(b) for b in bounds)
     low = -low if bounds[0] is None else low
-    _activation(trace, a, result, function="clamp", alpha=low, beta=high)
+    _activation(trace, a, result, function=_CLAMP, alpha=low, beta=high)
 
 
 def _vector_norm(trace: Trace, a: Arguments, result: Tensor) -> None:
@@ -182,8 +194,8 @@ def _inverse(trace: Trace, divisor: Tensor, quotient: Tensor) -> Tensor:
     if drawn is not None:  # of it there is no derivative
         return trace.draw(torch.ops.aten.reciprocal.default, drawn)
     value = trace.operand(divisor, quotient)
-    inverse, constants = trace.stand_in(value), {"alpha": 0.0, "beta": 0.0}
-    trace.emit("activation", inverse, (value,), function="reciprocal", **constants)
+    inverse = trace.stand_in(value)
+    trace.emit("activation", inverse, (value,), function="reciprocal", alpha=0.0, beta=0.0)
     return inverse
 
 

@@ -15,7 +15,7 @@ from fastmaml.program.autograd import ProgramForward, Run
 from fastmaml.program.capture import FAILS_ON_A_SAMPLE, drawn, require_same
 from fastmaml.program.draws import Tape
 from fastmaml.program.functional import FunctionalProgram
-from fastmaml.program.ir import Graph
+from fastmaml.program.ir import Graph, Shape
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.statistics import RunningStatistics
 from fastmaml.program.substitute import LOCK, Modes, modes_set
@@ -59,6 +59,18 @@ class NativeProgram:
     @property
     def name(self) -> str:
         return self.executor.name
+
+    @property
+    def output_shape(self) -> Shape:
+        """Of one example."""
+        return self.graph.values[self.graph.output]
+
+    @property
+    def gives_log_probabilities(self) -> bool:
+        """Whether each example's output is the logarithm of a softmax over all of it."""
+        last = next(op for op in self.graph.ops if op.output == self.graph.output)
+        is_log = last.kind == "softmax" and bool(last.attrs["log"])
+        return is_log and len(self.output_shape) == 1
 
     def buffers(self) -> list[Tensor]:
         """The module's buffers that the graph reads, as they are now."""

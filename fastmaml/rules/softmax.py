@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastmaml.program.ir import Op, Shape
-from fastmaml.rules.base import Grads, Rule, Tensors
+from fastmaml.rules.base import Grads, Rule, Tensors, total
 
 
 class Softmax:
@@ -68,14 +68,14 @@ class Softmax:
         dsaved: Tensor | None,
         dgy: Tensor | None,
     ) -> Grads:
-        still = [None] if dgy is None else self.backward(op, params, inputs, saved, dgy)[1]
+        still = None if dgy is None else self.backward(op, params, inputs, saved, dgy)[1][0]
         if dsaved is None:
-            return [], still
+            return [], [still]
         if op.attrs["log"]:
             moved = -saved.exp() * dsaved * _sum(op, gy)
         else:
             moved = dsaved * (gy - _sum(op, gy * saved)) - saved * _sum(op, gy * dsaved)
-        return [], [moved if still[0] is None else still[0] + moved]
+        return [], [total(still, moved)]
 
 
 def _sum(op: Op, x: Tensor) -> Tensor:
