@@ -153,7 +153,7 @@ def test_labels_that_are_left_out() -> None:
 
 def test_targets_that_do_not_fit_are_named() -> None:
     batch = _batch("nll")._replace(query_y=torch.zeros(T, Q, 1, dtype=torch.long))
-    with pytest.raises(ValueError, match="query_y must be int64 labels .* for nll_loss"):
+    with pytest.raises(ValueError, match=r"query_y must be int64 labels .* for nll_loss"):
         fastmaml.MAML(_network(), lr=0.05).meta_loss(batch, loss=F.nll_loss)
 
 

@@ -339,8 +339,7 @@ struct Kernels {
   void (*softmax_tangent)(bool log, Index rows, Index columns, const T* y, const T* dx, T* dy,
                           Share share);
   void (*softmax_backward_tangent)(bool log, Index rows, Index columns, const T* y, const T* dy,
-                                   const T* gy, const T* dgy, T* dgx, bool accumulate,
-                                   Share share);
+                                   const T* gy, const T* dgy, T* dgx, bool accumulate, Share share);
 
   // --- sums and products of elements -------------------------------------------------------------
   // out = (accumulate ? out : 0) + a * x + b * y; y may be null.

@@ -92,8 +92,8 @@ class BmmOp final : public Op<T> {
     for_matrices(run, [&](Index i) {
       const Index left = i * rows_ * inner, right = i * depth_ * outer;
       run.kernels.matmul(rows_, depth_, columns_, p.a[0] + left, inner, p.b[0] + right,
-                         at(p.a[1], left), inner, at(p.b[1], right), nullptr,
-                         y + i * rows_ * outer, false, Share{});
+                         at(p.a[1], left), inner, at(p.b[1], right), nullptr, y + i * rows_ * outer,
+                         false, Share{});
     });
   }
 

@@ -40,10 +40,10 @@ class SoftmaxOp final : public Op<T> {
 
   void backward_tangent(Run<T>& run) const override {
     const Target<T> dgx = run.into(run.second, input());
-    run.kernels.softmax_backward_tangent(
-        log_, rows(run), columns_, run.value(this->output), run.tangent(this->output),
-        run.gradient(this->output), run.arrived(run.second, this->output), dgx.data, dgx.accumulate,
-        run.share);
+    run.kernels.softmax_backward_tangent(log_, rows(run), columns_, run.value(this->output),
+                                         run.tangent(this->output), run.gradient(this->output),
+                                         run.arrived(run.second, this->output), dgx.data,
+                                         dgx.accumulate, run.share);
   }
 
  private:

@@ -100,15 +100,13 @@ void softmax_backward(bool log, Index rows, Index columns, const T* y, const T* 
     const auto own = [&](Index c, Index left) { return shares(log, y + at + c, left); };
     if (log) {
       const Vec<T> sum = broadcast(row.sum(gradient));
-      return row.fill(gx + at, accumulate, [&](Index c, Index left) {
-        return gradient(c, left) - own(c, left) * sum;
-      });
+      return row.fill(gx + at, accumulate,
+                      [&](Index c, Index left) { return gradient(c, left) - own(c, left) * sum; });
     }
-    const Vec<T> mean = broadcast(
-        row.sum([&](Index c, Index left) { return own(c, left) * gradient(c, left); }));
-    row.fill(gx + at, accumulate, [&](Index c, Index left) {
-      return own(c, left) * (gradient(c, left) - mean);
-    });
+    const Vec<T> mean =
+        broadcast(row.sum([&](Index c, Index left) { return own(c, left) * gradient(c, left); }));
+    row.fill(gx + at, accumulate,
+             [&](Index c, Index left) { return own(c, left) * (gradient(c, left) - mean); });
   });
 }
 
@@ -118,8 +116,8 @@ void softmax_tangent(bool log, Index rows, Index columns, const T* y, const T* d
   for_rows<T>(rows, columns, share, [&](RowView<T> row, Index at) {
     const auto direction = [&](Index c, Index left) { return load_up_to(dx + at + c, left); };
     const auto own = [&](Index c, Index left) { return shares(log, y + at + c, left); };
-    const Vec<T> mean = broadcast(
-        row.sum([&](Index c, Index left) { return own(c, left) * direction(c, left); }));
+    const Vec<T> mean =
+        broadcast(row.sum([&](Index c, Index left) { return own(c, left) * direction(c, left); }));
     row.fill(dy + at, false, [&](Index c, Index left) {
       const Vec<T> moved = direction(c, left) - mean;
       return log ? moved : own(c, left) * moved;
@@ -154,11 +152,11 @@ void softmax_backward_tangent(bool log, Index rows, Index columns, const T* y, c
   });
 }
 
-#define FASTMAML_INSTANTIATE(T)                                                                 \
-  template void softmax_forward<T>(bool, Index, Index, const T*, T*, Share);                    \
-  template void softmax_backward<T>(bool, Index, Index, const T*, const T*, T*, bool, Share);   \
-  template void softmax_tangent<T>(bool, Index, Index, const T*, const T*, T*, Share);          \
-  template void softmax_backward_tangent<T>(bool, Index, Index, const T*, const T*, const T*,   \
+#define FASTMAML_INSTANTIATE(T)                                                               \
+  template void softmax_forward<T>(bool, Index, Index, const T*, T*, Share);                  \
+  template void softmax_backward<T>(bool, Index, Index, const T*, const T*, T*, bool, Share); \
+  template void softmax_tangent<T>(bool, Index, Index, const T*, const T*, T*, Share);        \
+  template void softmax_backward_tangent<T>(bool, Index, Index, const T*, const T*, const T*, \
                                             const T*, T*, bool, Share);
 FASTMAML_INSTANTIATE(float)
 FASTMAML_INSTANTIATE(double)

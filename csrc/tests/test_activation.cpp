@@ -46,6 +46,19 @@ Real value(Activation kind, Real a, Real b, Real x) {
       return std::fabs(x);
     case Activation::kSquare:
       return x * x;
+    case Activation::kCube:
+      return x * x * x;
+    case Activation::kReciprocal:
+      return 1 / x;
+    case Activation::kSqrt:
+    case Activation::kLength:
+      return std::sqrt(x);
+    case Activation::kRsqrt:
+      return 1 / std::sqrt(x);
+    case Activation::kLog:
+      return std::log(x);
+    case Activation::kClamp:
+      return std::min(std::max(x, a), b);
     case Activation::kSin:
       return std::sin(x);
     case Activation::kCos:
@@ -70,7 +83,8 @@ Real curvature(Activation kind, Real a, Real b, Real x) {
 struct Function {
   Activation kind;
   const char* name;
-  double alpha, beta;  // or kinks of a function without constants
+  double alpha, beta;     // or kinks of a function without constants
+  bool positive = false;  // where alone it is defined
 };
 
 const Function kFunctions[] = {
@@ -91,6 +105,13 @@ const Function kFunctions[] = {
     {Activation::kLogSigmoid, "log_sigmoid", 0, 0},
     {Activation::kAbs, "abs", 0, 0},
     {Activation::kSquare, "square", 0, 0},
+    {Activation::kCube, "cube", 0, 0},
+    {Activation::kReciprocal, "reciprocal", 0, 0, true},
+    {Activation::kSqrt, "sqrt", 0, 0, true},
+    {Activation::kRsqrt, "rsqrt", 0, 0, true},
+    {Activation::kLength, "length", 0, 0, true},
+    {Activation::kLog, "log", 0, 0, true},
+    {Activation::kClamp, "clamp", -1.5, 2},
     {Activation::kSin, "sin", 0, 0},
     {Activation::kCos, "cos", 0, 0},
     {Activation::kExp, "exp", 0, 0},
@@ -108,6 +129,7 @@ template <typename T>
 void check_function(const Kernels<T>& k, const Function& f, Index count) {
   std::vector<T> x = random_values<T>(count, 3);
   for (T& v : x) {
+    if (f.positive) v = std::fabs(v) + T(0.5);
     while (!smooth(f, v)) v += T(0.05);
   }
   const auto gy = random_values<T>(count), dx = random_values<T>(count);
@@ -199,6 +221,19 @@ void check_special_values(const Kernels<T>& k) {
   check(y[0] == inf && std::isnan(y[2]) && y[3] == T(1e4) && y[4] == 0, "mish at the ends");
   run(Activation::kElu);
   check(y[0] == inf && y[1] == -1 && std::isnan(y[2]), "elu at the ends");
+  run(Activation::kClamp);
+  check(y[0] == 20 && y[1] == 1 && std::isnan(y[2]), "clamp at the ends");
+}
+
+// Where a norm has no slope, PyTorch's is zero.
+template <typename T>
+void check_length_of_nothing(const Kernels<T>& k) {
+  const T x = 0, gy = 3, dx = 2;
+  T y = 1, gx = 1, dgx = 1;
+  k.act_forward(Activation::kLength, T(0), T(0), 1, &x, &y, {});
+  k.act_backward(Activation::kLength, T(0), T(0), 1, &x, &gy, &gx, false, {});
+  k.act_backward_tangent(Activation::kLength, T(0), T(0), 1, &x, &dx, &gy, &gy, &dgx, false, {});
+  check(y == 0 && gx == 0 && dgx == 0, std::string(k.isa) + " the length of nothing");
 }
 
 struct TestActivation {
@@ -216,6 +251,7 @@ struct TestActivation {
     check_range(k, Activation::kElu, "elu", -20, 0);
     check_range(k, Activation::kMish, "mish", -80, 80);
     check_special_values(k);
+    check_length_of_nothing(k);
   }
 };
 

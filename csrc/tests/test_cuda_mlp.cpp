@@ -187,7 +187,7 @@ void check_cases() {
   check_case({"many sums", {5, 61, 53, 3}, "tanh", mse, 9, 3, 2, 2, 1}, 2);
   check_case({"mini-batches", {3, 5, 2}, "tanh", labels, 3, 4, 6, 5, 1, false, false, 2});
   for (const char* function : {"leaky_relu", "selu", "gelu_tanh", "hardtanh", "hardswish", "mish",
-                               "log_sigmoid", "abs", "square", "cos"}) {
+                               "log_sigmoid", "abs", "square", "cube", "clamp", "cos"}) {
     check_case({function, {3, 6, 5, 2}, function, mse, 3, 5, 4, 2, 0});
   }
   check_case({"exp", {3, 6, 2}, "exp", mse, 3, 5, 4, 2, 0});

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from fastmaml.program.known import Value
-from fastmaml.program.lowering_shape import Arguments
+from fastmaml.program.lowering_shape import Arguments, axis_of
 from fastmaml.program.trace import Lowering, NotCovered, Trace
 
 
 def _softmax(trace: Trace, a: Arguments, result: Tensor, *, log: bool = False) -> None:
     x = trace.value(a["self"])
-    dim = a["dim"] % a["self"].ndim - (0 if x.merged else 1)
-    if dim < (1 if x.merged else 0):
-        raise NotCovered("a softmax over examples")
+    dim = axis_of(x, a["self"], a["dim"], "a softmax over examples")
     if result.dtype != a["self"].dtype:
         raise NotCovered("a change of dtype")
     trace.emit("softmax", result, (x,), dim=dim, log=log)

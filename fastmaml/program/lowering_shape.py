@@ -15,15 +15,22 @@ from fastmaml.program.trace import Lowering, NotCovered, Trace
 Arguments = Mapping[str, Any]
 
 
+def axis_of(value: Value, tensor: Tensor, dim: int, what: str) -> int:
+    """The axis of each example of ``value`` that is ``dim`` of its tensor; ``what`` is refused
+    over examples.
+    """
+    dim %= tensor.ndim
+    if dim == 0:
+        raise NotCovered(what)
+    return dim if value.merged else dim - 1
+
+
 def _mean(trace: Trace, a: Arguments, result: Tensor) -> None:
-    x, dims = trace.value(a["self"]), a.get("dim")
-    if x.merged or not dims or a.get("dtype") not in (None, a["self"].dtype):
-        raise NotCovered("a sum or mean over examples")
-    axes = sorted(d % a["self"].ndim for d in dims)
-    if axes[0] == 0:
-        raise NotCovered("a sum or mean over examples")
-    keepdim = bool(a["keepdim"])
-    trace.emit("mean", result, (x,), dims=tuple(d - 1 for d in axes), keepdim=keepdim)
+    x, dims, what = trace.value(a["self"]), a.get("dim"), "a sum or mean over examples"
+    if not dims or a.get("dtype") not in (None, a["self"].dtype):
+        raise NotCovered(what)
+    axes = sorted(axis_of(x, a["self"], d, what) for d in dims)
+    trace.emit("mean", result, (x,), dims=tuple(axes), keepdim=bool(a["keepdim"]))
 
 
 def lower_sum(trace: Trace, a: Arguments, result: Tensor) -> None:
@@ -34,10 +41,11 @@ def lower_sum(trace: Trace, a: Arguments, result: Tensor) -> None:
 
 
 def _cat(trace: Trace, a: Arguments, result: Tensor) -> None:
-    parts, dim = [trace.value(t) for t in a["tensors"]], a["dim"] % result.ndim
-    if dim == 0 or any(x.merged for x in parts):
-        raise NotCovered("examples joined")
-    trace.emit("cat", result, tuple(parts), dim=dim - 1)
+    parts = [trace.value(t) for t in a["tensors"]]
+    dim = axis_of(parts[0], result, a["dim"], "examples joined")
+    if len({x.merged for x in parts}) == 2:
+        raise NotCovered("operands that mix examples")
+    trace.emit("cat", result, tuple(parts), dim=dim)
 
 
 def _pad(trace: Trace, a: Arguments, result: Tensor) -> None:
@@ -71,9 +79,8 @@ def _narrow(trace: Trace, x: Tensor, result: Tensor, dim: int, start: int) -> No
     if x.shape == result.shape and isinstance(known, (Value, Read, Reshaped)):
         return trace.alias(result, known)  # releases up to 2.5 cut nothing off in ``x[None, :]``
     value = trace.value(x)
-    if dim == 0 or value.merged:
-        raise NotCovered("examples chosen")
-    return trace.emit("narrow", result, (value,), dim=dim - 1, start=start)
+    axis = axis_of(value, x, dim, "examples chosen")
+    return trace.emit("narrow", result, (value,), dim=axis, start=start)
 
 
 def _slice(trace: Trace, a: Arguments, result: Tensor) -> None:
@@ -125,14 +132,23 @@ def _is_side_by_side(shape: Sequence[int], examples: int, of: Sequence[int]) -> 
 
 def _expand(trace: Trace, a: Arguments, result: Tensor) -> None:
     if isinstance(trace.lookup(a["self"]), (Read, Reshaped, Shared)):
-        x = trace.operand(a["self"], result)
-        if x.shape == result.shape[1:]:
-            return trace.alias(result, x)
-        return trace.emit("expand", result, (x,))
+        return _expand_shared(trace, a["self"], result)
     x = trace.value(a["self"])
-    if x.merged or a["self"].ndim != result.ndim:
+    if a["self"].ndim != result.ndim:
         raise NotCovered("a new axis in front of the examples")
     if a["self"].shape == result.shape:
+        return trace.alias(result, x)
+    return trace.emit("expand", result, (x,))
+
+
+def _expand_shared(trace: Trace, shared: Tensor, result: Tensor) -> None:
+    """To examples, or still without them."""
+    if result.ndim == 0 or len(result) != trace.examples:
+        rows = torch.empty(trace.examples, *result.shape, device="meta")
+        _expand_shared(trace, shared, rows)
+        return trace.alias(result, Shared(trace.value(rows)))
+    x = trace.operand(shared, result)
+    if x.shape == result.shape[1:]:
         return trace.alias(result, x)
     return trace.emit("expand", result, (x,))
 
@@ -145,9 +161,10 @@ def _permute(trace: Trace, a: Arguments, result: Tensor) -> None:
         order = list(range(ndim))
         i, j = a["dim0"] % ndim, a["dim1"] % ndim
         order[i], order[j] = j, i
-    if x.merged or order[0] != 0:
+    if order[0] != 0:
         raise NotCovered("a permutation that moves the examples")
-    trace.emit("permute", result, (x,), dims=tuple(d - 1 for d in order[1:]))
+    dims = order if x.merged else [d - 1 for d in order[1:]]
+    trace.emit("permute", result, (x,), dims=tuple(dims))
 
 
 SHAPE_TABLE: Mapping[str, Lowering] = {

@@ -1,0 +1,172 @@
+"""Forwards with softmax, products of values, masks, and attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from doors import by_door
+from networks import gradients
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fastmaml
+from fastmaml import TaskBatch
+from fastmaml.program.capture import capture
+from fastmaml.program.trace import NotCovered
+from fastmaml.testing import relative_error, sequential_maml
+
+PLACES, WIDTH, HEADS = 5, 6, 2
+
+
+class Attention(nn.Module):
+    """Sequences ``[N, places, width]`` to three scores, by ``attend(m, q, k, v)``, each
+    ``[N, heads, places, width of a head]``.
+    """
+
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.attend, self.project = attend, nn.Linear(WIDTH, 3 * WIDTH)
+        self.out, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+        self.register_buffer("lower", torch.tril(torch.ones(1, 1, 8, 8)))
+        self.register_buffer("distance", torch.randn(PLACES, PLACES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, places, width = x.shape
+        parts = self.project(x).split(width, 2)
+        q, k, v = (p.view(n, places, HEADS, width // HEADS).transpose(1, 2) for p in parts)
+        y = self.attend(self, q, k, v).transpose(1, 2).contiguous().view(n, places, width)
+        return self.head((x + self.out(y)).mean(1))
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+
+
+def _causal(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    n = q.shape[2]
+    scores = _scores(q, k).masked_fill(m.lower[:, :, :n, :n] == 0, float("-inf"))
+    return F.softmax(scores, dim=-1) @ v
+
+
+def _chosen(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    allowed = torch.ones(PLACES, PLACES, dtype=torch.bool).tril(1)
+    return torch.where(allowed, _scores(q, k), torch.tensor(-1e4, dtype=q.dtype)).softmax(-1) @ v
+
+
+def _added(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    heads = q.flatten(0, 1), k.flatten(0, 1).mT
+    scores = torch.baddbmm(m.distance, *heads, alpha=0.5)
+    return (scores.softmax(-1) @ v.flatten(0, 1)).view(q.shape)
+
+
+def _entropies(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p, log_p = _scores(q, k).softmax(-1), _scores(q, k).log_softmax(-1)
+    return p @ v + (p * log_p).sum(-1, keepdim=True)
+
+
+ATTEND: dict[str, Callable[..., Tensor]] = {
+    "written out": lambda m, q, k, v: _scores(q, k).softmax(-1) @ v,
+    "causal": _causal,
+    "chosen": _chosen,
+    "added": _added,
+    "entropies": _entropies,
+    "over queries": lambda m, q, k, v: _scores(q, k).softmax(2) @ v,
+    "over heads": lambda m, q, k, v: _scores(q, k).softmax(1) @ v,
+    "linear": lambda m, q, k, v: F.elu(q) @ (k.softmax(-2).transpose(-2, -1) @ v),
+    "in one call": lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v),
+    "in one call, causal": lambda m, q, k, v: F.scaled_dot_product_attention(
+        q, k, v, is_causal=True
+    ),
+    "in one call, biased": lambda m, q, k, v: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=m.distance, scale=0.3
+    ),
+    "in one call, masked": lambda m, q, k, v: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=m.lower[0, 0, :PLACES, :PLACES] > 0
+    ),
+    "with dropout": lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.3),
+}
+
+
+def _batch() -> TaskBatch:
+    g = torch.Generator().manual_seed(5)
+
+    def half(n: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(3, n, PLACES, WIDTH, generator=g, dtype=torch.float64)
+        return x, torch.randint(3, (3, n), generator=g)
+
+    return TaskBatch(*half(4), *half(3))
+
+
+@pytest.mark.parametrize("name", ATTEND)
+def test_native_attention(name: str) -> None:
+    torch.manual_seed(1)
+    module, batch = Attention(ATTEND[name]).double(), _batch()
+    torch.manual_seed(2)
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        value, expected = sequential_maml(module, batch, 0.3, 2)
+    for door in (1, 3) if name == "with dropout" else (1, 2, 3):
+        module.zero_grad()
+        maml = fastmaml.MAML(module, lr=0.3)
+        torch.manual_seed(2)
+        found = by_door(maml, batch, 2, door)
+        found.backward()
+        assert not maml.programs.found_none
+        torch.testing.assert_close(found.detach(), value.detach())
+        assert relative_error(gradients(module), expected) < 1e-11
+
+
+class Classifier(nn.Module):
+    """PyTorch's own example of a classifier for digits, smaller."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3)
+        self.fc1, self.fc2 = nn.Linear(24, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = torch.flatten(F.max_pool2d(F.relu(self.conv2(x)), 2), 1)
+        return F.log_softmax(self.fc2(F.relu(self.fc1(x))), dim=1)
+
+
+def test_log_probabilities_of_images() -> None:
+    torch.manual_seed(1)
+    module, loss = Classifier().double(), nn.NLLLoss(reduction="sum")
+    x, y = torch.randn(2, 3, 4, 1, 14, 14).double(), torch.randint(3, (2, 3, 4))
+    batch = TaskBatch(x[0], y[0], x[1], y[1])
+    total, expected = sequential_maml(module, batch, 0.05, loss=loss)
+    module.zero_grad()
+    maml = fastmaml.MAML(module, lr=0.05)
+    value = maml.meta_loss(batch, loss=loss)
+    value.backward()
+    assert not maml.programs.found_none
+    torch.testing.assert_close(value.detach(), total.detach())
+    assert relative_error(gradients(module), expected) < 1e-11
+
+
+class Forward(nn.Module):
+    def __init__(self, f: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.f, self.layer = f, nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    ("f", "reason"),
+    [
+        (lambda x: x.softmax(0), "a softmax over examples"),
+        (lambda x: x.softmax(1, dtype=torch.float64), "change of dtype"),
+        (lambda x: x.masked_fill(x > 0, 0.0), "aten.gt"),
+        (lambda x: x @ x.mT, "a weight that is not|mixes examples|transpose"),
+        (lambda x: x.reshape(1, -1, 3) @ x.reshape(1, 3, -1), "side by side|mixes examples"),
+    ],
+)
+def test_refusals(f: Callable[[Tensor], Tensor], reason: str) -> None:
+    with pytest.raises(NotCovered, match=reason):
+        capture(Forward(f), torch.randn(6, 3))
