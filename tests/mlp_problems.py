@@ -13,6 +13,7 @@ from fastmaml.backends.base import MetaStep, MetaStepResult
 from fastmaml.program.capture import capture
 from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
+from fastmaml.rules.activation import FUNCTIONS, SINGULAR
 
 SUPPORT, QUERY = 5, 3
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
@@ -47,6 +48,10 @@ CHANGES = {
 }
 
 
+FORWARDS = [name for name in FUNCTIONS if name not in ("length", "clamp")]
+"""Functions that are calls of PyTorch by themselves, in each of its releases."""
+
+
 class Pointwise(nn.Module):
     """One of the rules' functions, wherever PyTorch has it; ``twice``: differentiable so often."""
 
@@ -64,6 +69,7 @@ class Pointwise(nn.Module):
             "hardtanh": lambda: nn.functional.hardtanh(x, -0.4, 0.6),
             "log_sigmoid": lambda: nn.functional.logsigmoid(x),
             "square": lambda: x.square(),
+            "cube": lambda: x**3,
         }
         if self.twice and self.function == "hardsigmoid":  # F's has one derivative
             return nn.functional.hardtanh(x / 6 + 0.5, 0.0, 1.0)
@@ -71,6 +77,13 @@ class Pointwise(nn.Module):
             return special[self.function]()
         module = torch if hasattr(torch, self.function) else nn.functional
         return getattr(module, self.function)(x)
+
+
+def positive(layer: nn.Module, function: str) -> nn.Module:
+    """``layer``, with outputs that ``function`` is defined for."""
+    if function in SINGULAR:
+        nn.init.constant_(layer.bias, 6.0)
+    return layer
 
 
 def problem(

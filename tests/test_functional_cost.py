@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import Cumulative
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,7 +29,7 @@ class WholeThetas(TorchDispatchMode):
 
 
 def whole_thetas(depth: int, tasks: int | None) -> int:
-    module = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Softsign()) for _ in range(depth)))
+    module = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), Cumulative()) for _ in range(depth)))
     learner = fastmaml.MAML(module, lr=0.1).clone(tasks=tasks)
     x = torch.randn(*(() if tasks is None else (tasks,)), 2, 4)
     learner.adapt(learner(x).square().sum())
@@ -49,7 +50,7 @@ def test_gradients_of_parameters_meet_once(tasks: int | None) -> None:
 @pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
 def test_one_task_has_no_theta() -> None:
     """Once it is known that no program reads one."""
-    module = nn.Sequential(nn.Linear(4, 4), nn.Softsign(), nn.Linear(4, 4))
+    module = nn.Sequential(nn.Linear(4, 4), Cumulative(), nn.Linear(4, 4))
     maml, x = fastmaml.MAML(module, lr=0.1), torch.randn(2, 4)
     maml.clone()(x)
     with WholeThetas(sum(p.numel() for p in module.parameters())) as found:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from doors import by_door
-from networks import gradients
+from networks import Cumulative, gradients
 from torch import Tensor, nn
 
 import fastmaml
@@ -149,7 +149,7 @@ class Listed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 2)
-        self.parts = [self.first, nn.Softmax(-1), self.last]
+        self.parts = [self.first, Cumulative(), self.last]
 
     def forward(self, x: Tensor) -> Tensor:
         for part in self.parts:
@@ -174,7 +174,7 @@ class Bound(nn.Module):
 
 
 def plain() -> nn.Module:
-    return nn.Sequential(nn.Linear(5, 4), nn.Softmax(-1), nn.Linear(4, 2))
+    return nn.Sequential(nn.Linear(5, 4), Cumulative(), nn.Linear(4, 2))
 
 
 def as_it_is(module: nn.Module) -> nn.Module:

@@ -6,7 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mlp_problems import CHANGES, MODULES, QUERY, SUPPORT, Pointwise, check, in_double, problem
+from mlp_problems import (
+    CHANGES,
+    FORWARDS,
+    MODULES,
+    QUERY,
+    SUPPORT,
+    Pointwise,
+    check,
+    in_double,
+    positive,
+    problem,
+)
 from native_problems import threads_set
 from torch import nn
 
@@ -16,7 +27,6 @@ from fastmaml.backends.cpu import CpuExecutor
 from fastmaml.backends.reference import ReferenceExecutor
 from fastmaml.program.capture import capture
 from fastmaml.program.layout import ParameterLayout
-from fastmaml.rules.activation import FUNCTIONS
 
 LANES = _core.info()["lanes"]  # of float32
 # Full vectors; empty lanes in some, or in the last one.
@@ -58,10 +68,11 @@ def test_adaptation_without_a_query_set(steps, missing):
     check(native.meta_step(call), reference.meta_step(call), call)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", FORWARDS)
 def test_activations(function):
     def make() -> nn.Module:
-        return nn.Sequential(nn.Linear(3, 6), Pointwise(function), nn.Linear(6, 2))
+        first = positive(nn.Linear(3, 6), function)
+        return nn.Sequential(first, Pointwise(function), nn.Linear(6, 2))
 
     native, reference, call = in_lanes(make, (3,), "mse", torch.float64)
     check(native.meta_step(call), reference.meta_step(call), call)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mlp_problems import CHANGES, MODULES, SUPPORT, Pointwise, check, in_double
+from mlp_problems import CHANGES, FORWARDS, MODULES, SUPPORT, Pointwise, check, in_double, positive
 from mlp_problems import problem as mlp_problem
 from torch import Tensor, nn
 
@@ -15,7 +15,6 @@ from fastmaml.backends.mlp import MlpKernel
 from fastmaml.backends.reference import ReferenceExecutor
 from fastmaml.program.capture import capture
 from fastmaml.program.layout import ParameterLayout
-from fastmaml.rules.activation import FUNCTIONS
 
 T = 4
 ON_A_GPU = {"marks": pytest.mark.gpu}
@@ -81,10 +80,11 @@ def test_adaptation_without_a_query_set(missing):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", **ON_A_GPU)])
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", FORWARDS)
 def test_activations(function, device):
     def make() -> nn.Module:
-        return nn.Sequential(nn.Linear(3, 6), Pointwise(function), nn.Linear(6, 2))
+        first = positive(nn.Linear(3, 6), function)
+        return nn.Sequential(first, Pointwise(function), nn.Linear(6, 2))
 
     kernel, reference, call = problem(make, (3,), "mse", torch.float64, device)
     check(kernel.meta_step(call), reference.meta_step(call), call)

@@ -18,7 +18,8 @@ Activation known_activation(const OpReader& reader, const std::string& name) {
 // Not finite everywhere: padding, which may hold anything finite, is then left out and set to zero.
 bool is_singular(Activation function) {
   return function == Activation::kReciprocal || function == Activation::kSqrt ||
-         function == Activation::kRsqrt || function == Activation::kLog;
+         function == Activation::kRsqrt || function == Activation::kLength ||
+         function == Activation::kLog;
 }
 
 template <typename T>

@@ -31,6 +31,7 @@ from fastmaml.program.ir import Graph, Op, Slot, freeze
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.rules import LOSSES as REFERENCE_LOSSES
 from fastmaml.rules import Rule
+from fastmaml.rules.activation import SINGULAR
 
 _MOST_PLACES = 127  # of a window, which 8 bits can number
 
@@ -145,7 +146,8 @@ class GpuExecutor(KernelExecutor):
 
 def _with_more_in_norms(graph: Graph) -> Graph:
     """Batch norms in training take along the activation behind them, and the max pool behind that,
-    where nobody else reads what is between.
+    where nobody else reads what is between. But for singular ones: their kernels look at rows that
+    are not there.
     """
     reads = Counter(v for op in graph.ops for v in op.inputs)
     reads[graph.output] += 1
@@ -162,7 +164,7 @@ def _with_more_in_norms(graph: Graph) -> Graph:
 
 def _grown(norm: Op, readers: Mapping[int, Op], taken: set[int]) -> Op:
     behind = readers.get(norm.output)
-    if behind is not None and behind.kind == "activation":
+    if behind is not None and behind.attrs.get("function", SINGULAR[0]) not in SINGULAR:
         norm = _merged(norm, behind, behind.attrs, taken)
         behind = readers.get(norm.output)
     if behind is not None and behind.kind == "max_pool2d" and _tiles(behind):

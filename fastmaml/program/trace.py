@@ -25,6 +25,7 @@ class NotCovered(Exception):
     """A module does something that no rule covers; the message names it and where it is."""
 
 
+_PASSED_ON = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 Lowering = Callable[["Trace", Mapping[str, Any], Any], Any]
 
 
@@ -275,6 +276,8 @@ class Trace(TorchDispatchMode):
         Some releases (2.5 among them) dispatch one ``detach`` as two, one of the other's result.
         """
         self._know(result, self._known[id(source)])
+        if self._is_buffer(source):
+            return
         self.refuse(result, self._refused.get(id(source), "a detached tensor"))
 
     def check(self) -> None:
@@ -335,7 +338,7 @@ class Trace(TorchDispatchMode):
             self.draws.constant(result)
             self._know(result, Drawn())
             return True
-        if any(map(self._is_buffer, items)) and not (func._schema.is_mutable or in_batch_norm()):
+        if self._reads_buffers_alone(func, items):
             args = [self._with_copies(item) for item in args]
             items = list(flat(bind(func, args, kwargs)))
         results = list(flat({"results": result}))
@@ -349,6 +352,13 @@ class Trace(TorchDispatchMode):
             raise NotCovered("a tensor as a keyword argument")
         self.add_drawn(func, args, kwargs, result)
         return True
+
+    def _reads_buffers_alone(self, func: Any, items: list[Any]) -> bool:
+        """Or what was drawn as well; a call whose result is no longer what it was given."""
+        others = [item for item in items if not self._is_buffer(item)]
+        if len(others) == len(items) or not self.draws.covers(func, others):
+            return False
+        return not (func in _PASSED_ON or func._schema.is_mutable or in_batch_norm())
 
     def _is_buffer(self, item: Any) -> bool:
         known = self._known.get(id(item))

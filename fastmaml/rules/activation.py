@@ -190,6 +190,9 @@ FUNCTIONS: dict[str, Function] = {
     "exp": Function(lambda x, a, b: x.exp(), lambda x, a, b: x.exp(), lambda x, a, b: x.exp()),
 }
 
+SINGULAR = ("reciprocal", "sqrt", "rsqrt", "length", "log")
+"""Those that are not finite wherever they are looked at."""
+
 
 class Activation:
     """y = f(x): ``function`` names f, ``alpha`` and ``beta`` are its constants.

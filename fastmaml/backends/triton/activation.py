@@ -266,7 +266,7 @@ def pointwise_kernel(
     """f(x); f'(x) g; or f''(x) dx g + f'(x) dg, the parts that are there."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
-    value = tl.load(x + i, mask=inside, other=0.0)
+    value = tl.load(x + i, mask=inside, other=1.0)  # where all functions are finite
     if ORDER == 0:
         result = value_of(value, alpha, beta, F)
     elif ORDER == 1:
