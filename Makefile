@@ -41,7 +41,7 @@ core-test: $(INSTALLED)
 	$(BIN)/cmake -S . -B build/core -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	    -DCMAKE_BUILD_TYPE=Release -DFASTMAML_TESTS=ON -DFASTMAML_PYTHON=OFF -DFASTMAML_CUDA=0
 	$(BIN)/cmake --build build/core
-	$(BIN)/ctest --test-dir build/core --output-on-failure
+	$(BIN)/ctest --test-dir build/core --output-on-failure --parallel 2
 
 # The same for 64-bit ARM, by a cross-compiler and QEMU (Debian: g++-aarch64-linux-gnu, qemu-user),
 # which does not fork a process of several threads.
