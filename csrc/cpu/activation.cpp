@@ -39,15 +39,22 @@ struct Elu {  // scale * x above zero, alpha * (exp(rate * x) - 1) below
 
 template <typename T>
 struct Gelu {
-  static Vec<T> cumulative(Vec<T> x) {
-    return constant<T>(0.5) * vector_erfc<T>(constant<T>(-0.70710678118654752440) * x);
+  struct Normal {
+    Vec<T> cumulative, density;
+  };
+  static Normal normal(Vec<T> x) {
+    const Vec<T> bell = vector_gaussian<T>(x);
+    const Vec<T> scaled = vector_erfcx<T>(constant<T>(0.70710678118654752440) * absolute<T>(x));
+    const Vec<T> beyond = constant<T>(0.5) * scaled * bell;
+    return {select<T>(x < Vec<T>{}, beyond, constant<T>(1) - beyond),
+            constant<T>(0.39894228040143267794) * bell};
   }
-  static Vec<T> density(Vec<T> x) {
-    return constant<T>(0.39894228040143267794) * vector_exp<T>(constant<T>(-0.5) * x * x);
+  Vec<T> value(Vec<T> x) const { return x * normal(x).cumulative; }
+  Vec<T> slope(Vec<T> x) const {
+    const Normal n = normal(x);
+    return fma(x, n.density, n.cumulative);
   }
-  Vec<T> value(Vec<T> x) const { return x * cumulative(x); }
-  Vec<T> slope(Vec<T> x) const { return fma(x, density(x), cumulative(x)); }
-  Vec<T> curvature(Vec<T> x) const { return density(x) * (constant<T>(2) - x * x); }
+  Vec<T> curvature(Vec<T> x) const { return normal(x).density * (constant<T>(2) - x * x); }
 };
 
 template <typename T>

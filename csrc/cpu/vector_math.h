@@ -1,5 +1,5 @@
-// exp and its relatives on vectors, accurate to a few units in the last place; the C library, lane
-// by lane, for the rest.
+// exp and its relatives, erfcx, sine and logarithm on vectors, accurate to a few units in the last
+// place; the C library, lane by lane, where an argument is out of their range.
 #pragma once
 
 #include <math.h>
@@ -112,10 +112,16 @@ FASTMAML_INLINE Vec<T> each_lane(Vec<T> x, F f) {
   for (int i = 0; i < kLanes<T>; ++i) x[i] = f(x[i]);
   return x;
 }
+template <typename T>
+FASTMAML_INLINE bool all_lanes(MaskVec<T> mask) {
+  std::uint64_t words[sizeof mask / 8], all = ~std::uint64_t{0};
+  __builtin_memcpy(words, &mask, sizeof mask);
+  for (const std::uint64_t word : words) all &= word;
+  return all == ~std::uint64_t{0};
+}
+
 FASTMAML_INLINE float scalar_log1p(float x) { return ::log1pf(x); }
 FASTMAML_INLINE double scalar_log1p(double x) { return ::log1p(x); }
-FASTMAML_INLINE float scalar_erfc(float x) { return ::erfcf(x); }
-FASTMAML_INLINE double scalar_erfc(double x) { return ::erfc(x); }
 FASTMAML_INLINE float scalar_sin(float x) { return ::sinf(x); }
 FASTMAML_INLINE double scalar_sin(double x) { return ::sin(x); }
 FASTMAML_INLINE float scalar_cos(float x) { return ::cosf(x); }
@@ -125,25 +131,160 @@ FASTMAML_INLINE double scalar_log(double x) { return ::log(x); }
 FASTMAML_INLINE float scalar_exp(float x) { return ::expf(x); }
 FASTMAML_INLINE double scalar_exp(double x) { return ::exp(x); }
 
+// sum of coefficients[i] x^i
+template <typename T, int N>
+FASTMAML_INLINE Vec<T> polynomial(const T (&coefficients)[N], Vec<T> x) {
+  Vec<T> sum = broadcast(coefficients[N - 1]);
+  for (int i = N - 2; i >= 0; --i) sum = fma(sum, x, broadcast(coefficients[i]));
+  return sum;
+}
+
+// (1 + 2 x) exp(x^2) erfc(x) for x >= 0 as a polynomial in (x - k) / (x + k), as Shepherd and
+// Laframboise have it ("Chebyshev approximation of (1 + 2x) exp(x^2) erfc x in 0 <= x < inf",
+// 1981).
 template <typename T>
-FASTMAML_INLINE Vec<T> vector_log1p(Vec<T> x) {
-  return each_lane<T>(x, [](T v) { return scalar_log1p(v); });
+struct ErfcConstants;
+template <>
+struct ErfcConstants<float> {
+  static constexpr float kCentre = 2, kFlat = 15;  // where nothing is left of erfc itself
+  static constexpr float kTerms[] = {1.276978391f,      -0.09276381574f,  -0.1660310904f,
+                                     0.1640504971f,     -0.05421199524f,  -0.008024739103f,
+                                     0.008689252695f,   0.001230503217f,  -0.001395805088f,
+                                     -0.0003709284114f, 0.0001608403463f, 6.807514759e-5f};
+};
+template <>
+struct ErfcConstants<double> {
+  static constexpr double kCentre = 4, kFlat = 30;
+  static constexpr double kTerms[] = {
+      1.23299511862555251,     -0.139621116840562284,     0.0153796521026199743,
+      0.0680970542546683824,   -0.101039066036318116,     0.0937328349991126394,
+      -0.0663303658118605826,  0.0371675155263380049,     -0.0161977340629347693,
+      0.00503197006910224605,  -0.000757773243594267380,  -0.000199257152472606970,
+      0.000150621426086564348, -0.0000243977311431547042, -0.0000112211356660975787,
+      5.70657829949185279e-6,  2.91734255982506067e-7,    -8.21064793640927734e-7,
+      7.77194320990597437e-8,  1.06318176179173444e-7,    -2.07258022467135171e-8,
+      -1.23387315097152211e-8, 3.23239723838201002e-9,    9.29762546530450859e-10,
+      -2.76412003174114122e-10};
+};
+
+// exp(x^2) erfc(x) for x >= 0; from kFlat on as there.
+template <typename T>
+FASTMAML_INLINE Vec<T> vector_erfcx(Vec<T> x) {
+  using C = ErfcConstants<T>;
+  const Vec<T> centre = broadcast(C::kCentre), flat = broadcast(C::kFlat);
+  const Vec<T> a = select<T>(x > flat, flat, x);
+  return polynomial(C::kTerms, (a - centre) / (a + centre)) /
+         fma(broadcast(T(2)), a, broadcast(T(1)));
+}
+
+// exp(-x^2 / 2), with what is lost by rounding the square.
+template <typename T>
+FASTMAML_INLINE Vec<T> vector_gaussian(Vec<T> x) {
+  const Vec<T> minus_half = broadcast(T(-0.5)), square = x * x;
+  const Vec<T> lost = select<T>(square > broadcast(T(1e4)), Vec<T>{}, fma(x, x, -square));
+  return vector_exp<T>(minus_half * square) * fma(minus_half, lost, broadcast(T(1)));
+}
+
+// Multiples of pi / 2, in parts whose products with them are exact, and Taylor coefficients behind
+// the first.
+template <typename T>
+struct AngleConstants;
+template <>
+struct AngleConstants<float> {
+  static constexpr float kParts[] = {1.5703125f, 4.837512969970703125e-4f, 7.54978995489188e-8f};
+  static constexpr float kFarthest = 8192;
+  static constexpr float kSine[] = {-1 / 6.f, 1 / 120.f, -1 / 5040.f, 1 / 362880.f};
+  static constexpr float kCosine[] = {-1 / 2.f, 1 / 24.f, -1 / 720.f, 1 / 40320.f, -1 / 3628800.f};
+};
+template <>
+struct AngleConstants<double> {
+  static constexpr double kParts[] = {1.57079632673412561417, 6.07710050630396597660e-11,
+                                      2.02226624879595063154e-21};
+  static constexpr double kFarthest = 1e5;
+  static constexpr double kSine[] = {
+      -1 / 6.,        1 / 120.,        -1 / 5040.,         1 / 362880.,
+      -1 / 39916800., 1 / 6227020800., -1 / 1307674368000.};
+  static constexpr double kCosine[] = {
+      -1 / 2.,       1 / 24.,        -1 / 720.,         1 / 40320.,
+      -1 / 3628800., 1 / 479001600., -1 / 87178291200., 1 / 20922789888000.};
+};
+
+// sin(x + quarters pi / 2)
+template <typename T>
+FASTMAML_INLINE Vec<T> shifted_sin(Vec<T> x, int quarters) {
+  using C = AngleConstants<T>;
+  const Vec<T> round = broadcast(ExpConstants<T>::kRound);
+  const Vec<T> rounded = fma(x, broadcast(T(0.63661977236758134308)), round), n = rounded - round;
+  Vec<T> r = x;
+  for (const T part : C::kParts) r = fma(n, broadcast(-part), r);
+  const Vec<T> square = r * r;
+  const Vec<T> sine = fma(r * square, polynomial(C::kSine, square), r);
+  const Vec<T> cosine = fma(square, polynomial(C::kCosine, square), broadcast(T(1)));
+  const MaskVec<T> quarter = (MaskVec<T>)rounded + typename VectorTypes<T>::Bits(quarters);
+  const Vec<T> value = select<T>((quarter & 1) != 0, cosine, sine);
+  return select<T>((quarter & 2) != 0, -value, value);
 }
 template <typename T>
-FASTMAML_INLINE Vec<T> vector_log(Vec<T> x) {
-  return each_lane<T>(x, [](T v) { return scalar_log(v); });
-}
-template <typename T>
-FASTMAML_INLINE Vec<T> vector_erfc(Vec<T> x) {
-  return each_lane<T>(x, [](T v) { return scalar_erfc(v); });
+FASTMAML_INLINE bool near_zero(Vec<T> x) {
+  return all_lanes<T>(absolute<T>(x) <= broadcast(AngleConstants<T>::kFarthest));
 }
 template <typename T>
 FASTMAML_INLINE Vec<T> vector_sin(Vec<T> x) {
+  if (near_zero<T>(x)) return shifted_sin<T>(x, 0);
   return each_lane<T>(x, [](T v) { return scalar_sin(v); });
 }
 template <typename T>
 FASTMAML_INLINE Vec<T> vector_cos(Vec<T> x) {
+  if (near_zero<T>(x)) return shifted_sin<T>(x, 1);
   return each_lane<T>(x, [](T v) { return scalar_cos(v); });
+}
+
+// log(m) = 2 (s + s^3 / 3 + ...), s = (m - 1) / (m + 1), for m from sqrt(1/2) to sqrt(2).
+template <typename T>
+struct LogConstants;
+template <>
+struct LogConstants<float> {
+  static constexpr float kLowest = 1.17549435e-38f, kHighest = 3.40282347e38f;
+  static constexpr float kRootHalf = 0.70710678f;
+  static constexpr float kTerms[] = {2 / 3.f, 2 / 5.f, 2 / 7.f, 2 / 9.f};
+};
+template <>
+struct LogConstants<double> {
+  static constexpr double kLowest = 2.2250738585072014e-308, kHighest = 1.7976931348623157e308;
+  static constexpr double kRootHalf = 0.70710678118654752440;
+  static constexpr double kTerms[] = {2 / 3.,  2 / 5.,  2 / 7.,  2 / 9.,  2 / 11.,
+                                      2 / 13., 2 / 15., 2 / 17., 2 / 19., 2 / 21.};
+};
+
+template <typename T>
+FASTMAML_INLINE bool is_normal(Vec<T> x) {
+  using C = LogConstants<T>;
+  return all_lanes<T>((x >= broadcast(C::kLowest)) & (x <= broadcast(C::kHighest)));
+}
+template <typename T>
+FASTMAML_INLINE Vec<T> log_of_normal(Vec<T> x) {
+  using C = LogConstants<T>;
+  using E = ExpConstants<T>;
+  const Vec<T> one = broadcast(T(1)), round = broadcast(E::kRound);
+  const MaskVec<T> bits = (MaskVec<T>)x;
+  const MaskVec<T> exponent = (bits - (MaskVec<T>)broadcast(C::kRootHalf)) >> E::kMantissaBits;
+  const Vec<T> n = (Vec<T>)((MaskVec<T>)round + exponent) - round;
+  const Vec<T> m = (Vec<T>)(bits - (exponent << E::kMantissaBits));
+  const Vec<T> s = (m - one) / (m + one), square = s * s;
+  const Vec<T> low = fma(s * square, polynomial(C::kTerms, square), n * broadcast(E::kLn2Low));
+  return fma(n, broadcast(E::kLn2High), fma(broadcast(T(2)), s, low));
+}
+template <typename T>
+FASTMAML_INLINE Vec<T> vector_log(Vec<T> x) {
+  if (is_normal<T>(x)) return log_of_normal<T>(x);
+  return each_lane<T>(x, [](T v) { return scalar_log(v); });
+}
+template <typename T>
+FASTMAML_INLINE Vec<T> vector_log1p(Vec<T> x) {
+  const Vec<T> one = broadcast(T(1)), sum = one + x;
+  // What the sum has rounded off is no more than a few of its last places.
+  if (is_normal<T>(sum)) return log_of_normal<T>(sum) + (x - (sum - one)) / sum;
+  return each_lane<T>(x, [](T v) { return scalar_log1p(v); });
 }
 
 }  // namespace FASTMAML_ISA

@@ -199,6 +199,28 @@ void check_range(const Kernels<T>& k, Activation kind, const char* what, double 
                        std::to_string(static_cast<double>(units)) + " roundings");
 }
 
+// Within half of what a rounding of the argument would change, however far from zero.
+template <typename T>
+void check_angles(const Kernels<T>& k) {
+  constexpr Index kCount = 4000;
+  std::vector<T> x(kCount), y(kCount);
+  for (const double farthest : {10.0, 8000.0, 1e6}) {
+    for (Index i = 0; i < kCount; ++i) {
+      x[i] = static_cast<T>(farthest * (2 * static_cast<double>(i) / kCount - 1));
+    }
+    for (const Activation kind : {Activation::kSin, Activation::kCos}) {
+      k.act_forward(kind, T(0), T(0), kCount, x.data(), y.data(), {});
+      Real worst = 0;
+      for (Index i = 0; i < kCount; ++i) {
+        worst = std::max(worst, std::fabs(y[i] - value(kind, 0, 0, x[i])));
+      }
+      check(
+          worst < 2 * std::numeric_limits<T>::epsilon(),
+          std::string(k.isa) + " " + scalar_name<T>() + " sines up to " + std::to_string(farthest));
+    }
+  }
+}
+
 template <typename T>
 void check_special_values(const Kernels<T>& k) {
   const T inf = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
@@ -221,6 +243,13 @@ void check_special_values(const Kernels<T>& k) {
   check(y[0] == inf && std::isnan(y[2]) && y[3] == T(1e4) && y[4] == 0, "mish at the ends");
   run(Activation::kElu);
   check(y[0] == inf && y[1] == -1 && std::isnan(y[2]), "elu at the ends");
+  run(Activation::kGelu);
+  check(y[0] == inf && std::isnan(y[2]) && y[3] == T(1e4) && y[4] == 0, "gelu at the ends");
+  run(Activation::kSin);
+  check(std::isnan(y[0]) && std::isnan(y[1]) && std::isnan(y[2]) && std::fabs(y[3]) <= 1,
+        "sin at the ends");
+  run(Activation::kLog);
+  check(y[0] == inf && std::isnan(y[1]) && std::isnan(y[2]) && std::isnan(y[4]), "log at the ends");
   run(Activation::kClamp);
   check(y[0] == 20 && y[1] == 1 && std::isnan(y[2]), "clamp at the ends");
 }
@@ -250,6 +279,14 @@ struct TestActivation {
     check_range(k, Activation::kSigmoid, "sigmoid", -80, 80);
     check_range(k, Activation::kElu, "elu", -20, 0);
     check_range(k, Activation::kMish, "mish", -80, 80);
+    check_range(k, Activation::kGelu, "gelu", -4, 8);
+    check_range(k, Activation::kSin, "sin near zero", -3, 3);
+    check_range(k, Activation::kLog, "log", 1e-30, 10);
+    check_range(k, Activation::kLog, "log near one", 0.9, 1.1);
+    check_range(k, Activation::kLog, "log of large numbers", 1, 1e30);
+    check_range(k, Activation::kSoftplus, "softplus", -80, 20);
+    check_range(k, Activation::kLogSigmoid, "log sigmoid", -80, 80);
+    check_angles(k);
     check_special_values(k);
     check_length_of_nothing(k);
   }
