@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as torch_module
 
 from fastmaml.backends.native import DTYPES
+from fastmaml.program.attention import ExamplesInFront
 from fastmaml.program.attributes import Attributes, random_states
 from fastmaml.program.draws import Tape
 from fastmaml.program.ir import Graph, Op, freeze
@@ -175,7 +176,12 @@ def _trace(module: nn.Module, sample: _Sample) -> tuple[Graph, Tape]:
             none = sample.blank or not trace.draws.values
             return None if none else trace.draws.is_repeatable(buffers.__getitem__)
 
-        with random_states(sample.device, repeatable), _saving_for_itself(), trace:
+        with (
+            random_states(sample.device, repeatable),
+            _saving_for_itself(),
+            trace,
+            ExamplesInFront(),
+        ):
             output = _run(module, parameters | buffers, rows)
     trace.check()
     return _graph(trace, output), trace.draws.tape()

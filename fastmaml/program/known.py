@@ -36,6 +36,13 @@ class SideBySide:
 
 
 @dataclass(frozen=True)
+class Turned:
+    """A value whose examples are the second axis: ``[C, N, ...]``."""
+
+    value: Value
+
+
+@dataclass(frozen=True)
 class Drawn:
     """A tensor that was made without a look at the input, as random numbers are."""
 
@@ -56,4 +63,4 @@ class Shared:
     value: Value
 
 
-Known = Value | Read | SideBySide | Drawn | Reshaped | Shared
+Known = Value | Read | SideBySide | Turned | Drawn | Reshaped | Shared

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmaml.program.known import Read, Reshaped, Shared, SideBySide, Value
+from fastmaml.program.known import Read, Reshaped, Shared, SideBySide, Turned, Value
 from fastmaml.program.trace import Lowering, NotCovered, Trace
 
 Arguments = Mapping[str, Any]
@@ -78,6 +78,12 @@ def _narrow(trace: Trace, x: Tensor, result: Tensor, dim: int, start: int) -> No
     known = trace.lookup(x)
     if x.shape == result.shape and isinstance(known, (Value, Read, Reshaped)):
         return trace.alias(result, known)  # releases up to 2.5 cut nothing off in ``x[None, :]``
+    if isinstance(known, (Read, Reshaped, Shared)):
+        rows = torch.empty(trace.examples, *x.shape, device="meta")
+        part = torch.empty(trace.examples, *result.shape, device="meta")
+        whole = trace.operand(x, rows)
+        trace.emit("narrow", part, (whole,), dim=dim, start=start)
+        return trace.alias(result, Shared(trace.value(part)))
     value = trace.value(x)
     axis = axis_of(value, x, dim, "examples chosen")
     return trace.emit("narrow", result, (value,), dim=axis, start=start)
@@ -96,7 +102,7 @@ def _select(trace: Trace, a: Arguments, result: Tensor) -> None:
     index = a["index"] % x.shape[dim]
     one = x.narrow(dim, index, 1)
     _narrow(trace, x, one, dim, index)
-    trace.reshape(result, trace.value(one))
+    _view(trace, {"self": one}, result)
 
 
 def lower_split(trace: Trace, a: Arguments, result: Sequence[Tensor]) -> None:
@@ -154,13 +160,19 @@ def _expand_shared(trace: Trace, shared: Tensor, result: Tensor) -> None:
 
 
 def _permute(trace: Trace, a: Arguments, result: Tensor) -> None:
-    x, ndim = trace.value(a["self"]), a["self"].ndim
+    ndim = a["self"].ndim
     if "dims" in a:
         order = [d % ndim for d in a["dims"]]
     else:
         order = list(range(ndim))
         i, j = a["dim0"] % ndim, a["dim1"] % ndim
         order[i], order[j] = j, i
+    known, turns = trace.lookup(a["self"]), order[:2] == [1, 0] and order[2:] == [*range(2, ndim)]
+    if turns and isinstance(known, Turned):
+        return trace.alias(result, known.value)
+    x = trace.value(a["self"])
+    if turns and not x.merged:
+        return trace.alias(result, Turned(x))
     if order[0] != 0:
         raise NotCovered("a permutation that moves the examples")
     dims = order if x.merged else [d - 1 for d in order[1:]]

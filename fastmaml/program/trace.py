@@ -18,7 +18,7 @@ from fastmaml.program.calls import bind, flat, moves_nothing, written
 from fastmaml.program.draws import Recording
 from fastmaml.program.frames import in_batch_norm, whereabouts
 from fastmaml.program.ir import Op, Shape, freeze
-from fastmaml.program.known import Drawn, Known, Read, Reshaped, Shared, SideBySide, Value
+from fastmaml.program.known import Drawn, Known, Read, Reshaped, Shared, SideBySide, Turned, Value
 
 
 class NotCovered(Exception):
@@ -88,6 +88,8 @@ class Trace(TorchDispatchMode):
             return known
         if isinstance(known, SideBySide):
             raise NotCovered("a value whose examples are side by side in one")
+        if isinstance(known, Turned):
+            raise NotCovered("a permutation that moves the examples")
         if isinstance(known, Drawn):
             return self._take(tensor)
         if isinstance(known, (Read, Reshaped, Shared)):

@@ -1,0 +1,89 @@
+"""PyTorch's multi-head attention with the examples in front, as programs have them.
+
+PyTorch moves them behind the places, where a trace loses sight of them. What this computes is the
+same, the random numbers of its dropout among it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_ORIGINAL: Callable[..., Any] = F.multi_head_attention_forward
+_SIGNATURE = inspect.signature(_ORIGINAL)
+_UNUSUAL = ("key_padding_mask", "bias_k", "bias_v", "static_k", "static_v")
+
+
+class ExamplesInFront(TorchFunctionMode):
+    """While active, multi-head attention is computed so, in this thread; nor is it fused into one
+    call for evaluation, as PyTorch does without gradients.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is _ORIGINAL:
+            given = _SIGNATURE.bind(*args, **kwargs)
+            given.apply_defaults()
+            if _is_usual(given.arguments):
+                return _attention(**given.arguments)
+        return func(*args, **kwargs)
+
+
+def _is_usual(a: dict[str, Any]) -> bool:
+    mask = a["attn_mask"]
+    batched = all(a[name].ndim == 3 for name in ("query", "key", "value"))
+    absent = all(a[name] is None for name in _UNUSUAL) and not a["add_zero_attn"]
+    return batched and absent and (mask is None or (mask.ndim == 2 and mask.is_floating_point()))
+
+
+def _attention(**a: Any) -> tuple[Tensor, Tensor | None]:
+    """Of query ``[L, N, E]``, key and value ``[S, N, ...]``; the mask ``[L, S]`` is added."""
+    q, k, v = (_heads(x, a["num_heads"]) for x in _projections(a))
+    mask, rate = a["attn_mask"], a["dropout_p"] if a["training"] else 0.0
+    weights = None
+    if a["need_weights"]:
+        scores = (q * math.sqrt(1 / q.shape[-1])) @ k.mT
+        shares = F.softmax(scores if mask is None else scores + mask, dim=-1)
+        shares = F.dropout(shares, rate) if rate > 0 else shares
+        y = shares @ v
+        weights = shares.mean(1) if a["average_attn_weights"] else shares
+    else:
+        causal = bool(a["is_causal"])
+        y = F.scaled_dot_product_attention(q, k, v, None if causal else mask, rate, causal)
+    y = F.linear(y.transpose(1, 2).flatten(2), a["out_proj_weight"], a["out_proj_bias"])
+    # laid out as PyTorch's, by which random numbers come in another order
+    return y.transpose(0, 1).contiguous(), weights
+
+
+def _projections(a: dict[str, Any]) -> list[Tensor]:
+    """Query, key and value of all heads, each ``[N, places, E]``."""
+    given, width = [a[name] for name in ("query", "key", "value")], a["embed_dim_to_check"]
+    bias = a["in_proj_bias"]
+    if a["use_separate_proj_weight"]:
+        weights = [a[f"{name}_proj_weight"] for name in "qkv"]
+        projected = [F.linear(x.transpose(0, 1), w) for x, w in zip(given, weights, strict=True)]
+        if bias is None:
+            return projected
+        parts = bias.chunk(3)
+        return [x + part for x, part in zip(projected, parts, strict=True)]
+    # by the whole weight, which is one parameter, also where a part of it is enough
+    seen: dict[int, tuple[Tensor, ...]] = {}
+    for x in given:
+        if id(x) not in seen:
+            whole = F.linear(x.transpose(0, 1), a["in_proj_weight"], bias)
+            seen[id(x)] = torch.split(whole, width, dim=-1)
+    return [seen[id(x)][place] for place, x in enumerate(given)]
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """``[N, places, E]`` as ``[N, heads, places, width]``."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
