@@ -119,6 +119,110 @@ def test_native_attention(name: str) -> None:
         assert relative_error(gradients(module), expected) < 1e-11
 
 
+class Encoded(nn.Module):
+    """``f(m, x)`` of sequences with learned places, and scores."""
+
+    def __init__(self, f: Callable[..., Tensor], *parts: nn.Module) -> None:
+        super().__init__()
+        self.f, self.parts, self.head = f, nn.ModuleList(parts), nn.Linear(WIDTH, 3)
+        self.places = nn.Parameter(torch.randn(1, PLACES + 2, WIDTH))
+        mask = torch.triu(torch.full((PLACES, PLACES), -math.inf), 1)
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.places[:, : x.shape[1]]
+        return self.head(self.f(self, x).mean(1))
+
+
+def _multi_head(**kwargs: object) -> nn.Module:
+    return nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, **kwargs)
+
+
+def _layer(**kwargs: object) -> nn.Module:
+    return nn.TransformerEncoderLayer(WIDTH, HEADS, 8, batch_first=True, **kwargs)
+
+
+def _itself(m: Encoded, x: Tensor, **kwargs: object) -> Tensor:
+    return m.parts[0](x, x, x, **kwargs)[0]
+
+
+def _with_its_weights(m: Encoded, x: Tensor) -> Tensor:
+    y, weights = m.parts[0](x, x, x, average_attn_weights=len(m.parts) > 1)
+    return y * weights.flatten(1, -2).sum(1).unsqueeze(-1)
+
+
+def _of_another(m: Encoded, x: Tensor) -> Tensor:
+    other = torch.tanh(m.parts[1](x))
+    return m.parts[0](x, other, 2 * other)[0]
+
+
+ENCODERS: dict[str, tuple[Callable[..., Tensor], Callable[[], list[nn.Module]]]] = {
+    "itself": (_itself, lambda: [_multi_head()]),
+    "without weights": (
+        lambda m, x: _itself(m, x, need_weights=False), lambda: [_multi_head(bias=False)],
+    ),
+    "causal": (
+        lambda m, x: _itself(m, x, attn_mask=m.mask, is_causal=True, need_weights=False),
+        lambda: [_multi_head()],
+    ),
+    "masked": (lambda m, x: _itself(m, x, attn_mask=m.mask), lambda: [_multi_head()]),
+    "masked by booleans": (
+        lambda m, x: _itself(m, x, attn_mask=m.mask < 0), lambda: [_multi_head()],
+    ),
+    "its weights": (_with_its_weights, lambda: [_multi_head()]),
+    "its mean weights": (_with_its_weights, lambda: [_multi_head(), nn.Identity()]),
+    "another": (_of_another, lambda: [_multi_head(), nn.Linear(WIDTH, WIDTH)]),
+    "another of other widths": (
+        _of_another, lambda: [_multi_head(kdim=4, vdim=4), nn.Linear(WIDTH, 4)],
+    ),
+    "dropout of weights": (_itself, lambda: [_multi_head(dropout=0.3)]),
+    "a layer": (lambda m, x: m.parts[0](x), lambda: [_layer(dropout=0.2)]),
+    "a layer in evaluation": (lambda m, x: m.parts[0](x), lambda: [_layer().eval()]),
+    "an encoder": (
+        lambda m, x: m.parts[0](x, mask=m.mask, is_causal=True),
+        lambda: [
+            nn.TransformerEncoder(
+                _layer(dropout=0.0, norm_first=True, activation="gelu"), 2,
+                enable_nested_tensor=False,
+            )
+        ],
+    ),
+    "a decoder": (
+        lambda m, x: m.parts[0](x, x * 0.5, tgt_mask=m.mask),
+        lambda: [nn.TransformerDecoderLayer(WIDTH, HEADS, 8, dropout=0.1, batch_first=True)],
+    ),
+}  # fmt: skip
+
+
+DRAWING = ("dropout of weights", "a layer", "a decoder")
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_attention_of_pytorchs_modules(name: str) -> None:
+    torch.manual_seed(1)
+    f, parts = ENCODERS[name]
+    module, batch = Encoded(f, *parts()).double(), _batch()
+    torch.manual_seed(2)
+    with sdpa_kernel(SDPBackend.MATH):
+        value, expected = sequential_maml(module, batch, 0.3, 2)
+    for door in (1, 3) if name in DRAWING else (1, 2, 3):
+        module.zero_grad()
+        maml = fastmaml.MAML(module, lr=0.3, allow_unused=True)
+        torch.manual_seed(2)
+        found = by_door(maml, batch, 2, door)
+        found.backward()
+        assert not maml.programs.found_none
+        torch.testing.assert_close(found.detach(), value.detach())
+        assert relative_error(gradients(module), expected) < 1e-11
+    maml.adapted(batch)
+
+
+def test_attention_that_sees_examples_as_places_is_left_to_pytorch() -> None:
+    module = nn.MultiheadAttention(WIDTH, HEADS)
+    with pytest.raises(NotCovered, match=r"moves the examples|whose first axis|mix"):
+        capture(Encoded(_itself, module), torch.randn(6, PLACES, WIDTH))
+
+
 class Classifier(nn.Module):
     """PyTorch's own example of a classifier for digits, smaller."""
 

@@ -60,6 +60,8 @@ NATIVE: dict[str, Callable[[Operands, Tensor], Tensor]] = {
         (x - m.mean.view(1, -1)) / m.deviation.squeeze(0)
     ),
     "masked": lambda m, x: m.layer(x * (torch.arange(4, dtype=x.dtype) > 1)) * m.row,
+    "rows": lambda m, x: m.layer(x) * m.of_examples[1] + torch.tanh(m.of_examples[2:3]),
+    "parts": lambda m, x: m.layer(x) * m.of_examples.view(15)[4:7] - m.vector[:1],
     "with a norm": lambda m, x: m.norm(m.layer(x)) * m.vector,
 }
 
@@ -109,8 +111,7 @@ def _summed(m: Operands, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("does", "reason"),
     [
-        (lambda m, x: m.layer(x) * m.of_examples[: len(x)], "used as an operand"),
-        (lambda m, x: m.layer(x) * m.of_examples[0], "used as an operand"),
+        (lambda m, x: m.layer(x) * m.of_examples[: len(x)], "differs between examples"),
         (lambda m, x: m.layer(x) * m.vector.softmax(0), "used as an operand"),
         (lambda m, x: torch.where(m.layer(x) > 0, m.layer(x), m.vector), "aten.gt"),
         (lambda m, x: m.norm(m.layer(x)) - m.norm.running_mean, "running statistics used"),

@@ -1,0 +1,255 @@
+"""What a trace knows of tensors, and the program that it makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmaml.program.calls import flat
+from fastmaml.program.draws import Recording
+from fastmaml.program.ir import Op, Shape, freeze
+from fastmaml.program.known import Drawn, Known, Read, Reshaped, Shared, SideBySide, Turned, Value
+
+
+class NotCovered(Exception):
+    """A module does something that no rule covers; the message names it and where it is."""
+
+
+class Tracked:
+    """Values by the tensors that stand for them, and ``ops`` over them. ``examples`` is the length
+    of dim 0 of the input.
+    """
+
+    def __init__(
+        self, examples: int, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__()
+        self.examples = examples
+        self.values: list[Shape] = []
+        self.ops: list[Op] = []
+        self.parameters: list[str] = []
+        self.buffers: list[str] = []
+        self.draws = Recording(examples)
+        self.sources: list[int] = []  # the input, and what was drawn: values that no op has made
+        self._readings: dict[int, int | str | None] = {}  # by slot
+        self._known: dict[int, Known] = {}
+        self._taken: dict[tuple[int, int], Value] = {}  # of what was drawn, by id and version
+        self._copies: dict[str, Tensor] = {}  # of buffers
+        self._broadcast: dict[tuple[int | None, ...], Value] = {}  # parameters, by slot and shape
+        self._alive: list[Tensor] = []  # an id is only unique while its tensor lives
+        self._refused: dict[int, str] = {}  # why an op that reads this tensor is not covered
+        for name, tensor in parameters.items():
+            self._know(tensor, Read(name, is_buffer=False))
+        for name, tensor in buffers.items():
+            self._know(tensor, Read(name, is_buffer=True))
+
+    # --- what is known of a tensor ------------------------------------------------------------
+
+    def _know(self, tensor: Tensor, what: Known) -> None:
+        if id(tensor) not in self._known:
+            self._alive.append(tensor)
+        if not isinstance(what, Drawn):
+            self.draws.forget(tensor)
+        self._known[id(tensor)] = what
+
+    def lookup(self, tensor: object) -> Known | None:
+        if id(tensor) in self._refused:
+            raise NotCovered(self._refused[id(tensor)])
+        return self._known.get(id(tensor))
+
+    def value(self, tensor: Any) -> Value:
+        """The value behind ``tensor``; raises :class:`NotCovered` for anything else."""
+        known = self.lookup(tensor)
+        if isinstance(known, Value):
+            return known
+        if isinstance(known, SideBySide):
+            raise NotCovered("a value whose examples are side by side in one")
+        if isinstance(known, Turned):
+            raise NotCovered("a permutation that moves the examples")
+        if isinstance(known, Drawn):
+            return self._take(tensor)
+        if isinstance(known, (Read, Reshaped, Shared)):
+            raise NotCovered("a buffer or parameter used as an operand")
+        raise NotCovered("an operand that does not come from the input")
+
+    def operand(self, tensor: Tensor, like: Tensor) -> Value:
+        """:meth:`value`; what was drawn for all examples at once, or is a parameter, is one for
+        each of ``like``.
+        """
+        known, drawn = self.lookup(tensor), self.drawn(tensor)
+        if isinstance(known, Shared):
+            return self._viewed(known.value, self._axes_of_each(tensor, like))
+        if isinstance(known, Reshaped):
+            return self._repeated(known.parameter, tensor, like)
+        if drawn is None and isinstance(known, Read):
+            return self._repeated(tensor, tensor, like)
+        if drawn is None:
+            return self.value(tensor)
+        if tensor.ndim == like.ndim and tensor.shape[:1] == like.shape[:1]:
+            return self.value(drawn)
+        axes = [*[1] * (like.ndim - tensor.ndim), *tensor.shape]
+        return self.value(self.draw(torch.ops.aten.expand.default, drawn, [len(like), *axes[1:]]))
+
+    def drawn(self, tensor: Tensor) -> Tensor | None:
+        """What was drawn itself, of a buffer a copy that stands for it; None for all else."""
+        known = self.lookup(tensor)
+        if isinstance(known, Read) and known.is_buffer:
+            return self.copy_of_buffer(tensor)
+        return tensor if isinstance(known, Drawn) else None
+
+    def copy_of_buffer(self, buffer: Tensor) -> Tensor:
+        """As what is drawn: the buffer as it is at each call."""
+        name = self.buffer_name(buffer)
+        if name not in self._copies:
+            self._copies[name] = self.draws.buffer(name, buffer)
+            self._know(self._copies[name], Drawn())
+        return self._copies[name]
+
+    def _repeated(self, parameter: Tensor, shaped: Tensor, like: Tensor) -> Value:
+        axes = self._axes_of_each(shaped, like)
+        slot = self.parameter(parameter, vector=True)
+        key = slot, *axes
+        if key not in self._broadcast:
+            rows = torch.empty(self.examples, *axes, device="meta")
+            self.emit("parameter", rows, (Value(0, self.values[0]),), (slot,))
+            self._broadcast[key] = self.value(rows)
+        return self._broadcast[key]
+
+    def _axes_of_each(self, shared: Tensor, like: Tensor) -> list[int]:
+        """Of what is the same for all examples, the axes that it has for each of ``like``."""
+        first, *axes = [*[1] * (like.ndim - shared.ndim), *shared.shape]
+        if first != 1 or len(like) != self.examples:
+            raise NotCovered("a parameter that differs between examples")
+        return axes
+
+    def _viewed(self, value: Value, axes: list[int]) -> Value:
+        rows = torch.empty(self.examples, *axes, device="meta")
+        self.reshape(rows, value)
+        return self.value(rows)
+
+    def stand_in(self, value: Value) -> Tensor:
+        """A tensor of that value's shape without memory, for what the module does not make."""
+        lead, *rest = (1, *value.shape) if not value.merged else value.shape
+        return torch.empty(self.examples * lead, *rest, device="meta", dtype=self.dtype)
+
+    def draw(self, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The result of a call of what was drawn, which the module does not make."""
+        result: Tensor = func(*args, **kwargs)
+        self.add_drawn(func, args, kwargs, result)
+        return result
+
+    def add_drawn(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """``result`` was made by a call that looks at no value of the input."""
+        self.draws.add(func, args, kwargs, result)
+        for tensor in flat({"results": result}):
+            if isinstance(tensor, Tensor):
+                self._know(tensor, Drawn())
+
+    def _take(self, tensor: Tensor) -> Value:
+        key = id(tensor), tensor._version
+        if key not in self._taken:
+            if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype != self.dtype):
+                raise NotCovered(f"an operand of {tensor.dtype}")
+            value = self._new_value(tensor)
+            self.draws.take(tensor, self.dtype)
+            self.sources.append(value.id)
+            self._taken[key] = value
+        return self._taken[key]
+
+    def parameter(
+        self,
+        tensor: Tensor | None,
+        *,
+        transposed: bool = False,
+        repeats: int = 1,
+        vector: bool = False,
+        groups: int | None = None,
+    ) -> int | None:
+        """The slot number of a parameter, added on first use; ``vector``: whatever axes it has;
+        ``groups``: its first axis are so many.
+        """
+        if tensor is None:
+            return None
+        known = self.lookup(tensor)
+        if not isinstance(known, Read) or known != Read(known.name, False, transposed, repeats):
+            raise NotCovered("a weight that is not a parameter itself")
+        slot = _slot(self.parameters, known.name)
+        reading = "vector" if vector and tensor.ndim > 1 else groups
+        if self._readings.setdefault(slot, reading) != reading:
+            raise NotCovered("a weight that is read in another way elsewhere")
+        return slot
+
+    def buffer(self, tensor: Tensor | None) -> int:
+        """The slot number of a buffer, added on first use."""
+        return _slot(self.buffers, self.buffer_name(tensor))
+
+    def buffer_name(self, tensor: Tensor | None) -> str:
+        known = self.lookup(tensor)
+        if not isinstance(known, Read) or known != Read(known.name, is_buffer=True):
+            raise NotCovered("running statistics that are not buffers of the module")
+        return known.name
+
+    # --- adding to the program ----------------------------------------------------------------
+
+    def add_input(self, tensor: Tensor) -> None:
+        self._know(tensor, self._new_value(tensor))
+        self.sources.append(0)
+        self.dtype = tensor.dtype
+
+    def _new_value(self, tensor: Tensor) -> Value:
+        rows = tensor.shape[0] if tensor.ndim else 0
+        if rows == self.examples:
+            value = Value(len(self.values), tuple(tensor.shape[1:]))
+        elif rows and rows % self.examples == 0:
+            lead = rows // self.examples
+            value = Value(len(self.values), (lead, *tensor.shape[1:]), merged=True)
+        else:
+            raise NotCovered(f"a result of shape {list(tensor.shape)} that mixes examples")
+        self.values.append(value.shape)
+        return value
+
+    def emit(
+        self,
+        kind: str,
+        result: Tensor,
+        inputs: tuple[Value, ...],
+        params: tuple[int | None, ...] = (),
+        buffers: tuple[int | None, ...] = (),
+        **attrs: Any,
+    ) -> None:
+        """Append an op whose output is ``result``."""
+        value = self._new_value(result)
+        ids = tuple(v.id for v in inputs)
+        self.ops.append(Op(kind, ids, value.id, params, buffers, freeze(attrs)))
+        self._know(result, value)
+
+    def reshape(self, result: Tensor, source: Value) -> None:
+        """``result`` holds the elements of ``source`` in the same order."""
+        value = self._new_value(result)
+        if value.shape == source.shape:
+            self.values.pop()
+            self._know(result, Value(source.id, source.shape, value.merged))
+        else:
+            self.ops.append(Op("view", (source.id,), value.id))
+            self._know(result, value)
+
+    def alias(self, result: Tensor, what: Known) -> None:
+        """``result`` is another tensor object for something known."""
+        self._know(result, what)
+
+    def refuse(self, tensor: Tensor, reason: str) -> None:
+        """No op may read ``tensor``, which is known, from here on."""
+        self._refused[id(tensor)] = reason
+
+    def _is_buffer(self, item: Any) -> bool:
+        known = self._known.get(id(item))
+        return isinstance(known, Read) and known.is_buffer
+
+
+def _slot(names: list[str], name: str) -> int:
+    if name not in names:
+        names.append(name)
+    return names.index(name)
