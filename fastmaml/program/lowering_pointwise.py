@@ -144,9 +144,9 @@ def _operands(trace: Trace, a: Arguments, result: Tensor) -> tuple[Value, Value]
         value = trace.operand(tensor, result)
         if prod(value.shape) * trace.examples == result.numel():
             return value
-        if value.merged or len(value.shape) + 1 != result.ndim:
+        if len(value.shape) + (len(result) == trace.examples) != result.ndim:
             raise NotCovered("an operand that broadcasts over examples")
-        repeated = tensor.expand(result.shape)
+        repeated = torch.empty_like(result, device="meta")
         trace.emit("expand", repeated, (value,))
         return trace.value(repeated)
 

@@ -121,9 +121,9 @@ class Tracked:
     def _axes_of_each(self, shared: Tensor, like: Tensor) -> list[int]:
         """Of what is the same for all examples, the axes that it has for each of ``like``."""
         first, *axes = [*[1] * (like.ndim - shared.ndim), *shared.shape]
-        if first != 1 or len(like) != self.examples:
+        if first != 1 or len(like) % self.examples:
             raise NotCovered("a parameter that differs between examples")
-        return axes
+        return axes if len(like) == self.examples else [first, *axes]
 
     def _viewed(self, value: Value, axes: list[int]) -> Value:
         rows = torch.empty(self.examples, *axes, device="meta")
