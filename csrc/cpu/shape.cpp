@@ -38,6 +38,26 @@ FASTMAML_INLINE void transpose_block(const T* in, Index ld_in, Index rows, Index
   }
 }
 
+// At most a vector, whose elements are often neighbours.
+template <typename T>
+FASTMAML_INLINE void gather_vector(const std::int32_t* map, Index count, const T* source,
+                                   T* destination, bool accumulate) {
+  const std::int32_t first = map[0];
+  std::int32_t apart = first >= 0 && count == kLanes<T> ? 0 : -1;
+  if (apart == 0) {
+    for (int j = 0; j < kLanes<T>; ++j) apart |= map[j] ^ (first + j);
+  }
+  if (apart == 0) {
+    Vec<T> value = load(source + first);
+    if (accumulate) value += load(destination);
+    return store(destination, value);
+  }
+  for (Index j = 0; j < count; ++j) {
+    const T value = map[j] < 0 ? T(0) : source[map[j]];
+    destination[j] = accumulate ? destination[j] + value : value;
+  }
+}
+
 }  // namespace
 
 template <typename T>
@@ -63,9 +83,8 @@ void gather(Index examples, Index in_size, Index out_size, const std::int32_t* m
     const Index last = smaller(mine.end - start, out_size);
     const T* source = in + example * in_size;
     T* destination = out + start;
-    for (Index i = row - start; i < last; ++i) {
-      const T value = map[i] < 0 ? T(0) : source[map[i]];
-      destination[i] = accumulate ? destination[i] + value : value;
+    for (Index i = row - start; i < last; i += kLanes<T>) {
+      gather_vector(map + i, smaller(last - i, kLanes<T>), source, destination + i, accumulate);
     }
     row = start + last;
   }

@@ -6,10 +6,11 @@ namespace {
 using namespace fastmaml_test;
 
 template <typename T>
-void check_gather(const Kernels<T>& k, Index examples, Index in_size, Index out_size) {
+void check_gather(const Kernels<T>& k, Index examples, Index in_size, Index out_size, Index run) {
   std::vector<std::int32_t> map(out_size);
   for (Index i = 0; i < out_size; ++i) {
-    map[i] = i % 5 == 4 ? -1 : static_cast<std::int32_t>((i * 37) % in_size);
+    const Index place = i / run * 37 + i % run;
+    map[i] = i / run % 5 == 4 ? -1 : static_cast<std::int32_t>(place % in_size);
   }
   const auto in = random_values<T>(examples * in_size);
   const auto start = random_values<T>(examples * out_size);
@@ -19,7 +20,8 @@ void check_gather(const Kernels<T>& k, Index examples, Index in_size, Index out_
     expected[i] = from < 0 ? 0 : in[i / out_size * in_size + from];
     sum[i] = static_cast<T>(start[i] + static_cast<T>(expected[i]));
   }
-  const std::string name = std::string(k.isa) + " " + scalar_name<T>() + " gather";
+  const std::string name =
+      std::string(k.isa) + " " + scalar_name<T>() + " gather of " + std::to_string(run);
   std::vector<T> out = poisoned<T>(examples * out_size);
   check_shares(&out, name, [&](Share s) {
     k.gather(examples, in_size, out_size, map.data(), in.data(), out.data(), false, s);
@@ -69,7 +71,9 @@ void check_combinations(const Kernels<T>& k, Index count) {
 struct TestShape {
   template <typename T>
   void operator()(const Kernels<T>& k) const {
-    for (const Index examples : {1, 3, 5}) check_gather(k, examples, 48, 83);
+    for (const Index examples : {1, 3, 5}) {
+      for (const Index run : {1, 16, 21}) check_gather(k, examples, 48, 83, run);
+    }
     for (const Index count : {1, 15, 16, 64, 777}) check_combinations(k, count);
   }
 };
