@@ -149,6 +149,14 @@ class ProgramBuilder {
     return op("add", {a, b}, shape(a), {}, {{"alpha", alpha}});
   }
   int mul(int a, int b) { return op("mul", {a, b}, shape(a), {}, {}); }
+  int bmm(int a, int b) {
+    Shape output = shape(a);
+    output.back() = shape(b).back();
+    return op("bmm", {a, b}, output, {}, {});
+  }
+  int softmax(int x, Index dim, bool log = false) {
+    return op("softmax", {x}, shape(x), {}, {{"dim", dim}, {"log", log}});
+  }
   int cat(std::vector<int> parts, Index axis) {
     Shape output = shape(parts[0]);
     for (std::size_t i = 1; i < parts.size(); ++i) output[axis] += shape(parts[i])[axis];

@@ -146,6 +146,35 @@ inline ProgramSpec joined_and_parted() {
   return p.spec();
 }
 
+// Five places look at each other through two heads, by scores that are no whole vector. Norms,
+// which write over what nobody else reads, leave the softmax before them as it is.
+inline ProgramSpec attention() {
+  ProgramBuilder p({5, 3});
+  const auto heads = [&](int x) { return p.permute(p.view(p.linear(x, 6), {5, 2, 3}), {1, 0, 2}); };
+  const int queries = heads(0), keys = heads(0), values = heads(0);
+  const int scores = p.scale(p.bmm(queries, p.permute(keys, {0, 2, 1})), 0.6, 0.0);
+  const int weights = p.softmax(scores, 2), log_weights = p.softmax(scores, 2, true);
+  const int entropy = p.bmm(p.mul(weights, log_weights), values);
+  int h = p.add(p.bmm(weights, values), entropy, 0.3);
+  h = p.view(p.permute(h, {1, 0, 2}), {5, 6});
+  h = p.bmm(p.group_norm(p.softmax(h, 1), 1, {1}), p.permute(h, {1, 0}));
+  h = p.add(h, p.batch_norm(p.softmax(h, 0, true)), 0.1);
+  p.softmax(p.linear(p.mean(h, {0}), 3), 0, true);
+  return p.spec();
+}
+
+// Functions that are not finite in padding, between products that would take it along.
+inline ProgramSpec singular_functions() {
+  ProgramBuilder p({3});
+  const auto positive = [&](int x) { return p.scale(p.activation(x, "square"), 0.1, 2.0); };
+  int h = p.activation(positive(p.linear(0, 7)), "log");
+  h = p.add(h, p.activation(positive(h), "rsqrt"), 1.0);
+  h = p.mul(p.linear(h, 5), p.activation(positive(p.linear(h, 5)), "reciprocal"));
+  h = p.mul(h, p.expand(p.activation(p.view(p.mean(positive(h), {0}), {1}), "length"), {5}));
+  p.linear(p.activation(positive(h), "sqrt"), 3);
+  return p.spec();
+}
+
 // Only the second branch reaches the output; an image comes out.
 inline ProgramSpec dead_branch() {
   ProgramBuilder p({2, 4, 4});
@@ -172,6 +201,8 @@ inline std::vector<ProgramCase> program_cases() {
       {"input of many", input_of_many(), true, false},
       {"gated", gated()},
       {"joined and parted", joined_and_parted()},
+      {"attention", attention()},
+      {"singular functions", singular_functions()},
       {"dead branch", dead_branch(), false},
   };
 }
