@@ -135,6 +135,30 @@ class Mixer(nn.Module):
         return self.channels(h).mean(1)
 
 
+class Sequences(nn.Module):
+    """Attention through a mask between root-mean-square norms, learned places, and
+    log-probabilities.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.out, self.head = nn.Linear(4, 12), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.places, self.scale = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.zeros(()))
+        self.register_buffer("seen", torch.tril(torch.ones(6, 6)))
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * torch.exp(self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, places, width = x.shape
+        h = x + self.places[:places]
+        parts = self.project(self._normed(h)).chunk(3, dim=-1)
+        q, k, v = (p.view(n, places, 2, width // 2).transpose(1, 2) for p in parts)
+        scores = (q @ k.mT).masked_fill(self.seen[:places, :places] == 0, -torch.inf)
+        h = h + self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, places, width))
+        return F.log_softmax(self.head(F.normalize(h.mean(1), dim=-1)), dim=-1)
+
+
 class Tied(nn.Module):
     """One weight matrix used twice, and one parameter that the loss never sees."""
 
@@ -266,6 +290,7 @@ NETWORKS = {
     "scaled": Network(Scaled, (2, 5, 4), 3),
     "coordinates": Network(Coordinates, (2, 5, 4), 3),
     "mixer": Network(Mixer, (6, 4), 3),
+    "sequences": Network(Sequences, (5, 4), 3),
     "tied_unseen": Network(Tied, (5,), 3),
     "frozen": Network(frozen, (3,), 3),
     "omniglot_fc": Network(lambda: OmniglotFC(28 * 28, 5, sizes=[32, 16]), (1, 28, 28), 5),

@@ -57,6 +57,13 @@ def _chosen(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.where(allowed, _scores(q, k), torch.tensor(-1e4, dtype=q.dtype)).softmax(-1) @ v
 
 
+def _ruled_out(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    seen = m.distance + 10 * torch.eye(PLACES) > 0
+    nothing = torch.tensor(-math.inf, dtype=q.dtype)
+    scores = torch.where(seen, _scores(q, k), nothing)
+    return scores.masked_fill(m.distance > 9, nothing).softmax(-1) @ v
+
+
 def _added(m: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     heads = q.flatten(0, 1), k.flatten(0, 1).mT
     scores = torch.baddbmm(m.distance, *heads, alpha=0.5)
@@ -72,6 +79,10 @@ ATTEND: dict[str, Callable[..., Tensor]] = {
     "written out": lambda m, q, k, v: _scores(q, k).softmax(-1) @ v,
     "causal": _causal,
     "chosen": _chosen,
+    "ruled out": _ruled_out,
+    "some see nothing": lambda m, q, k, v: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=(m.distance > 0) & (torch.arange(PLACES)[:, None] > 0)
+    ),
     "added": _added,
     "entropies": _entropies,
     "over queries": lambda m, q, k, v: _scores(q, k).softmax(2) @ v,
@@ -267,6 +278,10 @@ class Forward(nn.Module):
         (lambda x: x.softmax(0), "a softmax over examples"),
         (lambda x: x.softmax(1, dtype=torch.float64), "change of dtype"),
         (lambda x: x.masked_fill(x > 0, 0.0), "aten.gt"),
+        (
+            lambda x: x.masked_fill(torch.arange(3) > 1, x.detach().sum()),
+            "detached|depends on the input|over examples",
+        ),
         (lambda x: x @ x.mT, "a weight that is not|mixes examples|transpose"),
         (lambda x: x.reshape(1, -1, 3) @ x.reshape(1, 3, -1), "side by side|mixes examples"),
     ],

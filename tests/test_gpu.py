@@ -37,7 +37,7 @@ pytestmark = CHECKED_KERNELS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUICK = [
     *("mlp", "mlp_norm", "layer_norm", "mixer", "tied_unseen", "frozen", "max_pool"),
-    *("gated", "dense", "coordinates", "depthwise", "scaled"),
+    *("gated", "dense", "coordinates", "depthwise", "scaled", "sequences"),
 ]
 CHOSEN = list(NETWORKS) if DEVICE == "cuda" or os.environ.get("FASTMAML_LARGE_TESTS") else QUICK
 

@@ -63,6 +63,8 @@ NATIVE: dict[str, Callable[[Forward, Tensor], Tensor]] = {
     "softplus of a parameter": lambda m, x: m.head(x * F.softplus(m.vector)) / (1 + m.scale**2),
     "of parameters alone": lambda m, x: m.head(x * (m.vector / m.scale.clamp(min=0.01) - 1)),
     "parameters in other shapes": lambda m, x: m.head(x - torch.tanh(m.vector).view(1, -1) * 0.5),
+    "sums of parameters": lambda m, x: m.head(x + (m.vector + m.scale)) - (m.scale - m.scale**2),
+    "parameters and noise": lambda m, x: m.head(x + 0.1 * m.vector * torch.ones_like(x)),
     "parameters expanded": lambda m, x: m.head(x + torch.sigmoid(m.scale).expand(17)),
 }  # fmt: skip
 

@@ -332,8 +332,10 @@ struct Kernels {
                                const T* dx, const T* gy, const T* dgy, T* dgx, bool accumulate,
                                Share share);
   // --- softmax of rows, or its logarithm, y [rows][padded(columns)] ------------------------------
-  // Writes zeros in padding; dgy may be null (zero).
-  void (*softmax_forward)(bool log, Index rows, Index columns, const T* x, T* y, Share share);
+  // Writes zeros in padding; dgy may be null (zero). `safe`: a row of minus infinities has a
+  // softmax of zeros.
+  void (*softmax_forward)(bool log, bool safe, Index rows, Index columns, const T* x, T* y,
+                          Share share);
   void (*softmax_backward)(bool log, Index rows, Index columns, const T* y, const T* gy, T* gx,
                            bool accumulate, Share share);
   void (*softmax_tangent)(bool log, Index rows, Index columns, const T* y, const T* dx, T* dy,

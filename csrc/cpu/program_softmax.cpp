@@ -9,7 +9,7 @@ namespace {
 template <typename T>
 class SoftmaxOp final : public Op<T> {
  public:
-  explicit SoftmaxOp(OpReader& reader) : log_(reader.flag("log")) {
+  explicit SoftmaxOp(OpReader& reader) : log_(reader.flag("log")), safe_(reader.flag("safe")) {
     reader.expect_output(reader.input(0));
     std::vector<bool> along(reader.input(0).size(), false);
     along[reader.axis("dim")] = true;
@@ -22,7 +22,7 @@ class SoftmaxOp final : public Op<T> {
   }
 
   void forward(Run<T>& run) const override {
-    run.kernels.softmax_forward(log_, rows(run), columns_, run.value(input()),
+    run.kernels.softmax_forward(log_, safe_, rows(run), columns_, run.value(input()),
                                 run.value_out(this->output), run.share);
   }
 
@@ -50,7 +50,7 @@ class SoftmaxOp final : public Op<T> {
   int input() const { return this->inputs[0]; }
   Index rows(const Run<T>& run) const { return run.examples() * rows_; }
 
-  bool log_;
+  bool log_, safe_;
   Index rows_ = 0, columns_ = 0;  // rows per example
 };
 

@@ -66,7 +66,8 @@ FASTMAML_INLINE void for_rows(Index rows, Index columns, Share share, Body body)
 }  // namespace
 
 template <typename T>
-void softmax_forward(bool log, Index rows, Index columns, const T* x, T* y, Share share) {
+void softmax_forward(bool log, bool safe, Index rows, Index columns, const T* x, T* y,
+                     Share share) {
   for_rows<T>(rows, columns, share, [&](RowView<T> row, Index at) {
     const T lowest = -std::numeric_limits<T>::infinity();
     Vec<T> highest = broadcast(lowest);
@@ -74,7 +75,11 @@ void softmax_forward(bool log, Index rows, Index columns, const T* x, T* y, Shar
       const Vec<T> v = first_lanes<T>(load_up_to(x + at + c, left), left, lowest);
       highest = select<T>(v > highest, v, highest);
     });
-    const Vec<T> shift = broadcast(lane_max<T>(highest));
+    const T most = lane_max<T>(highest);
+    if (safe && most == lowest) {
+      return row.fill(y + at, false, [](Index, Index) { return Vec<T>{}; });
+    }
+    const Vec<T> shift = broadcast(most);
     const auto exponential = [&](Index c, Index left) {
       return first_lanes<T>(vector_exp<T>(load_up_to(x + at + c, left) - shift), left, T(0));
     };
@@ -153,7 +158,7 @@ void softmax_backward_tangent(bool log, Index rows, Index columns, const T* y, c
 }
 
 #define FASTMAML_INSTANTIATE(T)                                                               \
-  template void softmax_forward<T>(bool, Index, Index, const T*, T*, Share);                  \
+  template void softmax_forward<T>(bool, bool, Index, Index, const T*, T*, Share);            \
   template void softmax_backward<T>(bool, Index, Index, const T*, const T*, T*, bool, Share); \
   template void softmax_tangent<T>(bool, Index, Index, const T*, const T*, T*, Share);        \
   template void softmax_backward_tangent<T>(bool, Index, Index, const T*, const T*, const T*, \

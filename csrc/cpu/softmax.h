@@ -7,7 +7,7 @@ namespace fastmaml {
 namespace FASTMAML_ISA {
 
 template <typename T>
-void softmax_forward(bool log, Index rows, Index columns, const T* x, T* y, Share share);
+void softmax_forward(bool log, bool safe, Index rows, Index columns, const T* x, T* y, Share share);
 template <typename T>
 void softmax_backward(bool log, Index rows, Index columns, const T* y, const T* gy, T* gx,
                       bool accumulate, Share share);

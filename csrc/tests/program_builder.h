@@ -155,7 +155,7 @@ class ProgramBuilder {
     return op("bmm", {a, b}, output, {}, {});
   }
   int softmax(int x, Index dim, bool log = false) {
-    return op("softmax", {x}, shape(x), {}, {{"dim", dim}, {"log", log}});
+    return op("softmax", {x}, shape(x), {}, {{"dim", dim}, {"log", log}, {"safe", false}});
   }
   int cat(std::vector<int> parts, Index axis) {
     Shape output = shape(parts[0]);

@@ -76,8 +76,9 @@ void check_rows(const Kernels<T>& k, bool log, Index rows, Index columns, double
                            std::to_string(columns);
   const double units = 20 + 10 * scale;
   std::vector<T> y = poisoned<T>(rows * ld), dy = y, out = y;
-  check_shares(&y, name,
-               [&](Share s) { k.softmax_forward(log, rows, columns, p.x.data(), y.data(), s); });
+  check_shares(&y, name, [&](Share s) {
+    k.softmax_forward(log, false, rows, columns, p.x.data(), y.data(), s);
+  });
   check_close(y, e.y, units, name, 1);
   check_shares(&out, name, [&](Share s) {
     k.softmax_backward(log, rows, columns, y.data(), p.gy.data(), out.data(), false, s);
@@ -108,13 +109,18 @@ void check_masked(const Kernels<T>& k) {
   const Index columns = 19, ld = padded(columns, k.lanes);
   std::vector<T> x = random_rows<T>(1, columns, ld), y = poisoned<T>(ld);
   for (Index c = 0; c < columns; c += 2) x[c] = -std::numeric_limits<T>::infinity();
-  k.softmax_forward(false, 1, columns, x.data(), y.data(), {});
+  k.softmax_forward(false, false, 1, columns, x.data(), y.data(), {});
   double total = 0;
   for (Index c = 0; c < columns; ++c) {
     total += y[c];
     check(c % 2 == 0 ? y[c] == 0 : y[c] > 0, std::string(k.isa) + " softmax with a mask");
   }
   check(std::fabs(total - 1) < 1e-5, std::string(k.isa) + " softmax with a mask adds up");
+  std::fill(x.begin(), x.begin() + columns, -std::numeric_limits<T>::infinity());
+  k.softmax_forward(false, false, 1, columns, x.data(), y.data(), {});
+  check(std::isnan(y[0]) && std::isnan(y[columns - 1]), std::string(k.isa) + " softmax of nothing");
+  k.softmax_forward(false, true, 1, columns, x.data(), y.data(), {});
+  for (const T v : y) check(v == 0, std::string(k.isa) + " safe softmax of nothing");
 }
 
 struct TestSoftmax {

@@ -130,8 +130,9 @@ def _add(trace: Trace, a: Arguments, result: Tensor, *, sign: int = 1) -> None:
     if not isinstance(other, Tensor):
         x = trace.operand(a["self"], result)
         return trace.emit("scale", result, (x,), alpha=1.0, beta=float(alpha * other))
-    if isinstance(trace.lookup(other), Read) and alpha == 1:
-        product = _product_without_bias(trace, trace.value(a["self"]))
+    known = trace.lookup(a["self"])
+    if isinstance(trace.lookup(other), Read) and isinstance(known, Value) and alpha == 1:
+        product = _product_without_bias(trace, known)
         if product is not None and other.shape == result.shape[-1:]:
             return _add_bias(trace, product, other, result)
     return trace.emit("add", result, _operands(trace, a, result), alpha=float(alpha))
@@ -204,7 +205,7 @@ def _inverse(trace: Trace, divisor: Tensor, quotient: Tensor) -> Tensor:
 
 def _masked_fill(trace: Trace, a: Arguments, result: Tensor) -> None:
     kept = _kept(trace, a["self"], _mask(trace, a["mask"]), result, inside=False)
-    filled = _filled(trace, a["mask"], a["value"])
+    filled = _kept_constant(trace, _mask(trace, a["mask"]), a["value"])
     trace.emit("add", result, _operands(trace, {"self": kept, "other": filled}, result), alpha=1.0)
 
 
@@ -222,17 +223,24 @@ def _mask(trace: Trace, mask: Tensor) -> Tensor:
     return drawn
 
 
-def _filled(trace: Trace, mask: Tensor, value: Any) -> Tensor:
-    """``value`` inside of the mask, zero elsewhere."""
-    number = value.item() if isinstance(value, Tensor) else value
-    aten, drawn = torch.ops.aten, _mask(trace, mask)
-    filled = trace.draw(aten.where.Scalar, drawn, float(number), 0.0)
+def _kept_constant(trace: Trace, mask: Tensor, value: Any) -> Tensor:
+    """``value``, which may be infinite, inside of the mask, and zero elsewhere."""
+    aten = torch.ops.aten
+    if isinstance(value, Tensor):
+        drawn = trace.drawn(value)
+        if drawn is None:
+            raise NotCovered("a value that depends on the input or on parameters")
+        filled = trace.draw(aten.where.ScalarOther, mask, drawn, 0.0)
+    else:
+        filled = trace.draw(aten.where.Scalar, mask, float(value), 0.0)
     return trace.draw(aten._to_copy.default, filled, dtype=trace.dtype)
 
 
 def _kept(trace: Trace, x: Tensor, mask: Tensor, result: Tensor, *, inside: bool) -> Tensor:
     """``x`` inside of the mask, or outside of it, and zero elsewhere."""
     part = mask if inside else trace.draw(torch.ops.aten.logical_not.default, mask)
+    if trace.drawn(x) is not None:
+        return _kept_constant(trace, part, x)
     kept = torch.empty_like(result, device="meta")
     trace.emit("mul", kept, _operands(trace, {"self": x, "other": part}, result))
     return kept
@@ -264,13 +272,20 @@ def _shares(lowering: Lowering) -> Lowering:
         tensors = [v for v in a.values() if isinstance(v, Tensor)]
         if not isinstance(result, Tensor) or not any(_is_shared(trace, t) for t in tensors):
             return lowering(trace, a, result)
-        if any(isinstance(trace.lookup(t), (Value, SideBySide)) for t in tensors):
+        if any(_has_examples(trace, t, result) for t in tensors):
             return lowering(trace, a, result)
         rows = torch.empty(trace.examples, *result.shape, device="meta")
         lowering(trace, a, rows)
         return trace.alias(result, Shared(trace.value(rows)))
 
     return lowered
+
+
+def _has_examples(trace: Trace, tensor: Tensor, result: Tensor) -> bool:
+    if isinstance(trace.lookup(tensor), (Value, SideBySide)):
+        return True
+    drawn_for_each = trace.drawn(tensor) is not None and tensor.ndim == result.ndim > 0
+    return drawn_for_each and len(tensor) == len(result) == trace.examples
 
 
 def _is_shared(trace: Trace, tensor: Tensor) -> bool:

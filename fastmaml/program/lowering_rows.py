@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,16 +15,14 @@ from fastmaml.program.lowering_shape import Arguments, axis_of
 from fastmaml.program.trace import Lowering, NotCovered, Trace
 
 
-def _softmax(trace: Trace, a: Arguments, result: Tensor, *, log: bool = False) -> None:
+def _softmax(
+    trace: Trace, a: Arguments, result: Tensor, *, log: bool = False, safe: bool = False
+) -> None:
     x = trace.value(a["self"])
     dim = axis_of(x, a["self"], a["dim"], "a softmax over examples")
     if result.dtype != a["self"].dtype:
         raise NotCovered("a change of dtype")
-    trace.emit("softmax", result, (x,), dim=dim, log=log)
-
-
-def _log_softmax(trace: Trace, a: Arguments, result: Tensor) -> None:
-    _softmax(trace, a, result, log=True)
+    trace.emit("softmax", result, (x,), dim=dim, log=log, safe=safe)
 
 
 def _bmm(trace: Trace, a: Arguments, result: Tensor) -> None:
@@ -65,10 +64,12 @@ def _attention(trace: Trace, a: Arguments, result: Any) -> None:
     if mask is not None:
         like = torch.empty(trace.examples, *shape, device="meta")
         other = trace.operand(mask, like)
+        if len(other.shape) != len(shape):
+            raise NotCovered("a mask of other axes")
         if other.shape != shape:
             other = _emitted(trace, "expand", shape, (other,))
         scores = _emitted(trace, "add", shape, (scores, other), alpha=1.0)
-    weights = _emitted(trace, "softmax", shape, (scores,), dim=2, log=False)
+    weights = _emitted(trace, "softmax", shape, (scores,), dim=2, log=False, safe=True)
     trace.emit("bmm", result[0], (weights, value))
 
 
@@ -90,8 +91,8 @@ def _causal(trace: Trace, query: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 ROWS_TABLE: Mapping[str, Lowering] = {
     "_softmax": _softmax,
-    "_safe_softmax": _softmax,
-    "_log_softmax": _log_softmax,
+    "_safe_softmax": partial(_softmax, safe=True),
+    "_log_softmax": partial(_softmax, log=True),
     "bmm": _bmm,
     "baddbmm": _add_bmm,
     **dict.fromkeys(

@@ -13,6 +13,7 @@ Every pass is a function of the output alone. With p the softmax along the axis,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -22,13 +23,17 @@ from fastmaml.rules.base import Grads, Rule, Tensors, total
 
 
 class Softmax:
-    """x ``[T, N, *shape]``; ``dim``: an axis of the shape, ``log``: whether y is the logarithm."""
+    """x ``[T, N, *shape]``; ``dim``: an axis of the shape, ``log``: whether y is the logarithm,
+    ``safe``: whether where all x are minus infinity y is zero, as attention has it, and not NaN.
+    """
 
     def forward(
         self, op: Op, out_shape: Shape, params: Tensors, buffers: Tensors, inputs: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         axis = op.attrs["dim"] + 2
         y = inputs[0].log_softmax(axis) if op.attrs["log"] else inputs[0].softmax(axis)
+        if op.attrs["safe"]:
+            y = y.masked_fill((inputs[0] == -math.inf).all(axis, keepdim=True), 0.0)
         return y, y
 
     def backward(
