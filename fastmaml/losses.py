@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import NamedTuple
 
@@ -23,10 +23,10 @@ class BuiltIn(NamedTuple):
     summed: bool
 
 
-_FUNCTIONS: dict[Callable[..., Tensor], str] = {
-    F.cross_entropy: "cross_entropy",
-    F.nll_loss: "nll",
-    F.mse_loss: "mse",
+_FUNCTIONS: dict[object, BuiltIn] = {
+    F.cross_entropy: BuiltIn("cross_entropy", False),
+    F.nll_loss: BuiltIn("nll", False),
+    F.mse_loss: BuiltIn("mse", False),
 }
 _MODULES: dict[type[nn.Module], str] = {
     nn.CrossEntropyLoss: "cross_entropy",
@@ -39,20 +39,20 @@ def built_in(loss: TaskLoss) -> BuiltIn | None:
     """What ``loss`` is, where it is a function that is known, at its defaults but for
     ``reduction``.
     """
-    if isinstance(loss, partial) and not loss.args and loss.keywords.keys() <= {"reduction"}:
-        return _known(_FUNCTIONS.get(loss.func), loss.keywords.get("reduction", "mean"))
     if isinstance(loss, nn.Module):
-        return _known(_kind_of_module(loss), getattr(loss, "reduction", None))
-    try:
-        return _known(_FUNCTIONS.get(loss), "mean")
-    except TypeError:  # what has no hash
-        return None
+        kind = _kind_of_module(loss)
+        return None if kind is None else _reduced(kind, getattr(loss, "reduction", None))
+    if isinstance(loss, partial):
+        known = built_in(loss.func)
+        plain = not loss.args and loss.keywords.keys() <= {"reduction"}
+        if known is None or not plain:
+            return None
+        return _reduced(known.kind, loss.keywords.get("reduction", "mean"))
+    return _FUNCTIONS.get(loss) if isinstance(loss, Hashable) else None
 
 
-def _known(kind: str | None, reduction: object) -> BuiltIn | None:
-    if kind is None or reduction not in ("mean", "sum"):
-        return None
-    return BuiltIn(kind, reduction == "sum")
+def _reduced(kind: str, reduction: object) -> BuiltIn | None:
+    return BuiltIn(kind, reduction == "sum") if reduction in ("mean", "sum") else None
 
 
 def _kind_of_module(loss: nn.Module) -> str | None:
