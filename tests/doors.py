@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from networks import gradients
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastmaml
 from fastmaml import TaskBatch
 from fastmaml.losses import per_task
+from fastmaml.testing import relative_error, sequential_maml
 
 Start = Callable[[tuple[Tensor, Tensor]], dict[str, object]]
 
@@ -38,3 +41,24 @@ def by_door(
             learner.adapt(F.cross_entropy(learner(sx), sy))
         total = total + F.cross_entropy(learner(qx), qy) / count
     return total
+
+
+def check_native(
+    module: nn.Module, tasks: TaskBatch, lr: float, doors: Sequence[int] = (1, 2, 3)
+) -> fastmaml.MAML:
+    """Two inner steps by each door and a native program, against the loop over tasks, both from the
+    same random numbers; the last door's wrapper.
+    """
+    torch.manual_seed(2)
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        value, expected = sequential_maml(module, tasks, lr, 2)
+    for door in doors:
+        module.zero_grad()
+        maml = fastmaml.MAML(module, lr, allow_unused=True)
+        torch.manual_seed(2)
+        found = by_door(maml, tasks, 2, door)
+        found.backward()
+        assert not maml.programs.found_none
+        torch.testing.assert_close(found.detach(), value.detach())
+        assert relative_error(gradients(module), expected) < 1e-11
+    return maml

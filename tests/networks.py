@@ -315,15 +315,29 @@ def classification(
     seed: int = 1,
 ) -> TaskBatch:
     """Random episodes for the network ``name``."""
-    network, g = NETWORKS[name], torch.Generator().manual_seed(seed)
+    network = NETWORKS[name]
+    sizes = {"tasks": tasks, "support": support, "query": query}
+    return episodes(network.shape, network.outputs, **sizes, dtype=dtype, seed=seed)
 
-    def x(n: int) -> Tensor:
-        return torch.randn(tasks, n, *network.shape, generator=g, dtype=torch.float64).to(dtype)
 
-    def y(n: int) -> Tensor:
-        return torch.randint(network.outputs, (tasks, n), generator=g)
+def episodes(
+    shape: tuple[int, ...],
+    classes: int = 3,
+    *,
+    tasks: int = 3,
+    support: int = 6,
+    query: int = 4,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 1,
+) -> TaskBatch:
+    """Random episodes of examples of this shape."""
+    g = torch.Generator().manual_seed(seed)
 
-    return TaskBatch(x(support), y(support), x(query), y(query))
+    def half(n: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(tasks, n, *shape, generator=g, dtype=torch.float64).to(dtype)
+        return x, torch.randint(classes, (tasks, n), generator=g)
+
+    return TaskBatch(*half(support), *half(query))
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:

@@ -8,10 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from doors import by_door
-from networks import gradients
+from doors import check_native
+from networks import episodes, gradients
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastmaml
 from fastmaml import TaskBatch
@@ -102,32 +101,15 @@ ATTEND: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _batch() -> TaskBatch:
-    g = torch.Generator().manual_seed(5)
-
-    def half(n: int) -> tuple[Tensor, Tensor]:
-        x = torch.randn(3, n, PLACES, WIDTH, generator=g, dtype=torch.float64)
-        return x, torch.randint(3, (3, n), generator=g)
-
-    return TaskBatch(*half(4), *half(3))
+def _episodes() -> TaskBatch:
+    return episodes((PLACES, WIDTH), support=4, query=3)
 
 
 @pytest.mark.parametrize("name", ATTEND)
 def test_native_attention(name: str) -> None:
     torch.manual_seed(1)
-    module, batch = Attention(ATTEND[name]).double(), _batch()
-    torch.manual_seed(2)
-    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
-        value, expected = sequential_maml(module, batch, 0.3, 2)
-    for door in (1, 3) if name == "with dropout" else (1, 2, 3):
-        module.zero_grad()
-        maml = fastmaml.MAML(module, lr=0.3)
-        torch.manual_seed(2)
-        found = by_door(maml, batch, 2, door)
-        found.backward()
-        assert not maml.programs.found_none
-        torch.testing.assert_close(found.detach(), value.detach())
-        assert relative_error(gradients(module), expected) < 1e-11
+    doors = (1, 3) if name == "with dropout" else (1, 2, 3)
+    check_native(Attention(ATTEND[name]).double(), _episodes(), 0.3, doors)
 
 
 class Encoded(nn.Module):
@@ -212,20 +194,8 @@ DRAWING = ("dropout of weights", "a layer", "a decoder")
 def test_attention_of_pytorchs_modules(name: str) -> None:
     torch.manual_seed(1)
     f, parts = ENCODERS[name]
-    module, batch = Encoded(f, *parts()).double(), _batch()
-    torch.manual_seed(2)
-    with sdpa_kernel(SDPBackend.MATH):
-        value, expected = sequential_maml(module, batch, 0.3, 2)
-    for door in (1, 3) if name in DRAWING else (1, 2, 3):
-        module.zero_grad()
-        maml = fastmaml.MAML(module, lr=0.3, allow_unused=True)
-        torch.manual_seed(2)
-        found = by_door(maml, batch, 2, door)
-        found.backward()
-        assert not maml.programs.found_none
-        torch.testing.assert_close(found.detach(), value.detach())
-        assert relative_error(gradients(module), expected) < 1e-11
-    maml.adapted(batch)
+    module, doors = Encoded(f, *parts()).double(), (1, 3) if name in DRAWING else (1, 2, 3)
+    check_native(module, _episodes(), 0.3, doors).adapted(_episodes())
 
 
 def test_attention_that_sees_examples_as_places_is_left_to_pytorch() -> None:

@@ -7,12 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from doors import by_door
-from networks import gradients
+from networks import episodes, gradients
 from rule_checks import RuleTests
 from torch import Tensor, nn
 
 import fastmaml
-from fastmaml import TaskBatch
 from fastmaml.program.capture import capture
 from fastmaml.program.trace import NotCovered
 from fastmaml.testing import relative_error, sequential_maml
@@ -38,16 +37,6 @@ class Operands(nn.Module):
         return self.does(self, x)
 
 
-def _batch() -> TaskBatch:
-    g = torch.Generator().manual_seed(5)
-
-    def half(n: int) -> tuple[Tensor, Tensor]:
-        x = torch.randn(3, n, 4, generator=g, dtype=torch.float64)
-        return x, torch.randint(3, (3, n), generator=g)
-
-    return TaskBatch(*half(6), *half(4))
-
-
 NATIVE: dict[str, Callable[[Operands, Tensor], Tensor]] = {
     "a temperature": lambda m, x: m.layer(x) * m.scale,
     "a bias in front": lambda m, x: m.vector + m.layer(x),
@@ -70,7 +59,7 @@ NATIVE: dict[str, Callable[[Operands, Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", NATIVE)
 def test_native_operands(name: str, door: int) -> None:
     torch.manual_seed(1)
-    module, batch = Operands(NATIVE[name]).double(), _batch()
+    module, batch = Operands(NATIVE[name]).double(), episodes((4,), seed=5)
     for _ in range(2):  # with other values as well
         state = {key: value.clone() for key, value in module.state_dict().items()}
         _, expected = sequential_maml(module, batch, 0.3, 2)
@@ -131,7 +120,7 @@ def test_refusals(does: Callable[[Operands, Tensor], Tensor], reason: str) -> No
 
 def test_a_frozen_and_an_adapted_scale() -> None:
     torch.manual_seed(1)
-    module, batch = Operands(NATIVE["several times"]).double(), _batch()
+    module, batch = Operands(NATIVE["several times"]).double(), episodes((4,), seed=5)
     module.vector.requires_grad_(False)
     _, expected = sequential_maml(module, batch, 0.3)
     maml = fastmaml.MAML(module, lr=0.3, allow_unused=True)

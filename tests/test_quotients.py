@@ -7,12 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from doors import by_door
-from networks import gradients
+from doors import check_native
+from networks import episodes, gradients
 from torch import Tensor, nn
 
 import fastmaml
-from fastmaml import TaskBatch
 from fastmaml.program.capture import capture
 from fastmaml.program.trace import NotCovered
 from fastmaml.testing import relative_error, sequential_maml
@@ -69,30 +68,10 @@ NATIVE: dict[str, Callable[[Forward, Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-def _batch() -> TaskBatch:
-    g = torch.Generator().manual_seed(5)
-
-    def half(n: int) -> tuple[Tensor, Tensor]:
-        x = torch.randn(3, n, 4, generator=g, dtype=torch.float64)
-        return x, torch.randint(3, (3, n), generator=g)
-
-    return TaskBatch(*half(6), *half(4))
-
-
 @pytest.mark.parametrize("name", NATIVE)
 def test_native_forwards(name: str) -> None:
     torch.manual_seed(1)
-    module, batch = Forward(NATIVE[name]).double(), _batch()
-    value, expected = sequential_maml(module, batch, 0.1, 2)
-    for door in (1, 2, 3):
-        module.zero_grad()
-        maml = fastmaml.MAML(module, lr=0.1, allow_unused=True)
-        found = by_door(maml, batch, 2, door)
-        found.backward()
-        assert not maml.programs.found_none
-        torch.testing.assert_close(found.detach(), value.detach())
-        used = {n: g for n, g in gradients(module).items() if g is not None}
-        assert relative_error(used, {n: expected[n] for n in used}) < 1e-11
+    check_native(Forward(NATIVE[name]).double(), episodes((4,)), 0.1)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +94,7 @@ def test_refusals(does: Callable[[Forward, Tensor], Tensor], reason: str) -> Non
 
 def test_an_example_of_zeros() -> None:
     """Where the norm has no derivative, PyTorch's is zero, but that one's derivative NaN."""
-    module, batch = Forward(NATIVE["normalised"]).double(), _batch()
+    module, batch = Forward(NATIVE["normalised"]).double(), episodes((4,))
     with torch.no_grad():
         module.layer.bias.zero_()
     batch.support_x[:, 0] = 0

@@ -29,7 +29,7 @@ class Mul(mul.Mul):
     """Every pass in one launch."""
 
     def products(self, *pairs: tuple[Tensor, Tensor]) -> Tensor:
-        """See :meth:`fastmaml.rules.mul.Mul.products`."""
+        """See :class:`fastmaml.rules.product.ProductRule`."""
         like = dense(pairs[0][1])
         factors = [dense(t, like) for pair in pairs for t in pair]
         out = like.new_empty_strided(like.shape, like.stride())
