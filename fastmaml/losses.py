@@ -43,7 +43,7 @@ def built_in(loss: TaskLoss) -> BuiltIn | None:
         kind = _kind_of_module(loss)
         return None if kind is None else _reduced(kind, getattr(loss, "reduction", None))
     if isinstance(loss, partial):
-        known = built_in(loss.func)
+        known = _FUNCTIONS.get(loss.func)
         plain = not loss.args and loss.keywords.keys() <= {"reduction"}
         if known is None or not plain:
             return None

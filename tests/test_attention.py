@@ -204,6 +204,17 @@ def test_attention_that_sees_examples_as_places_is_left_to_pytorch() -> None:
         capture(Encoded(_itself, module), torch.randn(6, PLACES, WIDTH))
 
 
+@pytest.mark.parametrize("mask", [None, torch.zeros(1, PLACES)])
+def test_what_pytorch_refuses_is_refused(mask: Tensor | None) -> None:
+    kwargs = {"attn_mask": mask, "is_causal": mask is None}
+    module = Encoded(lambda m, x: _itself(m, x, **kwargs), _multi_head()).double()
+    x = torch.randn(4, PLACES, WIDTH, dtype=torch.float64)
+    with pytest.raises(RuntimeError):
+        module(x)
+    with pytest.raises(NotCovered):
+        capture(module, x)
+
+
 class Classifier(nn.Module):
     """PyTorch's own example of a classifier for digits, smaller."""
 

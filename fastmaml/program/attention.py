@@ -39,10 +39,13 @@ class ExamplesInFront(TorchFunctionMode):
 
 
 def _is_usual(a: dict[str, Any]) -> bool:
-    mask = a["attn_mask"]
-    batched = all(a[name].ndim == 3 for name in ("query", "key", "value"))
-    absent = all(a[name] is None for name in _UNUSUAL) and not a["add_zero_attn"]
-    return batched and absent and (mask is None or (mask.ndim == 2 and mask.is_floating_point()))
+    """Or one that PyTorch shall refuse itself."""
+    if any(a[name].ndim != 3 for name in ("query", "key", "value")) or a["add_zero_attn"]:
+        return False
+    mask, shape = a["attn_mask"], (len(a["query"]), len(a["key"]))
+    fits = mask is None or (tuple(mask.shape) == shape and mask.is_floating_point())
+    led = mask is not None or not a["is_causal"]
+    return fits and led and all(a[name] is None for name in _UNUSUAL)
 
 
 def _attention(**a: Any) -> tuple[Tensor, Tensor | None]:
