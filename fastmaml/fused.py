@@ -101,7 +101,6 @@ class Recognised(NamedTuple):
 
     form: tuple[object, ...]
     program: NativeProgram | None
-    loss: BuiltIn | None
 
 
 def _recognised(
@@ -121,7 +120,7 @@ def _recognised(
         program = maml.current_program(layout, batch.support(0)[0])
         data_learned = any(t.requires_grad for t in batch)
         native = None if data_learned else _native(program, batch, own_loss)
-        maml.recognised = known = Recognised(form, native, own_loss)
+        maml.recognised = known = Recognised(form, native)
     return TaskBatch(*batch), known.program, own_loss
 
 

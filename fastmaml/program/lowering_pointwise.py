@@ -195,7 +195,7 @@ def _inverse(trace: Trace, divisor: Tensor, quotient: Tensor) -> Tensor:
     if drawn is not None:  # of it there is no derivative
         return trace.draw(torch.ops.aten.reciprocal.default, drawn)
     value = trace.operand(divisor, quotient)
-    inverse = trace.stand_in(value)
+    inverse = trace.rows(value.shape, merged=value.merged)
     trace.emit("activation", inverse, (value,), function="reciprocal", alpha=0.0, beta=0.0)
     return inverse
 
@@ -274,7 +274,7 @@ def _shares(lowering: Lowering) -> Lowering:
             return lowering(trace, a, result)
         if any(_has_examples(trace, t, result) for t in tensors):
             return lowering(trace, a, result)
-        rows = torch.empty(trace.examples, *result.shape, device="meta")
+        rows = trace.rows(result.shape)
         lowering(trace, a, rows)
         return trace.alias(result, Shared(trace.value(rows)))
 

@@ -62,8 +62,7 @@ def _attention(trace: Trace, a: Arguments, result: Any) -> None:
     if a["is_causal"]:
         mask = _causal(trace, a["query"], shape[1:])
     if mask is not None:
-        like = torch.empty(trace.examples, *shape, device="meta")
-        other = trace.operand(mask, like)
+        other = trace.operand(mask, trace.rows(shape))
         if len(other.shape) != len(shape):
             raise NotCovered("a mask of other axes")
         if other.shape != shape:
@@ -77,7 +76,7 @@ def _emitted(
     trace: Trace, kind: str, shape: tuple[int, ...], inputs: tuple[Value, ...], **attrs: Any
 ) -> Value:
     """An op whose result the module does not see, of an example's ``shape``."""
-    result = torch.empty(trace.examples, *shape, device="meta", dtype=trace.dtype)
+    result = trace.rows(shape)
     trace.emit(kind, result, inputs, **attrs)
     return trace.value(result)
 

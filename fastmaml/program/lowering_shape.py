@@ -79,9 +79,7 @@ def _narrow(trace: Trace, x: Tensor, result: Tensor, dim: int, start: int) -> No
     if x.shape == result.shape and isinstance(known, (Value, Read, Reshaped)):
         return trace.alias(result, known)  # releases up to 2.5 cut nothing off in ``x[None, :]``
     if isinstance(known, (Read, Reshaped, Shared)):
-        rows = torch.empty(trace.examples, *x.shape, device="meta")
-        part = torch.empty(trace.examples, *result.shape, device="meta")
-        whole = trace.operand(x, rows)
+        whole, part = trace.operand(x, trace.rows(x.shape)), trace.rows(result.shape)
         trace.emit("narrow", part, (whole,), dim=dim, start=start)
         return trace.alias(result, Shared(trace.value(part)))
     value = trace.value(x)
@@ -121,9 +119,7 @@ def _view(trace: Trace, a: Arguments, result: Tensor) -> None:
             raise NotCovered("a transposed weight in another shape")
         return trace.alias(result, Reshaped(a["self"]))
     if isinstance(known, Shared):
-        rows = torch.empty(examples, *result.shape, device="meta")
-        trace.reshape(rows, known.value)
-        return trace.alias(result, Shared(trace.value(rows)))
+        return trace.alias(result, Shared(trace.viewed(known.value, result.shape)))
     if isinstance(known, SideBySide) and result.shape == (examples, *known.value.shape):
         return trace.alias(result, known.value)
     x = trace.value(a["self"])
@@ -150,7 +146,7 @@ def _expand(trace: Trace, a: Arguments, result: Tensor) -> None:
 def _expand_shared(trace: Trace, shared: Tensor, result: Tensor) -> None:
     """To examples, or still without them."""
     if result.ndim == 0 or len(result) != trace.examples:
-        rows = torch.empty(trace.examples, *result.shape, device="meta")
+        rows = trace.rows(result.shape)
         _expand_shared(trace, shared, rows)
         return trace.alias(result, Shared(trace.value(rows)))
     x = trace.operand(shared, result)

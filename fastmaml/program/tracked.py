@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ class Tracked:
         """
         known, drawn = self.lookup(tensor), self.drawn(tensor)
         if isinstance(known, Shared):
-            return self._viewed(known.value, self._axes_of_each(tensor, like))
+            return self.viewed(known.value, self._axes_of_each(tensor, like))
         if isinstance(known, Reshaped):
             return self._repeated(known.parameter, tensor, like)
         if drawn is None and isinstance(known, Read):
@@ -97,10 +97,10 @@ class Tracked:
         """What was drawn itself, of a buffer a copy that stands for it; None for all else."""
         known = self.lookup(tensor)
         if isinstance(known, Read) and known.is_buffer:
-            return self.copy_of_buffer(tensor)
+            return self._copy_of_buffer(tensor)
         return tensor if isinstance(known, Drawn) else None
 
-    def copy_of_buffer(self, buffer: Tensor) -> Tensor:
+    def _copy_of_buffer(self, buffer: Tensor) -> Tensor:
         """As what is drawn: the buffer as it is at each call."""
         name = self.buffer_name(buffer)
         if name not in self._copies:
@@ -113,7 +113,7 @@ class Tracked:
         slot = self.parameter(parameter, vector=True)
         key = slot, *axes
         if key not in self._broadcast:
-            rows = torch.empty(self.examples, *axes, device="meta")
+            rows = self.rows(axes)
             self.emit("parameter", rows, (Value(0, self.values[0]),), (slot,))
             self._broadcast[key] = self.value(rows)
         return self._broadcast[key]
@@ -125,14 +125,17 @@ class Tracked:
             raise NotCovered("a parameter that differs between examples")
         return axes if len(like) == self.examples else [first, *axes]
 
-    def _viewed(self, value: Value, axes: list[int]) -> Value:
-        rows = torch.empty(self.examples, *axes, device="meta")
+    def viewed(self, value: Value, axes: Sequence[int]) -> Value:
+        """The elements of ``value`` in the same order, with other axes for each example."""
+        rows = self.rows(axes)
         self.reshape(rows, value)
         return self.value(rows)
 
-    def stand_in(self, value: Value) -> Tensor:
-        """A tensor of that value's shape without memory, for what the module does not make."""
-        lead, *rest = (1, *value.shape) if not value.merged else value.shape
+    def rows(self, shape: Sequence[int], *, merged: bool = False) -> Tensor:
+        """For a value that the module does not make: a tensor without memory, of this shape for
+        each example.
+        """
+        lead, *rest = shape if merged else (1, *shape)
         return torch.empty(self.examples * lead, *rest, device="meta", dtype=self.dtype)
 
     def draw(self, func: Any, *args: Any, **kwargs: Any) -> Tensor:
