@@ -91,6 +91,13 @@ def gated() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
     return Gated(), torch.randn(2, 3, 2, 4, 5), F.cross_entropy
 
 
+def sequences() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
+    """Attention, and the logarithm of probabilities of more classes than a tile holds."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    net = nn.Sequential(layer, nn.Flatten(), nn.Linear(40, 1200), nn.LogSoftmax(-1))
+    return net, torch.randn(2, 3, 5, 8), F.cross_entropy
+
+
 def of_examples() -> tuple[nn.Module, Tensor, Callable[..., Tensor]]:
     """Norms of examples: of groups, of rows, and of more values than a tile holds."""
     net = nn.Sequential(
@@ -238,6 +245,7 @@ def compile_all(capability: int) -> None:
             meta_step(*cnn_without())
             meta_step(*ones())
             meta_step(*gated())
+            meta_step(*sequences())
             functions()
     for name, stack in done.values():
         sys.stdout.write(f"{name} {stack}\n")

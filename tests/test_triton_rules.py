@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -22,7 +23,7 @@ from fastmaml.backends.precision import (
     linear_precision,
     precision,
 )
-from fastmaml.backends.triton import LOSSES, group_norm, norm
+from fastmaml.backends.triton import LOSSES, group_norm, norm, softmax
 from fastmaml.backends.triton import rules as triton_rules
 from fastmaml.backends.triton.products import choose_blocks
 from fastmaml.rules import LOSSES as REFERENCE_LOSSES
@@ -79,7 +80,7 @@ def test_against_the_rule(case: Case, tasks: int, examples: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("tf32x3", 2e-5), ("tf32", 5e-3), ("bf16", 4e-2)])
-@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "bmm"])
 @torch.no_grad()
 def test_lower_precision(kind: str, name: str, tolerance: float) -> None:
     check(CASES[kind][0], 2, 3, triton_rules(name, name), tolerance)
@@ -198,6 +199,52 @@ def test_groups_of_several_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     """Of positions, and of channels."""
     monkeypatch.setattr(group_norm, "_TILE_VALUES", 16)
     check(next(c for c in CASES["group_norm"] if c.name == name), 2, 2, RULES, 2e-5)
+
+
+@pytest.mark.parametrize("case", CASES["softmax"], ids=str)
+@torch.no_grad()
+def test_softmax_of_several_tiles(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(softmax, "_LONGEST_TILE", 4)
+    monkeypatch.setattr(softmax, "_WARP_VALUES", 8)
+    check(case, 2, 2, RULES, 2e-5)
+
+
+@pytest.mark.parametrize("case", CASES["softmax"], ids=str)
+@torch.no_grad()
+def test_softmax_of_what_is_not_finite(case: Case) -> None:
+    """Lines with minus infinity, lines of nothing else, and lines with NaN."""
+    low, nan = -float("inf"), float("nan")
+    x, axis = torch.randn(3, 2, *case.inputs[0]), case.op.attrs["dim"] + 2
+    x.select(axis, 0)[0] = low
+    x[1], x[2, 0] = low, low
+    x.select(axis, -1)[2] = nan
+    given = ((REFERENCE_RULES["softmax"], x.double()), (RULES["softmax"], x.to(DEVICE)))
+    with np.errstate(all="ignore"), warnings.catch_warnings():  # of the interpreter
+        warnings.simplefilter("ignore")
+        exact, found = (
+            rule.forward(case.op, case.out_shape, [], [], [v])[0].double().cpu()
+            for rule, v in given
+        )
+    torch.testing.assert_close(found, exact, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "bmm"])
+@torch.no_grad()
+def test_axes_in_another_order(kind: str) -> None:
+    """As views that turned their axes leave them in memory."""
+    case = next(c for c in CASES[kind] if len(c.inputs[0]) == 3)
+    inputs = [torch.randn(2, 3, *shape) for shape in case.inputs]
+    turned = [x.to(DEVICE).permute(1, 3, 4, 0, 2).contiguous() for x in inputs]
+    turned = [x.permute(3, 0, 4, 1, 2) for x in turned]
+    found, saved = RULES[kind].forward(case.op, case.out_shape, [], [], turned)
+    expected, _ = REFERENCE_RULES[kind].forward(case.op, case.out_shape, [], [], inputs)
+    torch.testing.assert_close(found.cpu(), expected)
+    gy = torch.randn_like(expected)
+    _, found = RULES[kind].backward(case.op, [], turned, saved, gy.to(DEVICE))
+    kept = expected if kind == "softmax" else None
+    _, wanted = REFERENCE_RULES[kind].backward(case.op, [], inputs, kept, gy)
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got.cpu(), want)
 
 
 @pytest.mark.parametrize("tasks", [1, 4, 32])

@@ -8,7 +8,8 @@ convolutions in groups.
 from collections.abc import Mapping
 from functools import cache
 
-from fastmaml.backends.triton import activation, group_norm, mul, norm, pool
+from fastmaml.backends.triton import activation, group_norm, mul, norm, pool, softmax
+from fastmaml.backends.triton.bmm import Bmm
 from fastmaml.backends.triton.conv2d import Conv2d, GroupedConv2d
 from fastmaml.backends.triton.linear import Linear
 from fastmaml.backends.triton.loss import LOSSES
@@ -26,9 +27,11 @@ def rules(convolution: str, linear: str) -> Mapping[str, Rule]:
         **activation.RULES,
         **mul.RULES,
         **pool.RULES,
+        **softmax.RULES,
         "conv2d": Conv2d(convolution),
         "grouped_conv2d": GroupedConv2d(convolution),
         "linear": Linear(linear),
+        "bmm": Bmm(linear),
     }
 
 
