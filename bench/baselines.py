@@ -86,15 +86,20 @@ def eager(case: Case, dtype: torch.dtype) -> Step:
 
 
 class PrimitiveNorm(nn.Module):
-    """Batch normalisation by the batch's own statistics, in operations that vmap gets right."""
+    """Normalisation by the batch's own statistics, or by those of an example's last axes, in
+    operations that vmap gets right.
+    """
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.last_axes = len(getattr(norm, "normalized_shape", ()))
 
     def forward(self, x: Tensor) -> Tensor:
-        dims = [0, *range(2, x.dim())]
-        shape = [1, -1] + [1] * (x.dim() - 2)
+        if self.last_axes:
+            dims, shape = list(range(-self.last_axes, 0)), x.shape[-self.last_axes :]
+        else:
+            dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
         mean = x.mean(dims, keepdim=True)
         centred = x - mean
         variance = (centred * centred).mean(dims, keepdim=True)
@@ -112,7 +117,7 @@ def without_running_statistics(module: nn.Module) -> nn.Module:
 
 def with_primitive_norms(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d | nn.LayerNorm):
             setattr(module, name, PrimitiveNorm(child))
         else:
             with_primitive_norms(child)

@@ -9,7 +9,9 @@ from functools import cache, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from bench.machine import differentiable_attention
 from fastmaml import TaskBatch, testing
 from fastmaml.testing import sequential_maml
 from fastmaml.vision.models import CNN4, OmniglotCNN, OmniglotFC, ResNet12
@@ -37,6 +39,22 @@ def omniglot_group_norm() -> nn.Module:
         layers += [nn.Conv2d(channels, 32, 3, padding=1), nn.GroupNorm(8, 32)]
         layers += [nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 5))
+
+
+def sequence_encoder() -> nn.Module:
+    """Two of PyTorch's transformer layers over 16 places, no dropout, to have an oracle."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    return nn.Sequential(
+        nn.Linear(8, 32), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+        nn.Flatten(), nn.Linear(16 * 32, 5),
+    )  # fmt: skip
+
+
+def small_vision_transformer() -> nn.Module:
+    """Three layers over the patches, 8x8 each, of 32x32 images."""
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(32, 8, 3, 4, 64, 128, num_classes=5)
 
 
 def cifar_resnet() -> nn.Module:
@@ -110,6 +128,8 @@ CASES = {
         Case("omni55", lambda: OmniglotCNN(5), (1, 28, 28), 32, 5, 75, steps=5, lr=0.1),
         Case("mini51", lambda: CNN4(5, hidden_size=32), (3, 84, 84), 4, 5, 75, steps=5, lr=0.01),
         Case("resnet12", cifar_resnet, (3, 32, 32), 2, 5, 75, steps=1, lr=0.01),
+        Case("encoder", sequence_encoder, (16, 8), 16, 5, 15, steps=3, lr=0.05),
+        Case("vit", small_vision_transformer, (3, 32, 32), 4, 5, 15, steps=3, lr=0.05),
         Case("sinelayer", sine_norms, (1,), 25, 10, 10, steps=5, lr=0.01, ways=1, regression=True),
         Case("omnigroup", omniglot_group_norm, (1, 28, 28), 16, 5, 5, steps=5, lr=0.01),
     )
@@ -175,7 +195,8 @@ def oracle(case: Case) -> list[Tensor]:
     total = [torch.zeros_like(p) for p in model.parameters()]
     for t in range(case.tasks):
         task = TaskBatch(*(x[t : t + 1] for x in batch))
-        _, grads = sequential_maml(model, task, case.lr, case.steps, case.loss)
+        with differentiable_attention():
+            _, grads = sequential_maml(model, task, case.lr, case.steps, case.loss)
         for sum_, g in zip(total, grads.values(), strict=True):
             sum_ += g / case.tasks
     return [t.cpu() for t in total]
@@ -192,9 +213,9 @@ def relative_error(grads: list[Tensor], reference: list[Tensor]) -> float:
 def useful_gflop(case: Case) -> float:
     """Multiplications and additions (10^9) that the exact adjoint needs for one meta-step.
 
-    Linear and convolution layers only, without a convolution's padding taps, activations saved:
-    a gradient is 3 forward passes, a Hessian-vector product 6 more; a layer that reads the data
-    needs no gradient for its input, and its input has no tangent: 2 and 2.
+    Products alone, without a convolution's padding taps, activations saved: a gradient is 3 forward
+    passes, a Hessian-vector product 6 more; a layer that reads the data needs no gradient for its
+    input, and its input has no tangent: 2 and 2.
     """
     first, later = _forward_flop(case)
     gradients = case.support * case.steps + case.query
@@ -204,24 +225,30 @@ def useful_gflop(case: Case) -> float:
 
 
 def _forward_flop(case: Case) -> tuple[float, float]:
-    """Flop of one example's forward pass: in the layer that reads the data, in the others."""
-    counts: list[float] = []
+    """Flop of one example's forward pass: in the layer that reads the data, in all else."""
+    examples = 2
+    layers: list[float] = []
+    convolutions = 0.0
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal convolutions
         if isinstance(module, nn.Linear):
-            counts.append(2.0 * module.in_features * module.out_features)
+            layers.append(2.0 * output[0].numel() * module.in_features)
         elif isinstance(module, nn.Conv2d):
             taps = 1
             for axis in (0, 1):
                 taps *= _valid_taps(module, axis, inputs[0].shape[2 + axis], output.shape[2 + axis])
-            counts.append(2.0 * taps * module.in_channels * module.out_channels / module.groups)
+            layers.append(2.0 * taps * module.in_channels * module.out_channels / module.groups)
+            convolutions += layers[-1]
 
     model = case.model()
     for module in model.modules():
         module.register_forward_hook(count)
-    with torch.no_grad():
-        model(torch.zeros(2, *case.shape, device=case.device))
-    return counts[0], sum(counts[1:])
+    with torch.no_grad(), differentiable_attention(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(examples, *case.shape, device=case.device))
+    counted = counter.get_flop_counts()["Global"]
+    other = sum(flop for op, flop in counted.items() if op is not torch.ops.aten.convolution)
+    return layers[0], convolutions + other / examples - layers[0]
 
 
 def _valid_taps(conv: nn.Conv2d, axis: int, size: int, out: int) -> int:

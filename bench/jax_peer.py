@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +57,7 @@ def network(model: nn.Module, example: Tensor) -> Callable[[list, object], objec
     """
     index = {id(p): i for i, p in enumerate(model.parameters())}
     layers = [
-        (layer, [index[id(p)] for p in (layer.weight, layer.bias)] if parametrised(layer) else [])
-        for layer in calls(model, example)
+        (layer, [index[id(p)] for p in layer.parameters()]) for layer in calls(model, example)
     ]
 
     def apply(theta: list, x: object) -> object:
@@ -69,23 +68,27 @@ def network(model: nn.Module, example: Tensor) -> Callable[[list, object], objec
     return apply
 
 
-def parametrised(layer: nn.Module) -> bool:
-    return next(layer.parameters(), None) is not None
-
-
 def calls(model: nn.Module, example: Tensor) -> list[nn.Module]:
-    """The leaf modules of a net in the order of their calls."""
+    """The modules of a net that `apply_layer` knows as one, in the order of their calls."""
     order: list[nn.Module] = []
     hooks = [
-        module.register_forward_hook(lambda layer, *_: order.append(layer))
-        for module in model.modules()
-        if not list(module.children())
+        part.register_forward_hook(lambda layer, *_: order.append(layer)) for part in whole(model)
     ]
     with torch.no_grad():
         model(example)
     for hook in hooks:
         hook.remove()
     return order
+
+
+def whole(module: nn.Module) -> Iterator[nn.Module]:
+    """Transformer layers, and all that has no parts or has parameters of its own."""
+    own = list(module.parameters(recurse=False)) or not list(module.children())
+    if own or isinstance(module, nn.TransformerEncoderLayer):
+        yield module
+    else:
+        for child in module.children():
+            yield from whole(child)
 
 
 def apply_layer(layer: nn.Module, parameters: list, x: object) -> object:
@@ -95,8 +98,9 @@ def apply_layer(layer: nn.Module, parameters: list, x: object) -> object:
     if isinstance(layer, nn.Linear):
         if x.ndim == 4 and x.shape[1] == layer.in_features:
             x = jnp.mean(x, axis=(2, 3))
-        weight, bias = parameters
-        return x.reshape(x.shape[0], -1) @ weight.T + bias
+        if x.shape[-1] != layer.in_features:
+            x = x.reshape(x.shape[0], -1)
+        return linear(x, *parameters)
     if isinstance(layer, nn.Conv2d):
         weight, bias = parameters
         pads = [(p, p) for p in layer.padding]
@@ -108,11 +112,44 @@ def apply_layer(layer: nn.Module, parameters: list, x: object) -> object:
         centred = x - jnp.mean(x, axes, keepdims=True)
         variance = jnp.mean(centred**2, axes, keepdims=True)
         return centred / jnp.sqrt(variance + layer.eps) * weight + bias
+    if isinstance(layer, nn.LayerNorm):
+        return layer_norm(x, *parameters, layer.eps)
+    if isinstance(layer, nn.TransformerEncoderLayer):
+        return transformer_layer(layer, parameters, x)
     if isinstance(layer, nn.ReLU):
         return jx.nn.relu(x)
     if isinstance(layer, nn.MaxPool2d):
         window = (1, 1, 2, 2)  # the only pooling among the cases
         return jx.lax.reduce_window(x, -jnp.inf, jx.lax.max, window, window, "VALID")
-    if not parametrised(layer):
+    if not parameters:
         return x  # flatten and the like: what the linear layer needs is done there
     raise NotImplementedError(f"the JAX contender has no {type(layer).__name__}")
+
+
+def linear(x: object, weight: object, bias: object) -> object:
+    return x @ weight.T + bias
+
+
+def layer_norm(x: object, weight: object, bias: object, eps: float) -> object:
+    import jax.numpy as jnp
+
+    centred = x - jnp.mean(x, -1, keepdims=True)
+    variance = jnp.mean(centred**2, -1, keepdims=True)
+    return centred / jnp.sqrt(variance + eps) * weight + bias
+
+
+def transformer_layer(layer: nn.TransformerEncoderLayer, parameters: list, x: object) -> object:
+    """Norms behind, ReLU, no dropout; parameters in PyTorch's order."""
+    import jax as jx
+    import jax.numpy as jnp
+
+    into, out_of, first, second, norm1, norm2 = zip(parameters[::2], parameters[1::2], strict=True)
+    examples, places, width = x.shape
+    heads = layer.self_attn.num_heads
+    shape = (examples, places, 3, heads, width // heads)
+    q, k, v = jnp.moveaxis(linear(x, *into).reshape(shape), 2, 0)
+    scores = jnp.einsum("nihd,njhd->nhij", q, k) / (width // heads) ** 0.5
+    seen = jnp.einsum("nhij,njhd->nihd", jx.nn.softmax(scores), v).reshape(x.shape)
+    x = layer_norm(x + linear(seen, *out_of), *norm1, layer.norm1.eps)
+    hidden = jx.nn.relu(linear(x, *first))
+    return layer_norm(x + linear(hidden, *second), *norm2, layer.norm2.eps)

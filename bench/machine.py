@@ -1,4 +1,6 @@
-"""What a timing depends on beside the code: processor, threads, versions, commit, FMA peak."""
+"""What a timing depends on beside the code: processor, threads, versions, commit, FMA peak, and
+which of PyTorch's kernels take part.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,20 @@ import os
 import platform
 import shutil
 import subprocess
+from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _PEAK_TRIES = 7  # a neighbour that holds a core for a moment must not lower it
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def differentiable_attention() -> AbstractContextManager[None]:
+    """PyTorch's other kernels for attention have no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def environment(threads: int, device: str = "cpu") -> dict[str, object]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bench.contenders import CONTENDERS
+from bench.machine import differentiable_attention
 
 if TYPE_CHECKING:
     from bench.baselines import Step
@@ -102,17 +103,18 @@ def _main(job: Job, oracle: list[torch.Tensor] | None, connection: Connection) -
         sys.path.insert(0, job.package)
     torch.set_num_threads(job.threads)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = job.tf32
-    try:
-        step, gate = _prepare(job, oracle)
-    except ImportError as error:
-        connection.send(Gate("unavailable", _first_line(error)))
-        return
-    except Exception as error:
-        connection.send(Gate("failed", f"{type(error).__name__}: {_first_line(error)}"))
-        return
-    connection.send(gate)
-    while (budget_s := connection.recv()) is not None:
-        connection.send(_timed(step, budget_s))
+    with differentiable_attention():
+        try:
+            step, gate = _prepare(job, oracle)
+        except ImportError as error:
+            connection.send(Gate("unavailable", _first_line(error)))
+            return
+        except Exception as error:
+            connection.send(Gate("failed", f"{type(error).__name__}: {_first_line(error)}"))
+            return
+        connection.send(gate)
+        while (budget_s := connection.recv()) is not None:
+            connection.send(_timed(step, budget_s))
 
 
 def _prepare(job: Job, oracle: list[torch.Tensor] | None) -> tuple[Step, Gate]:
