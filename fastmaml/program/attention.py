@@ -8,34 +8,25 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-_ORIGINAL: Callable[..., Any] = F.multi_head_attention_forward
-_SIGNATURE = inspect.signature(_ORIGINAL)
+_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
+Result = tuple[Tensor, Tensor | None]
 _UNUSUAL = ("key_padding_mask", "bias_k", "bias_v", "static_k", "static_v")
 
 
-class ExamplesInFront(TorchFunctionMode):
-    """While active, multi-head attention is computed so, in this thread; nor is it fused into one
-    call for evaluation, as PyTorch does without gradients.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is _ORIGINAL:
-            given = _SIGNATURE.bind(*args, **kwargs)
-            given.apply_defaults()
-            if _is_usual(given.arguments):
-                return _attention(**given.arguments)
-        return func(*args, **kwargs)
+def attention(
+    args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Tensor, Tensor | None] | None:
+    """What the call gives; None for what is left to PyTorch."""
+    given = _SIGNATURE.bind(*args, **kwargs)
+    given.apply_defaults()
+    return _attention(**given.arguments) if _is_usual(given.arguments) else None
 
 
 def _is_usual(a: dict[str, Any]) -> bool:
@@ -48,7 +39,7 @@ def _is_usual(a: dict[str, Any]) -> bool:
     return fits and led and all(a[name] is None for name in _UNUSUAL)
 
 
-def _attention(**a: Any) -> tuple[Tensor, Tensor | None]:
+def _attention(**a: Any) -> Result:
     """Of query ``[L, N, E]``, key and value ``[S, N, ...]``; the mask ``[L, S]`` is added."""
     q, k, v = (_heads(x, a["num_heads"]) for x in _projections(a))
     mask, rate = a["attn_mask"], a["dropout_p"] if a["training"] else 0.0

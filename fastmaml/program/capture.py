@@ -14,9 +14,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as torch_module
 
 from fastmaml.backends.native import DTYPES
-from fastmaml.program.attention import ExamplesInFront
 from fastmaml.program.attributes import Attributes, random_states
 from fastmaml.program.draws import Tape
+from fastmaml.program.examples_in_front import ExamplesInFront
 from fastmaml.program.ir import Graph, Op, freeze
 from fastmaml.program.lowering import TABLE
 from fastmaml.program.substitute import call_with

@@ -98,6 +98,11 @@ def _slice(trace: Trace, a: Arguments, result: Tensor) -> None:
 def _select(trace: Trace, a: Arguments, result: Tensor) -> None:
     x, dim = a["self"], a["dim"] % a["self"].ndim
     index = a["index"] % x.shape[dim]
+    known = trace.lookup(x)
+    if isinstance(known, Turned) and dim == 0:
+        one = trace.rows((1, *known.value.shape[1:]))
+        trace.emit("narrow", one, (known.value,), dim=0, start=index)
+        return trace.reshape(result, trace.value(one))
     one = x.narrow(dim, index, 1)
     _narrow(trace, x, one, dim, index)
     _view(trace, {"self": one}, result)
@@ -120,6 +125,8 @@ def _view(trace: Trace, a: Arguments, result: Tensor) -> None:
         return trace.alias(result, Reshaped(a["self"]))
     if isinstance(known, Shared):
         return trace.alias(result, Shared(trace.viewed(known.value, result.shape)))
+    if isinstance(known, Turned) and known.value.shape[0] == 1 and len(result) == examples:
+        return trace.reshape(result, known.value)
     if isinstance(known, SideBySide) and result.shape == (examples, *known.value.shape):
         return trace.alias(result, known.value)
     x = trace.value(a["self"])
@@ -144,7 +151,14 @@ def _expand(trace: Trace, a: Arguments, result: Tensor) -> None:
 
 
 def _expand_shared(trace: Trace, shared: Tensor, result: Tensor) -> None:
-    """To examples, or still without them."""
+    """To examples, in front or as the second axis, or still without them."""
+    known = trace.lookup(shared)
+    assert known is not None
+    behind = shared.ndim == result.ndim > 1 and shared.shape[1] == 1 < trace.examples
+    if behind and result.shape == (len(shared), trace.examples, *shared.shape[2:]):
+        turned = shared.transpose(0, 1)
+        trace.alias(turned, known)
+        return trace.alias(result, Turned(trace.operand(turned, result.transpose(0, 1))))
     if result.ndim == 0 or len(result) != trace.examples:
         rows = trace.rows(result.shape)
         _expand_shared(trace, shared, rows)
@@ -182,7 +196,7 @@ SHAPE_TABLE: Mapping[str, Lowering] = {
     "constant_pad_nd": _pad,
     "slice": _slice,
     "select": _select,
-    **dict.fromkeys(("split", "split_with_sizes"), lower_split),
+    **dict.fromkeys(("split", "split_with_sizes", "unsafe_split"), lower_split),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unsqueeze", "squeeze"), _view),
     "expand": _expand,
     **dict.fromkeys(("permute", "transpose"), _permute),

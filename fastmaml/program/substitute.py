@@ -7,6 +7,7 @@ substitutes in place (checked on torch 2.14), and learn2learn's networks are bui
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from threading import RLock
@@ -72,7 +73,7 @@ class _Copies:
             for name, child in own["_modules"].items()
         }
         if isinstance(module, nn.RNNBase):
-            own["_flat_weights"] = _flat_weights(copy)
+            own.update(_flat_weights(copy))
         return copy
 
     def _instead(self, tensor: Tensor | None) -> Tensor | None:
@@ -84,9 +85,11 @@ def _is_compiled(module: nn.Module) -> bool:
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
-def _flat_weights(rnn: nn.Module) -> list[Tensor | None]:
-    """What a recurrent layer keeps beside its parameters."""
-    return [rnn._parameters.get(name) for name in vars(rnn)["_flat_weights_names"]]
+def _flat_weights(rnn: nn.Module) -> dict[str, list[Any]]:
+    """What a recurrent layer keeps beside its parameters, and would set anew in its forward."""
+    weights = [rnn._parameters.get(name) for name in vars(rnn)["_flat_weights_names"]]
+    references = [None if w is None else weakref.ref(w) for w in weights]
+    return {"_flat_weights": weights, "_flat_weight_refs": references}
 
 
 @contextmanager
@@ -122,8 +125,9 @@ def _substituted(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[N
                         undo.append((members, leaf, tensor))
                         members[leaf] = replacement[id(tensor)]
             if isinstance(part, nn.RNNBase):
-                undo.append((part.__dict__, "_flat_weights", part._flat_weights))
-                part.__dict__["_flat_weights"] = _flat_weights(part)
+                for name, own in _flat_weights(part).items():
+                    undo.append((vars(part), name, vars(part)[name]))
+                    vars(part)[name] = own
         yield
     finally:
         for members, leaf, tensor in reversed(undo):
