@@ -44,7 +44,7 @@ def meta_loss(
     batch, program, known = _recognised(maml, layout, theta, source, loss)
     checks.minibatch_steps(batch, steps)
     rates = _inner_steps(maml, layout, theta, steps, known)
-    apart = program is None or rates is None or program.graph.drawn or maml.starts_apart
+    apart = program is None or rates is None or not program.takes_as_it_is or maml.starts_apart
     if sampler is not None and episodes is not None and apart:
         # drawn now: what is read before the meta-step, or saved for a graph, is to stay
         batch, episodes = sampler.sample(), None
@@ -188,6 +188,9 @@ def _call(
     rate, rates = (0.0, None) if isinstance(inner, FusedUpdate) else inner
     if known.summed:
         rate *= _terms(program, known, batch.support(0)[0])
+    if program.takes_whole_numbers:
+        x = [program.converted(f"{part}_x", batch[i]) for part, i in (("support", 0), ("query", 2))]
+        batch = TaskBatch(x[0], batch.support_y, x[1], batch.query_y)
     if program.graph.drawn:
         batch = _with_draws(program, batch, steps)
     return MetaStep(
@@ -253,7 +256,7 @@ def _native(program: Program, batch: TaskBatch, known: BuiltIn | None) -> Native
     for part, (x, y) in (("support", batch.support(0)), ("query", batch[2:])):
         program.check_examples(x.shape[1], f"{part}_x")
         if y is not None:
-            checks.known_loss_targets(known.kind, f"{part}_y", y, output, x.dtype)
+            checks.known_loss_targets(known.kind, f"{part}_y", y, output, program.dtype)
     return program
 
 

@@ -159,6 +159,21 @@ class Sequences(nn.Module):
         return F.log_softmax(self.head(F.normalize(h.mean(1), dim=-1)), dim=-1)
 
 
+class Remembering(nn.Module):
+    """Rows of a table by constants, added to sequences, which two recurrent layers read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Embedding(5, 4)
+        self.first = nn.LSTM(4, 5, batch_first=True)
+        self.second = nn.GRU(5, 3, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.first(x + self.places(torch.arange(x.shape[1], device=x.device)))
+        return self.head(self.second(y)[0].mean(1))
+
+
 class Tied(nn.Module):
     """One weight matrix used twice, and one parameter that the loss never sees."""
 
@@ -291,6 +306,7 @@ NETWORKS = {
     "coordinates": Network(Coordinates, (2, 5, 4), 3),
     "mixer": Network(Mixer, (6, 4), 3),
     "sequences": Network(Sequences, (5, 4), 3),
+    "remembering": Network(Remembering, (3, 4), 3),
     "tied_unseen": Network(Tied, (5,), 3),
     "frozen": Network(frozen, (3,), 3),
     "omniglot_fc": Network(lambda: OmniglotFC(28 * 28, 5, sizes=[32, 16]), (1, 28, 28), 5),

@@ -124,6 +124,9 @@ def plain(op: Op, out_shape: Shape, params: Tensors, buffers: Tensors, *inputs: 
     """The op for one task: parameters ``[*shape]``, inputs ``[N, *shape]``."""
     if op.kind == "parameter":
         return params[0].expand(len(inputs[0]), *params[0].shape).reshape(-1, *out_shape)
+    if op.kind == "embedding":
+        padding = op.attrs["padding"] if op.attrs["padding"] >= 0 else None
+        return F.embedding(inputs[0].detach().long(), params[0], padding)
     if op.kind == "view":
         return inputs[0].reshape(-1, *out_shape)
     if op.kind == "expand":

@@ -157,6 +157,11 @@ def _activation_case(function: str, alpha: float = 0.0, beta: float = 0.0, **of_
     return _case(function, "activation", ((3, 5, 7),), **attrs, **of_case)
 
 
+def _embedding_case(name: str, x: Shape, rows: int, width: int, padding: int = -1) -> Case:
+    table, out = ((rows, width),), (*x, width)
+    return _case(name, "embedding", (x,), table, out=out, rows=rows, padding=padding)
+
+
 # --- the cases ------------------------------------------------------------------------------------
 
 CASES: dict[str, list[Case]] = {
@@ -198,6 +203,13 @@ CASES: dict[str, list[Case]] = {
         _case("scale_of_channels", "parameter", ((6, 5, 4),), ((6, 1, 1),), out=(6, 1, 1)),
         _case("scalar", "parameter", ((2, 3),), ((),), out=(1, 1)),
         _case("places", "parameter", ((2,),), ((1, 3, 7),), out=(3, 7)),
+    ],
+    "embedding": [
+        _embedding_case("of_places", (3,), 5, 17),
+        _embedding_case("of_one", (), 4, 3),
+        _embedding_case("padded", (2, 4), 6, 16, padding=2),
+        _embedding_case("one_row", (7,), 1, 2),
+        _embedding_case("narrow", (2,), 19, 1),
     ],
     "batch_norm": [
         _norm_case("1d", (17,)),
@@ -336,6 +348,8 @@ def random_tensors(
     params = [torch.randn(tasks, *shape, dtype=dtype) for shape in case.params]
     buffers = [torch.rand(shape, dtype=dtype) + 0.5 for shape in case.buffers]
     inputs = [torch.randn(tasks, examples, *shape, dtype=dtype) for shape in case.inputs]
+    if case.op.kind == "embedding":
+        inputs = [torch.randint(case.op.attrs["rows"], x.shape).to(dtype) for x in inputs]
     if case.positive:
         inputs = [x.abs() + 0.25 for x in inputs]
     return params, buffers, inputs

@@ -66,7 +66,7 @@ def _of(kind: type[nn.Module], *args: object, **kwargs: object) -> Callable[[], 
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], nn.Module], int]] = {
     "lstm": (_mean, _of(nn.LSTM), HIDDEN),
     "lstm without biases": (_mean, _of(nn.LSTM, bias=False), HIDDEN),
-    "lstm of two layers": (_both_ends, _of(nn.GRU, 2), 2 * HIDDEN),
+    "gru of two layers": (_both_ends, _of(nn.GRU, 2), 2 * HIDDEN),
     "lstm both ways": (_mean, _of(nn.LSTM, 2, bidirectional=True), 2 * HIDDEN),
     "states of an lstm": (_cell_state, _of(nn.LSTM), HIDDEN),
     "dropout in evaluation": (_mean, lambda: _of(nn.LSTM, 2, dropout=0.5)().eval(), HIDDEN),

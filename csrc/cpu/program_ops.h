@@ -122,6 +122,8 @@ std::unique_ptr<Op<T>> make_scale(OpReader& reader);
 template <typename T>
 std::unique_ptr<Op<T>> make_parameter(OpReader& reader);
 template <typename T>
+std::unique_ptr<Op<T>> make_embedding(OpReader& reader);
+template <typename T>
 std::unique_ptr<Op<T>> make_cat(OpReader& reader);
 template <typename T>
 std::unique_ptr<Op<T>> make_narrow(OpReader& reader);

@@ -385,6 +385,7 @@ int Planner<T>::add_op(int index) {
       {"bmm", make_bmm<T>},
       {"softmax", make_softmax<T>},
       {"parameter", make_parameter<T>},
+      {"embedding", make_embedding<T>},
       {"cat", make_cat<T>},
       {"narrow", make_narrow<T>},
       {"expand", make_expand<T>},

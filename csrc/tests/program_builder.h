@@ -157,6 +157,12 @@ class ProgramBuilder {
   int softmax(int x, Index dim, bool log = false) {
     return op("softmax", {x}, shape(x), {}, {{"dim", dim}, {"log", log}, {"safe", false}});
   }
+  int embedding(int numbers, Index rows, Index width) {
+    Shape output = shape(numbers);
+    output.push_back(width);
+    return op("embedding", {numbers}, output, {slot({rows * width})},
+              {{"rows", rows}, {"padding", Index{-1}}});
+  }
   int cat(std::vector<int> parts, Index axis) {
     Shape output = shape(parts[0]);
     for (std::size_t i = 1; i < parts.size(); ++i) output[axis] += shape(parts[i])[axis];

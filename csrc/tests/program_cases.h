@@ -163,6 +163,20 @@ inline ProgramSpec attention() {
   return p.spec();
 }
 
+// Numbers between 0 and 3 and two tables, one of all tasks.
+inline ProgramSpec embeddings() {
+  ProgramBuilder p({3, 4});
+  const int part = p.activation(p.narrow(0, 0, 1, 2), "sigmoid");
+  const int numbers = p.scale(part, 3.0, 0.0);
+  int h = p.view(p.permute(p.embedding(numbers, 4, 5), {1, 0, 2}), {4, 10});
+  p.adapt(false);
+  const int shared = p.embedding(p.view(p.permute(numbers, {1, 0}), {8}), 4, 5);
+  p.adapt(true);
+  h = p.add(h, p.view(shared, {4, 10}), 0.5);
+  p.linear(p.cat({p.activation(p.linear(p.flatten(h), 9), "tanh"), p.flatten(part)}, 0), 3);
+  return p.spec();
+}
+
 // Functions that are not finite in padding, between products that would take it along.
 inline ProgramSpec singular_functions() {
   ProgramBuilder p({3});
@@ -202,6 +216,7 @@ inline std::vector<ProgramCase> program_cases() {
       {"gated", gated()},
       {"joined and parted", joined_and_parted()},
       {"attention", attention()},
+      {"embeddings", embeddings()},
       {"singular functions", singular_functions()},
       {"dead branch", dead_branch(), false},
   };

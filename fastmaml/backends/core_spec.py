@@ -104,7 +104,7 @@ def _slot_shapes(graph: Graph, slots: Sequence[Slot]) -> list[Shape]:
     """The axes of what scales and shifts a value matter to nobody: to the core these are vectors,
     and no matrices to be packed. Weights and biases of groups are matrices of a row for each.
     """
-    of_vectors = ("group_norm", "parameter")
+    of_vectors = ("group_norm", "parameter", "embedding")
     vectors = {p for op in graph.ops if op.kind in of_vectors for p in op.params}
     shapes = [(s.size,) if i in vectors else s.shape for i, s in enumerate(slots)]
     for op in graph.ops:

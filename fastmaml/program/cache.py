@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastmaml.backends.base import Executor
 from fastmaml.backends.select import forced_backend, make_executor, report_fallback
-from fastmaml.program.capture import FAILS_ON_A_SAMPLE, capture, fails
+from fastmaml.program.capture import FAILS_ON_A_SAMPLE, capture, dtype_of_program, fails
 from fastmaml.program.functional import FunctionalProgram
 from fastmaml.program.ir import Graph
 from fastmaml.program.layout import ParameterLayout
@@ -128,7 +128,8 @@ class ProgramCache:
         if not isinstance(x, Tensor) or x.ndim < example_axes:
             reason = self._reason(why_not) or "it is not called with one tensor of examples"
             return self._functional((*known, reason), reason, modes, None)
-        key = (*known, x.shape[example_axes:], x.dtype, x.device, forced_backend())
+        dtypes = x.dtype, dtype_of_program(layout.parameters, x)
+        key = (*known, x.shape[example_axes:], *dtypes, x.device, forced_backend())
         kept = self._cached(key)
         if isinstance(kept, FunctionalProgram):
             return kept
@@ -221,11 +222,12 @@ class ProgramCache:
             graph = capture(self._module, sample)
         if any(0 in shape for shape in graph.values):
             raise NotCovered("values without elements")
+        dtype = dtype_of_program(layout.parameters, x)
         for name, p in zip(layout.slots, layout.parameters, strict=True):
-            if p.dtype != x.dtype or p.device != x.device:
-                came = f"{x.dtype} on {x.device}"
+            if p.dtype != dtype or p.device != x.device:
+                came = f"{dtype} on {x.device}"
                 raise NotCovered(f"parameter {name} is {p.dtype} on {p.device}, x is {came}")
-        executor = variants.executor(graph) or make_executor(graph, layout, x)
+        executor = variants.executor(graph) or make_executor(graph, layout, sample[:0].to(dtype))
         return NativeProgram(self._module, graph, layout, executor, sample, modes)
 
     def _functional(

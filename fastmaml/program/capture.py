@@ -48,7 +48,7 @@ def capture(module: nn.Module, x: Tensor) -> Graph:
     Raises:
         NotCovered: the module does something no rule covers; the message says what and where.
     """
-    if x.dtype not in DTYPES:
+    if dtype_of_program(module.parameters(), x) not in DTYPES or x.dtype is torch.bool:
         raise NotCovered(f"an input of dtype {x.dtype}")
     _refuse_hooks(module)
     with Attributes(module) as attributes:
@@ -57,6 +57,13 @@ def capture(module: nn.Module, x: Tensor) -> Graph:
         _compare(module, graph, _Sample(x, _MORE))
         attributes.check()
     return graph
+
+
+def dtype_of_program(parameters: Iterable[Tensor], x: Tensor) -> torch.dtype:
+    """That of ``x``, or of whole numbers that of the parameters."""
+    if x.is_floating_point() or x.is_complex():
+        return x.dtype
+    return next((p.dtype for p in parameters), x.dtype)
 
 
 def require_same(module: nn.Module, graph: Graph, x: Tensor, examples: int) -> None:
@@ -139,7 +146,7 @@ class _Sample:
 
     def rows(self) -> Tensor:
         """Other values for each number of examples: nothing may be read off them."""
-        shape = (self.examples, *self.x.shape[1:])
+        shape, whole = (self.examples, *self.x.shape[1:]), not self.x.is_floating_point()
         if self.blank:
             rows = torch.empty(shape, dtype=self.x.dtype, device=self.device)
         elif len(self.x):
@@ -147,6 +154,8 @@ class _Sample:
             rows = self.x.detach()[places % len(self.x)]
         else:
             rows = self.x.new_zeros(shape)
+        if whole:
+            return rows
         return rows.requires_grad_(self.learned) * (1 + 1 / max(self.examples, 1))
 
     def copies(self, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -169,7 +178,7 @@ def _trace(module: nn.Module, sample: _Sample) -> tuple[Graph, Tape]:
     with torch.set_grad_enabled(sample.gradients):
         rows, (parameters, buffers) = sample.rows(), sample.copies(module)
         trace = Trace(sample.examples, parameters, buffers, TABLE, gradients=sample.gradients)
-        trace.add_input(rows)
+        trace.add_input(rows, dtype_of_program(parameters.values(), rows))
         trace.refuse_originals(module)
 
         def repeatable() -> bool | None:

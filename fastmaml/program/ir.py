@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 Shape = tuple[int, ...]
+MOVES = ("view", "permute", "narrow", "cat", "expand")  # kinds of ops that compute nothing
 
 
 def freeze(attrs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -11,14 +11,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastmaml.program.frames import in_batch_norm
-from fastmaml.program.known import Read, SideBySide, Value
+from fastmaml.program.known import Read, Shared, SideBySide, Value
 from fastmaml.program.lowering_pointwise import POINTWISE_TABLE
 from fastmaml.program.lowering_rows import ROWS_TABLE
 from fastmaml.program.lowering_shape import SHAPE_TABLE, Arguments
 from fastmaml.program.trace import Lowering, NotCovered, Trace
+
+_MOST_ROWS = 2**24  # that float32 can number
 
 
 def _pair(value: Any, default: Any = None) -> tuple[int, int]:
@@ -144,6 +147,41 @@ def _emit_group_norm(
     trace.emit("group_norm", result, (x,), (weight, bias), **attrs)
 
 
+def _embedding(trace: Trace, a: Arguments, result: Tensor) -> None:
+    if a["scale_grad_by_freq"] or a["sparse"]:
+        raise NotCovered("scaled or sparse gradients")
+    _rows_of_table(trace, a["weight"], a["indices"], result, int(a["padding_idx"]))
+
+
+def _index(trace: Trace, a: Arguments, result: Tensor) -> None:
+    """Rows of a parameter by constants, which may count from its end."""
+    table, (numbers, *others) = a["self"], a["indices"]
+    plain = not others and numbers is not None and numbers.dtype is torch.int64
+    constants = trace.drawn(numbers) if plain else None
+    if constants is None or table.ndim != 2 or not isinstance(trace.lookup(table), Read):
+        raise NotCovered
+    numbers = trace.draw(torch.ops.aten.remainder.Scalar, constants, len(table))
+    _rows_of_table(trace, table, numbers, result)
+
+
+def _rows_of_table(
+    trace: Trace, table: Tensor, numbers: Tensor, result: Tensor, padding: int = -1
+) -> None:
+    if len(table) > _MOST_ROWS:
+        raise NotCovered(f"a table of {len(table)} rows")
+    slot = trace.parameter(table, vector=True)
+    attrs: dict[str, Any] = {"rows": len(table), "padding": padding}
+    constants = trace.drawn(numbers)
+    each = constants is None or (numbers.ndim > 1 and len(numbers) == trace.examples)
+    if each:
+        return trace.emit("embedding", result, (trace.value(numbers),), (slot,), **attrs)
+    shape = numbers.shape[1:] if numbers.ndim > 1 and len(numbers) == 1 else numbers.shape
+    repeated = trace.draw(torch.ops.aten.expand.default, constants, [trace.examples, *shape])
+    rows = trace.rows((*shape, table.shape[1]))
+    trace.emit("embedding", rows, (trace.value(repeated),), (slot,), **attrs)
+    return trace.alias(result, Shared(trace.value(rows)))
+
+
 # --- pooling ------------------------------------------------------------------------------------
 
 
@@ -181,9 +219,11 @@ def _adaptive_avg_pool(trace: Trace, a: Arguments, result: Tensor) -> None:
 
 
 def _same(trace: Trace, a: Arguments, result: Tensor) -> None:
-    if result.dtype != a["self"].dtype or result.device != a["self"].device:
+    x, known = a["self"], trace.lookup(a["self"])
+    to_program = isinstance(known, Value) and result.dtype == trace.dtype
+    converted = to_program and not x.is_floating_point()
+    if (result.dtype != x.dtype and not converted) or result.device != x.device:
         raise NotCovered("a change of dtype or device")
-    known = trace.lookup(a["self"])
     if known is not None:
         trace.alias(result, known)
 
@@ -205,6 +245,8 @@ TABLE: Mapping[str, Lowering] = {
     "_batch_norm_no_update": partial(_batch_norm, training=False),
     "native_group_norm": _group_norm,
     "native_layer_norm": _layer_norm,
+    "embedding": _embedding,
+    "index": _index,
     **POINTWISE_TABLE,
     **ROWS_TABLE,
     "repeat": _repeat,

@@ -12,7 +12,7 @@ from fastmaml import checks
 from fastmaml.backends.base import Executor
 from fastmaml.backends.reference import ReferenceExecutor
 from fastmaml.program.autograd import ProgramForward, Run
-from fastmaml.program.capture import FAILS_ON_A_SAMPLE, drawn, require_same
+from fastmaml.program.capture import FAILS_ON_A_SAMPLE, drawn, dtype_of_program, require_same
 from fastmaml.program.draws import Tape
 from fastmaml.program.functional import FunctionalProgram
 from fastmaml.program.ir import Graph, Shape
@@ -22,6 +22,7 @@ from fastmaml.program.substitute import LOCK, Modes, modes_set
 from fastmaml.program.theta import Theta
 from fastmaml.program.trace import NotCovered
 from fastmaml.program.transforms import outside
+from fastmaml.program.whole_numbers import WholeNumbers
 
 
 class NativeProgram:
@@ -47,6 +48,10 @@ class NativeProgram:
         self._module = module
         self._modes = modes
         self._example = x[:1].clone()
+        self.dtype = dtype_of_program(layout.parameters, x)
+        self._whole = None
+        if x.dtype != self.dtype:
+            self._whole = WholeNumbers(graph, x.shape[1:], self.dtype)
         self._reasons: dict[int, str | None] = {0: None}  # by the number of examples
         self._tapes: dict[int, Tape] = {}  # as well
         self._reference = ReferenceExecutor(graph, layout)
@@ -114,6 +119,20 @@ class NativeProgram:
                 f"mode, got {examples} example(s) per task; add examples or call eval()"
             )
 
+    @property
+    def takes_as_it_is(self) -> bool:
+        """Whether nothing is done to its examples before they go in."""
+        return not self.graph.drawn and not self.takes_whole_numbers
+
+    @property
+    def takes_whole_numbers(self) -> bool:
+        """Whether its examples are of another dtype than its values."""
+        return self._whole is not None
+
+    def converted(self, name: str, x: Tensor) -> Tensor:
+        """``x``, whose last axes are those of an example, in the dtype of the program's values."""
+        return x if self._whole is None else self._whole.converted(name, x)
+
     def with_room(self, x: Tensor) -> Tensor:
         """``x [T, N, ...]`` as ``[T, N, values]``, with room for what forward draws, if it does."""
         rows = x.reshape(*x.shape[:2], prod(x.shape[2:]))
@@ -142,6 +161,7 @@ class NativeProgram:
             if parameters.numel():
                 checks.placed_like("x", x, parameters)
         self.check_examples(x.shape[0 if one_task else 1], "x")
+        x = self.converted("x", x[None])[0] if one_task else self.converted("x", x)
         if self.graph.drawn:
             x = self._with_draws(x[None])[0] if one_task else self._with_draws(x)
         executor, rows, start = theta.on(self.executor)

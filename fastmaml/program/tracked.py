@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmaml.program.calls import flat
 from fastmaml.program.draws import Recording
-from fastmaml.program.ir import Op, Shape, freeze
+from fastmaml.program.ir import MOVES, Op, Shape, freeze
 from fastmaml.program.known import Drawn, Known, Read, Reshaped, Shared, SideBySide, Turned, Value
 
 
@@ -197,10 +197,11 @@ class Tracked:
 
     # --- adding to the program ----------------------------------------------------------------
 
-    def add_input(self, tensor: Tensor) -> None:
+    def add_input(self, tensor: Tensor, dtype: torch.dtype) -> None:
+        """``dtype``: that of the program, in which whole numbers go in as well."""
         self._know(tensor, self._new_value(tensor))
         self.sources.append(0)
-        self.dtype = tensor.dtype
+        self.dtype = dtype
 
     def _new_value(self, tensor: Tensor) -> Value:
         rows = tensor.shape[0] if tensor.ndim else 0
@@ -224,6 +225,8 @@ class Tracked:
         **attrs: Any,
     ) -> None:
         """Append an op whose output is ``result``."""
+        if result.dtype != self.dtype and (result.is_floating_point() or kind not in MOVES):
+            raise NotCovered(f"a result of {result.dtype}")
         value = self._new_value(result)
         ids = tuple(v.id for v in inputs)
         self.ops.append(Op(kind, ids, value.id, params, buffers, freeze(attrs)))

@@ -4,6 +4,7 @@ from fastmaml.rules import (
     activation,
     bmm,
     conv2d,
+    embedding,
     group_norm,
     linear,
     mul,
@@ -26,6 +27,7 @@ RULES: dict[str, Rule] = {
     **bmm.RULES,
     **softmax.RULES,
     **parameter.RULES,
+    **embedding.RULES,
     **pool.RULES,
     **shape.RULES,
 }
