@@ -25,7 +25,8 @@ namespace {
 
 const NamedValues<DType> kDTypes = {{"float32", DType::kFloat32}, {"float64", DType::kFloat64}};
 const NamedValues<TaskLoss> kLosses = {{"cross_entropy", TaskLoss::kCrossEntropy},
-                                       {"mse", TaskLoss::kMeanSquaredError}};
+                                       {"mse", TaskLoss::kMeanSquaredError},
+                                       {"mean", TaskLoss::kMean}};
 
 Attribute attribute(const std::string& name, const py::handle& value) {
   if (py::isinstance<py::bool_>(value)) return value.cast<bool>();

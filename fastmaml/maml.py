@@ -25,7 +25,8 @@ from fastmaml.base_learner import BaseLearner
 from fastmaml.chunks import in_chunks
 from fastmaml.data.episodes import EpisodeSampler
 from fastmaml.data.task_batch import TaskBatch
-from fastmaml.fused import Adapted, FusedRates
+from fastmaml.fused import Adapted
+from fastmaml.fused_call import FusedRates
 from fastmaml.inner import InnerOptimizer
 from fastmaml.learner import Learner
 from fastmaml.losses import TaskLoss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from networks import episodes, gradients
 from rule_cases import Case
 from rule_checks import RuleTests
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastmaml
 from fastmaml import TaskBatch
@@ -64,7 +66,7 @@ def _places_of_each(m: Words, x: Tensor) -> Tensor:
 
 
 def _with_a_word_in_front(m: Words, x: Tensor) -> Tensor:
-    first = torch.full((len(x), 1), WORDS - 1)
+    first = torch.full((len(x), 1), WORDS - 1, device=x.device)
     return m.recurrent(m.words(torch.cat([first, x], 1)))[0][:, -1]
 
 
@@ -169,6 +171,27 @@ def test_a_number_that_is_no_row(number: int, door: int) -> None:
     tasks.query_x[1, 2, 2] = number
     with pytest.raises(IndexError, match=rf"x must hold numbers from 0 to 10 .* got {number}"):
         by_door(maml, tasks, 1, door)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("door", "name"), [(1, "a word in front"), (2, "recurrent"), (3, "transformer")]
+)
+def test_words_on_a_gpu(door: int, name: str) -> None:
+    torch.manual_seed(1)
+    module = Words(FORWARDS[name][0])
+    exact = copy.deepcopy(module).double()
+    with sdpa_kernel(SDPBackend.MATH):
+        _, expected = sequential_maml(exact, _episodes(), 0.3, 2)
+    module, tasks = module.cuda(), TaskBatch(*(t.cuda() for t in _episodes()))
+    maml = fastmaml.MAML(module, 0.3, allow_unused=True)
+    for _ in range(2):
+        module.zero_grad()
+        with fastmaml.precision("ieee"):
+            by_door(maml, tasks, 2, door).backward()
+        assert not maml.programs.found_none
+        found = {name: g.cpu() for name, g in gradients(module).items()}
+        assert relative_error(found, expected) < 1e-4
 
 
 REFUSED: dict[str, tuple[Callable[[Words, Tensor], Tensor], dict[str, object], str]] = {

@@ -18,6 +18,7 @@ from fastmaml.losses import BuiltIn, built_in, per_task
 from fastmaml.testing import relative_error
 
 T, N, Q = 3, 5, 4
+W = torch.tensor([0.5, 1.5, 0.25], dtype=torch.float64)
 LOSSES: dict[str, tuple[Callable[..., Tensor], BuiltIn]] = {
     "cross_entropy": (F.cross_entropy, BuiltIn("cross_entropy", False)),
     "summed": (nn.CrossEntropyLoss(reduction="sum"), BuiltIn("cross_entropy", True)),
@@ -26,16 +27,62 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], BuiltIn]] = {
     "partial": (partial(F.nll_loss, reduction="sum"), BuiltIn("nll", True)),
     "mse": (nn.MSELoss(), BuiltIn("mse", False)),
     "summed mse": (partial(F.mse_loss, reduction="sum"), BuiltIn("mse", True)),
-}
+    "smoothed": (
+        partial(F.cross_entropy, label_smoothing=0.1),
+        BuiltIn("cross_entropy", False, (("label_smoothing", 0.1),)),
+    ),
+    "weighted": (
+        nn.CrossEntropyLoss(weight=W), BuiltIn("cross_entropy", False, (("weight", True),)),
+    ),
+    "all options": (
+        nn.CrossEntropyLoss(weight=W, ignore_index=2, label_smoothing=0.2),
+        BuiltIn(
+            "cross_entropy", False,
+            (("ignore_index", 2), ("label_smoothing", 0.2), ("weight", True)),
+        ),
+    ),
+    "summed with weights": (
+        partial(F.cross_entropy, weight=W, reduction="sum"),
+        BuiltIn("cross_entropy", True, (("weight", True),)),
+    ),
+    "nll but for a class": (
+        nn.NLLLoss(ignore_index=0), BuiltIn("nll", False, (("ignore_index", 0),)),
+    ),
+    "weighted nll": (nn.NLLLoss(W), BuiltIn("nll", False, (("weight", True),))),
+    "l1 of values": (F.l1_loss, BuiltIn("l1", False)),
+    "summed l1 of values": (nn.L1Loss(reduction="sum"), BuiltIn("l1", True)),
+    "huber of values": (nn.HuberLoss(delta=0.5), BuiltIn("huber", False, (("delta", 0.5),))),
+    "smooth l1 of values": (F.smooth_l1_loss, BuiltIn("smooth_l1", False)),
+    "smoother l1 of values": (
+        partial(F.smooth_l1_loss, beta=0.3), BuiltIn("smooth_l1", False, (("beta", 0.3),)),
+    ),
+    "unsmoothed l1 of values": (
+        nn.SmoothL1Loss(beta=0.0), BuiltIn("smooth_l1", False, (("beta", 0.0),)),
+    ),
+    "bce of shares": (F.binary_cross_entropy_with_logits, BuiltIn("bce_with_logits", False)),
+    "weighted bce of shares": (
+        nn.BCEWithLogitsLoss(weight=W, pos_weight=2 * W),
+        BuiltIn("bce_with_logits", False, (("pos_weight", True), ("weight", True))),
+    ),
+    "summed bce of shares": (
+        partial(F.binary_cross_entropy_with_logits, reduction="sum"),
+        BuiltIn("bce_with_logits", True),
+    ),
+    "cross_entropy of shares": (
+        nn.CrossEntropyLoss(label_smoothing=0.1, weight=W),
+        BuiltIn("cross_entropy", False, (("label_smoothing", 0.1), ("weight", True))),
+    ),
+}  # fmt: skip
 OTHERS = [
-    nn.CrossEntropyLoss(weight=torch.ones(3)),
-    nn.CrossEntropyLoss(label_smoothing=0.1),
-    nn.NLLLoss(ignore_index=0),
     nn.MSELoss(reduction="none"),
-    partial(F.cross_entropy, label_smoothing=0.1),
     partial(F.mse_loss, torch.zeros(3)),
     partial(nn.MSELoss(reduction="sum")),
-    F.l1_loss,
+    partial(nn.MSELoss),
+    nn.MSELoss,
+    nn.CrossEntropyLoss(weight=W.clone().requires_grad_()),
+    partial(F.cross_entropy, size_average=False),
+    partial(F.huber_loss, delta=torch.tensor(0.5)),
+    F.soft_margin_loss,
 ]
 
 
@@ -72,8 +119,10 @@ def _batch(name: str, *, batches: int = 0) -> TaskBatch:
 
     def half(*shape: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(*shape, 4, generator=g, dtype=torch.float64)
-        if "mse" in name:
+        if "mse" in name or "values" in name:
             return x, torch.randn(*shape, 3, generator=g, dtype=torch.float64)
+        if "shares" in name:
+            return x, torch.rand(*shape, 3, generator=g, dtype=torch.float64)
         return x, torch.randint(3, shape, generator=g)
 
     return TaskBatch(*half(*([batches] if batches else []), T, N), *half(T, Q))
@@ -135,21 +184,107 @@ def test_adapted_for_evaluation(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in LOSSES if "nll" in n or n == "partial"])
-def test_likelihoods_of_what_is_no_log_softmax(name: str) -> None:
+def test_likelihoods_of_what_is_no_log_softmax(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are no cross-entropy then."""
     module, batch, loss = _network()[:3], _batch(name), LOSSES[name][0]
     _check(fastmaml.MAML(module, lr=0.05), batch, loss)
+    monkeypatch.setattr(fastmaml.fused, "_by_autograd", None)
     assert not torch.allclose(
         fastmaml.MAML(module, lr=0.05).meta_loss(batch, loss=loss),
         fastmaml.MAML(module, lr=0.05).meta_loss(batch),
     )
 
 
-def test_labels_that_are_left_out() -> None:
+def test_labels_that_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = _batch("nll")
     batch.support_y[0, :2] = batch.query_y[1, 1] = -100
-    for name in ("nll", "summed nll", "summed"):
+    monkeypatch.setattr(fastmaml.fused, "_by_autograd", None)
+    for name in ("nll", "summed nll", "summed", "smoothed", "weighted nll"):
         _check(fastmaml.MAML(_network(), lr=0.05), batch, LOSSES[name][0])
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, nn.NLLLoss(), nn.CrossEntropyLoss(W)])
+def test_classes_of_pixels(loss: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(2, 5, 3, padding=1), nn.Tanh(), nn.Conv2d(5, 3, 1)).double()
+    x = [torch.randn(T, n, 2, 4, 5, dtype=torch.float64) for n in (N, Q)]
+    y = [torch.randint(3, (T, n, 4, 5)) for n in (N, Q)]
+    y[0][1, 2, 0] = -100
+    batch = TaskBatch(x[0], y[0], x[1], y[1])
+    monkeypatch.setattr(fastmaml.fused, "_by_autograd", None)
+    _check(fastmaml.MAML(module, lr=0.05), batch, loss)
+
+
+def test_losses_of_a_network_that_draws() -> None:
+    """Its masks, targets behind them."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+    batch, maml = _batch("l1 of values"), fastmaml.MAML(module, lr=0.05)
+    torch.manual_seed(3)
+    expected = _by_loop(maml, batch, 2, F.l1_loss)
+    torch.manual_seed(3)
+    found = maml.meta_loss(batch, steps=2, loss=F.l1_loss)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_weights_of_now_count() -> None:
+    loss, maml, batch = (
+        nn.CrossEntropyLoss(weight=W.clone()),
+        fastmaml.MAML(_network(), 0.05),
+        _batch(""),
+    )
+    before = maml.meta_loss(batch, loss=loss)
+    loss.weight[0] = 3.0
+    assert not torch.allclose(maml.meta_loss(batch, loss=loss), before)
+    _check(maml, batch, loss)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error"),
+    [
+        ("smoothed", lambda y: y + 3, IndexError),
+        ("l1 of values", lambda y: y[..., :2], RuntimeError),
+        ("huber of values", lambda y: y[..., :2], RuntimeError),
+        ("bce of shares", lambda y: y[..., :2], ValueError),
+        ("weighted nll", lambda y: y[:, :-1], ValueError),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_targets_that_pytorch_refuses(
+    name: str, change: Callable[[Tensor], Tensor], error: type[Exception]
+) -> None:
+    batch = _batch(name)
+    with pytest.raises(error):
+        fastmaml.MAML(_network(), lr=0.05).meta_loss(
+            batch._replace(query_y=change(batch.query_y)), loss=LOSSES[name][0]
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["smoothed", "summed with weights", "huber of values"])
+def test_losses_on_a_gpu(name: str) -> None:
+    """Twice, the second time from a graph; the weights are where the outputs are."""
+    loss, batch = LOSSES[name][0], _batch(name)
+    exact, single = _network(), _network().float().cuda()
+    fastmaml.MAML(exact, lr=0.05).meta_loss(batch, steps=2, loss=loss).backward()
+    expected = gradients(exact)
+    if isinstance(loss, partial) and "weight" in loss.keywords:
+        loss = partial(loss.func, **{**loss.keywords, "weight": W.float().cuda()})
+    on_gpu = TaskBatch(*(t.float().cuda() if t.is_floating_point() else t.cuda() for t in batch))
+    maml = fastmaml.MAML(single, lr=0.05)
+    for _ in range(2):
+        maml.zero_grad()
+        with fastmaml.precision("ieee"):
+            maml.meta_loss(on_gpu, steps=2, loss=loss).backward()
+        found = {name: g.cpu() for name, g in gradients(single).items()}
+        assert relative_error(found, expected) < 1e-5
+
+
+def test_targets_of_another_dtype() -> None:
+    """PyTorch converts them."""
+    batch = _batch("l1 of values")
+    halves = batch._replace(support_y=batch.support_y.float(), query_y=batch.query_y.float())
+    _check(fastmaml.MAML(_network(), lr=0.05), halves, F.l1_loss)
 
 
 def test_targets_that_do_not_fit_are_named() -> None:

@@ -52,7 +52,7 @@ enum class Activation : int {
   kExp,
 };
 
-enum class Loss : int { kCrossEntropy, kMeanSquaredError };
+enum class Loss : int { kCrossEntropy, kMeanSquaredError, kMean };
 
 struct ConvGeometry {
   int in_channels, out_channels;
@@ -397,8 +397,8 @@ struct Kernels {
   void (*scale)(Index count, const T* x, T factor, T shift, T* out);
 
   // --- losses, mean over the task; y [rows][padded(columns)] -------------------------------------
-  // Cross-entropy: labels; mean squared error: values [rows][columns]. Returns the loss, writes its
-  // gradient (padding zero). Throws std::invalid_argument on a label outside [0, columns).
+  // Cross-entropy: labels; mean squared error: values [rows][columns]; mean: neither. Returns the
+  // loss, writes its gradient (padding zero). Throws std::invalid_argument on a label outside [0, columns).
   T (*loss_gradient)(Loss kind, Index rows, Index columns, const T* y, const std::int64_t* labels,
                      const T* values, T* gy);
   // dgy = (d2 loss / dy2) dy

@@ -52,11 +52,24 @@ T squared_error_gradient(Index rows, Index columns, const T* y, const T* values,
   return static_cast<T>(total / static_cast<double>(rows * columns));
 }
 
+template <typename T>
+T mean_gradient(Index rows, Index columns, const T* y, T* gy) {
+  const Index ld = padded_to_lanes<T>(columns);
+  const T share = T(1) / static_cast<T>(rows * columns);
+  double total = 0;
+  for (Index i = 0; i < rows; ++i) {
+    for (Index c = 0; c < columns; ++c) total += static_cast<double>(y[i * ld + c]);
+    for (Index c = 0; c < ld; ++c) gy[i * ld + c] = c < columns ? share : T(0);
+  }
+  return static_cast<T>(total / static_cast<double>(rows * columns));
+}
+
 }  // namespace
 
 template <typename T>
 T loss_gradient(Loss kind, Index rows, Index columns, const T* y, const std::int64_t* labels,
                 const T* values, T* gy) {
+  if (kind == Loss::kMean) return mean_gradient(rows, columns, y, gy);
   return kind == Loss::kCrossEntropy ? cross_entropy_gradient(rows, columns, y, labels, gy)
                                      : squared_error_gradient(rows, columns, y, values, gy);
 }
@@ -64,6 +77,10 @@ T loss_gradient(Loss kind, Index rows, Index columns, const T* y, const std::int
 template <typename T>
 void loss_tangent(Loss kind, Index rows, Index columns, const T* y, const T* dy, T* dgy) {
   const Index ld = padded_to_lanes<T>(columns);
+  if (kind == Loss::kMean) {
+    for (Index i = 0; i < rows * ld; ++i) dgy[i] = 0;
+    return;
+  }
   for (Index i = 0; i < rows; ++i) {
     const T* d = dy + i * ld;
     T* out = dgy + i * ld;

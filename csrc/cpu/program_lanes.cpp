@@ -81,7 +81,8 @@ bool LaneNetwork::suits(Index tasks, Index examples, int lanes, Index element_by
 template <typename T>
 bool LaneMetaStep<T>::takes(const LaneNetwork& network, const Kernels<T>& kernels,
                             const MetaStepArgs& args) {
-  const bool plain = args.update == nullptr && args.theta_stride == 0 && args.gshared == nullptr;
+  const bool plain = args.update == nullptr && args.theta_stride == 0 && args.gshared == nullptr &&
+                     args.loss != TaskLoss::kMean;
   const Index examples = std::max(args.support_examples, args.query_examples);
   return plain && network.suits(args.tasks, examples, kernels.lanes, sizeof(T));
 }
@@ -93,7 +94,7 @@ LaneMetaStep<T>::LaneMetaStep(const LaneNetwork& network, const Kernels<T>& kern
       kernels_(kernels),
       memory_(memory),
       args_(args),
-      loss_(args.loss == TaskLoss::kCrossEntropy ? Loss::kCrossEntropy : Loss::kMeanSquaredError),
+      loss_(kernel_loss(args.loss)),
       lanes_(kernels.lanes),
       size_(network.theta_size),
       groups_((args.tasks + lanes_ - 1) / lanes_),

@@ -17,6 +17,18 @@
 
 namespace fastmaml {
 
+// As the kernels call it.
+inline Loss kernel_loss(TaskLoss loss) {
+  switch (loss) {
+    case TaskLoss::kCrossEntropy:
+      return Loss::kCrossEntropy;
+    case TaskLoss::kMeanSquaredError:
+      return Loss::kMeanSquaredError;
+    default:
+      return Loss::kMean;
+  }
+}
+
 // y = f(W x + b); weight and bias are places in theta.
 struct LaneLayer {
   Index in = 0, out = 0;

@@ -11,7 +11,7 @@ MetaStep<T>::MetaStep(NativeProgram<T>& program, const MetaStepArgs& args)
       args_(args),
       plan_(program.plan()),
       kernels_(*plan_.kernels),
-      loss_(args.loss == TaskLoss::kCrossEntropy ? Loss::kCrossEntropy : Loss::kMeanSquaredError),
+      loss_(kernel_loss(args.loss)),
       rate_(args.update == nullptr ? static_cast<T>(args.rate) : T(-1)),
       theta_size_(plan_.theta.packed_size()),
       phi_size_(plan_.phi.packed_size()),

@@ -81,6 +81,28 @@ void check_squared_error(const Kernels<T>& k, Index rows, Index columns) {
   check_close(gy, tangent, 20, name + " tangent");
 }
 
+template <typename T>
+void check_mean(const Kernels<T>& k, Index rows, Index columns) {
+  const Index ld = padded(columns, k.lanes);
+  const auto y = random_rows<T>(rows, columns, ld, true);
+  const double count = static_cast<double>(rows * columns);
+  std::vector<double> gradient(rows * ld, 0);
+  double loss = 0;
+  for (Index i = 0; i < rows; ++i) {
+    for (Index c = 0; c < columns; ++c) {
+      loss += y[i * ld + c] / count;
+      gradient[i * ld + c] = 1 / count;
+    }
+  }
+  const std::string name = std::string(k.isa) + " " + scalar_name<T>() + " mean";
+  std::vector<T> gy = poisoned<T>(rows * ld), value(1);
+  value[0] = k.loss_gradient(Loss::kMean, rows, columns, y.data(), nullptr, nullptr, gy.data());
+  check_close(value, {loss}, 20 + std::sqrt(count), name, 1);
+  check_close(gy, gradient, 20, name + " gradient");
+  k.loss_tangent(Loss::kMean, rows, columns, y.data(), y.data(), gy.data());
+  check_close(gy, std::vector<double>(rows * ld, 0), 0, name + " tangent");
+}
+
 struct TestLoss {
   template <typename T>
   void operator()(const Kernels<T>& k) const {
@@ -89,6 +111,7 @@ struct TestLoss {
         check_cross_entropy(k, rows, columns, 1);
         check_cross_entropy(k, rows, columns, 50);
         check_squared_error(k, rows, columns);
+        check_mean(k, rows, columns);
       }
     }
   }

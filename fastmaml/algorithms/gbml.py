@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaml import checks
-from fastmaml.fused import FusedRates
+from fastmaml.fused_call import FusedRates
 from fastmaml.learner import Learner
 from fastmaml.maml import MAML
 from fastmaml.optim import DifferentiableSGD, ParameterUpdate

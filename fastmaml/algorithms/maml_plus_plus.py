@@ -23,7 +23,8 @@ from fastmaml.algorithms.per_step_norms import (
 from fastmaml.chunks import in_chunks
 from fastmaml.data.episodes import EpisodeSampler, next_batch
 from fastmaml.data.task_batch import TaskBatch
-from fastmaml.fused import Adapted, FusedRates
+from fastmaml.fused import Adapted
+from fastmaml.fused_call import FusedRates
 from fastmaml.learner import Learner
 from fastmaml.losses import TaskLoss, per_task
 from fastmaml.maml import MAML

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastmaml.fused import FusedRates
+from fastmaml.fused_call import FusedRates
 from fastmaml.learner import Learner
 from fastmaml.maml import MAML
 from fastmaml.program.gradient_step import gradient_step

@@ -38,6 +38,8 @@ class MlpKernel:
         kernels = kernels_or_emulated(call.theta.device)
         if kernels is None or call.update is not None or call.theta.ndim != 1:
             return False
+        if call.loss == "mean":
+            return False
         _, support, query = batch_sizes(call)
         if max(support, query) * self._work > _MOST_WORK:
             return False

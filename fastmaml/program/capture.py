@@ -237,11 +237,11 @@ def _graph(trace: Trace, output: object) -> Graph:
         known.id,
     )
     if len(trace.sources) > 1:
-        whole = _with_one_input(whole, trace.sources)
+        whole = with_one_input(whole, trace.sources)
     return _compact(replace(whole, ops=_live(whole.ops, whole.output)))
 
 
-def _with_one_input(graph: Graph, sources: Sequence[int]) -> Graph:
+def with_one_input(graph: Graph, sources: Sequence[int]) -> Graph:
     """``graph`` of several ``sources`` as one of them all, flat and behind each other."""
     values, ops, start = [*graph.values], list[Op](), 0
     packed = len(values)

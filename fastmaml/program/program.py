@@ -11,12 +11,14 @@ from torch.nn.functional import pad
 from fastmaml import checks
 from fastmaml.backends.base import Executor
 from fastmaml.backends.reference import ReferenceExecutor
+from fastmaml.losses import BuiltIn
 from fastmaml.program.autograd import ProgramForward, Run
 from fastmaml.program.capture import FAILS_ON_A_SAMPLE, drawn, dtype_of_program, require_same
 from fastmaml.program.draws import Tape
 from fastmaml.program.functional import FunctionalProgram
 from fastmaml.program.ir import Graph, Shape
 from fastmaml.program.layout import ParameterLayout
+from fastmaml.program.loss_program import LossProgram
 from fastmaml.program.statistics import RunningStatistics
 from fastmaml.program.substitute import LOCK, Modes, modes_set
 from fastmaml.program.theta import Theta
@@ -49,6 +51,7 @@ class NativeProgram:
         self._modes = modes
         self._example = x[:1].clone()
         self.dtype = dtype_of_program(layout.parameters, x)
+        self._with_losses: dict[BuiltIn, LossProgram] = {}
         self._whole = None
         if x.dtype != self.dtype:
             self._whole = WholeNumbers(graph, x.shape[1:], self.dtype)
@@ -118,6 +121,13 @@ class NativeProgram:
                 f"{argument} must give batch norm more than one value per channel in training "
                 f"mode, got {examples} example(s) per task; add examples or call eval()"
             )
+
+    def with_loss(self, known: BuiltIn) -> LossProgram:
+        """This program with a loss behind it."""
+        if known not in self._with_losses:
+            like = self._example.new_empty(0, dtype=self.dtype)
+            self._with_losses[known] = LossProgram(self.graph, self.layout, like, known)
+        return self._with_losses[known]
 
     @property
     def takes_as_it_is(self) -> bool:

@@ -57,4 +57,21 @@ class MeanSquaredError:
         return dy * (2 / torch.numel(y[0]))
 
 
-LOSSES: dict[str, LossRule] = {"cross_entropy": CrossEntropy(), "mse": MeanSquaredError()}
+class Mean:
+    """The mean of y ``[T, N, ...]``, whatever the targets: y has them in it."""
+
+    def value(self, y: Tensor, target: Tensor) -> Tensor:
+        return y.flatten(1).mean(1)
+
+    def gradient(self, y: Tensor, target: Tensor) -> Tensor:
+        return torch.full_like(y, 1 / y[0].numel())
+
+    def tangent(self, y: Tensor, target: Tensor, dy: Tensor) -> Tensor:
+        return torch.zeros_like(dy)
+
+
+LOSSES: dict[str, LossRule] = {
+    "cross_entropy": CrossEntropy(),
+    "mse": MeanSquaredError(),
+    "mean": Mean(),
+}

@@ -126,7 +126,8 @@ struct BackwardTangentArgs {
   bool sum_theta = false;  // dgtheta is one row, the sum over tasks
 };
 
-enum class TaskLoss { kCrossEntropy, kMeanSquaredError };
+// kMean: of the outputs, whatever the targets.
+enum class TaskLoss { kCrossEntropy, kMeanSquaredError, kMean };
 
 // One coefficient of an inner update rule.
 struct InnerCoefficientArgs {
