@@ -161,7 +161,7 @@ def test_every_algorithm_of_the_family_takes_meta_steps(name):
     maml = family.ALGORITHMS[name](case.model(), case)
     family.meta_step(maml, case)()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in maml.parameters())
-    assert maml.recognised is None or maml.recognised.program is not None
+    assert maml.recognised is None or maml.recognised.runner is not None
 
 
 def test_another_tree_must_be_a_commit():
