@@ -223,9 +223,11 @@ class MAML(BaseLearner):
         """The mean over tasks of the query loss after ``steps`` inner steps on the support set.
 
         ``loss.backward()`` on the result fills the gradients of the parameters, exact to second
-        order. With a native program and ``F.cross_entropy``, ``F.mse_loss``, or ``F.nll_loss`` of a
-        network that ends in ``log_softmax``, their means or sums, the inner loop and its adjoint
-        are one native call and no graph is kept (no higher derivatives of the result).
+        order. With a native program and one of PyTorch's losses ``cross_entropy`` (labels or
+        probabilities, also of pixels), ``nll_loss``, ``mse_loss``, ``l1_loss``, ``smooth_l1_loss``,
+        ``huber_loss`` or ``binary_cross_entropy_with_logits``, with any options, as means or sums,
+        the inner loop and its adjoint are one native call and no graph is kept (no higher
+        derivatives of the result).
 
         Args:
             batch: ``[T, N, ...]`` each; support and query may differ in N. The support set may be
