@@ -59,6 +59,18 @@ def _by_cell(layer: nn.Module, x: Tensor) -> Tensor:
     return state[0] if isinstance(state, tuple) else state
 
 
+def _stacked(dim: int) -> Callable[..., Tensor]:
+    def states(layer: nn.Module, x: Tensor) -> Tensor:
+        state, found = None, []
+        for place in range(x.shape[1]):
+            state = layer(x[:, place], state)
+            found.append(state)
+        h = torch.stack(found, dim)
+        return h[1] * h.transpose(0, 1)[:, 2] if dim == 0 else h.square().sum(dim)
+
+    return states
+
+
 def _of(kind: type[nn.Module], *args: object, **kwargs: object) -> Callable[[], nn.Module]:
     return lambda: kind(WIDTH, HIDDEN, *args, **{"batch_first": True, **kwargs})
 
@@ -79,6 +91,9 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[[], nn.Module], int]] = {
     "relu": (_mean, _of(nn.RNN, 2, nonlinearity="relu"), HIDDEN),
     "lstm by cell": (_by_cell, lambda: nn.LSTMCell(WIDTH, HIDDEN), HIDDEN),
     "gru by cell": (_by_cell, lambda: nn.GRUCell(WIDTH, HIDDEN, bias=False), HIDDEN),
+    "stacked in front": (_stacked(0), lambda: nn.GRUCell(WIDTH, HIDDEN), HIDDEN),
+    "stacked": (_stacked(1), lambda: nn.GRUCell(WIDTH, HIDDEN), HIDDEN),
+    "stacked behind": (_stacked(-1), lambda: nn.RNNCell(WIDTH, HIDDEN), HIDDEN),
     "tanh by cell": (_by_cell, lambda: nn.RNNCell(WIDTH, HIDDEN), HIDDEN),
 }
 

@@ -48,6 +48,18 @@ def _cat(trace: Trace, a: Arguments, result: Tensor) -> None:
     trace.emit("cat", result, tuple(parts), dim=dim)
 
 
+def _stack(trace: Trace, a: Arguments, result: Tensor) -> None:
+    """As parts joined along an axis of length 1; in front of the examples, behind them at first."""
+    dim = a["dim"] % result.ndim
+    axis, joined = (dim, result) if dim else (1, result.transpose(0, 1))
+    parts = [part.unsqueeze(axis) for part in a["tensors"]]
+    for part, given in zip(parts, a["tensors"], strict=True):
+        _view(trace, {"self": given}, part)
+    _cat(trace, {"tensors": parts, "dim": axis}, joined)
+    if dim == 0:
+        trace.alias(result, Turned(trace.value(joined)))
+
+
 def _pad(trace: Trace, a: Arguments, result: Tensor) -> None:
     x, pads = a["self"], a["pad"]
     for i in range(0, len(pads), 2):
@@ -193,6 +205,7 @@ SHAPE_TABLE: Mapping[str, Lowering] = {
     "mean": _mean,
     "sum": lower_sum,
     "cat": _cat,
+    "stack": _stack,
     "constant_pad_nd": _pad,
     "slice": _slice,
     "select": _select,
