@@ -101,7 +101,11 @@ def _described(kind: str, given: dict[str, Any]) -> BuiltIn | None:
             if not isinstance(value, (int, float)):
                 return None
             options += [] if value == defaults[name] else [(name, value)]
-    return BuiltIn(kind, reduction == "sum", tuple(sorted(options)))
+    known = BuiltIn(kind, reduction == "sum", tuple(sorted(options)))
+    smoothing, delta, beta = map(
+        known.option, ("label_smoothing", "delta", "beta"), (0.0, 1.0, 1.0)
+    )
+    return known if 0 <= smoothing <= 1 and delta > 0 and beta >= 0 else None  # PyTorch refuses it
 
 
 def per_task(loss: TaskLoss, output: Tensor, target: Tensor) -> Tensor:

@@ -82,6 +82,9 @@ OTHERS = [
     nn.CrossEntropyLoss(weight=W.clone().requires_grad_()),
     partial(F.cross_entropy, size_average=False),
     partial(F.huber_loss, delta=torch.tensor(0.5)),
+    nn.HuberLoss(delta=0.0),
+    partial(F.smooth_l1_loss, beta=-1.0),
+    partial(F.cross_entropy, label_smoothing=1.5),
     F.soft_margin_loss,
 ]
 
@@ -247,6 +250,7 @@ def test_the_weights_of_now_count() -> None:
         ("huber of values", lambda y: y[..., :2], RuntimeError),
         ("bce of shares", lambda y: y[..., :2], ValueError),
         ("weighted nll", lambda y: y[:, :-1], ValueError),
+        ("smoothed", lambda y: y[..., None].expand(-1, -1, Q), RuntimeError),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Using a target size")
@@ -278,6 +282,29 @@ def test_losses_on_a_gpu(name: str) -> None:
             maml.meta_loss(on_gpu, steps=2, loss=loss).backward()
         found = {name: g.cpu() for name, g in gradients(single).items()}
         assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(weight=torch.ones(4, dtype=torch.float64)),
+        nn.CrossEntropyLoss(weight=torch.ones(3)),
+        nn.BCEWithLogitsLoss(weight=torch.ones(5, dtype=torch.float64)),
+        nn.BCEWithLogitsLoss(weight=torch.ones(T, N, 3, dtype=torch.float64)),
+    ],
+)
+def test_weights_that_pytorch_refuses(loss: nn.Module) -> None:
+    batch = _batch("shares" if isinstance(loss, nn.BCEWithLogitsLoss) else "")
+    with pytest.raises(RuntimeError):
+        fastmaml.MAML(_network(), lr=0.05).meta_loss(batch, loss=loss)
+
+
+@pytest.mark.parametrize("shape", [(N, 1), (1, 3)])
+def test_weights_of_examples(shape: tuple[int, ...]) -> None:
+    weight = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    batch, loss = _batch("shares"), nn.BCEWithLogitsLoss(weight=weight)
+    same = TaskBatch(batch.support_x, batch.support_y, batch.support_x, batch.support_y)
+    _check(fastmaml.MAML(_network(), lr=0.05), same, loss)
 
 
 def test_targets_of_another_dtype() -> None:

@@ -35,11 +35,14 @@ class LossProgram:
 
         ``options``: tensors and numbers that the loss has.
         """
-        targets = Targets(y, self._output, x.dtype, self._known, options)
+        lead = x.shape[: x.ndim - len(self._example)]
+        if y.shape[: len(lead)] != lead:
+            return None
+        of_each = tuple(y.shape[len(lead) :])
+        targets = Targets(y, of_each, self._output, x.dtype, self._known, options)
         found = self._terms.of_targets(targets)
         if found is None:
             return None
-        lead = x.shape[: x.ndim - len(self._example)]
         return torch.cat([part.reshape(*lead, -1) for part in (x, *found)], -1)
 
 

@@ -24,11 +24,12 @@ TermOp = tuple[str, str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Targets:
-    """``y [..., N, *]`` for outputs of ``shape`` and ``dtype``; the loss is ``known``, and has
-    ``options``, tensors and numbers.
+    """``y [..., N, *of_each]`` for outputs of ``shape`` and ``dtype``; the loss is ``known``, and
+    has ``options``, tensors and numbers.
     """
 
     y: Tensor
+    of_each: Shape
     shape: Shape
     dtype: torch.dtype
     known: BuiltIn
@@ -37,8 +38,7 @@ class Targets:
     @property
     def are_values(self) -> bool:
         """One for each output."""
-        fits = self.y.shape[self.y.ndim - len(self.shape) :] == self.shape
-        return fits and self.y.dtype == self.dtype
+        return self.of_each == self.shape and self.y.dtype == self.dtype
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,20 @@ def _binary(known: BuiltIn) -> list[TermOp]:
 def _binary_factors(targets: Targets) -> tuple[Tensor, ...] | None:
     if not targets.are_values:
         return None
-    y, weight, of_ones = targets.y, *map(targets.options.get, ("weight", "pos_weight"))
-    factors = 1 - y, torch.ones_like(y) if of_ones is None else 1 + (of_ones - 1) * y
-    if any(f.shape != y.shape for f in factors):
+    y, weights = targets.y, [targets.options.get(name) for name in ("weight", "pos_weight")]
+    example = y.shape[y.ndim - 1 - len(targets.shape) :]
+    if any(w is not None and not _broadcasts(w, example, y) for w in weights):
         return None
-    if weight is None:
-        return factors
-    weighted = factors[0] * weight, factors[1] * weight
-    return weighted if weighted[0].shape == y.shape else None
+    weight, of_ones = (1.0 if w is None else w for w in weights)
+    return (1 - y) * weight, (1 + (of_ones - 1) * y) * weight
+
+
+def _broadcasts(weight: Tensor, shape: Shape, like: Tensor) -> bool:
+    """To the targets of one task, all in all."""
+    if weight.dtype != like.dtype or weight.device != like.device or weight.ndim > len(shape):
+        return False
+    pairs = zip(reversed(weight.shape), reversed(shape), strict=False)
+    return all(own in (1, size) for own, size in pairs)
 
 
 def _cross_entropy(known: BuiltIn) -> list[TermOp]:
@@ -119,11 +125,13 @@ def _class_factors(targets: Targets) -> tuple[Tensor, ...] | None:
     """On the log-probabilities, or outputs, of classes ``[..., N, classes, *]``, whose mean is
     taken of all.
     """
-    y, rest = targets.y, targets.shape[1:]
-    if y.is_floating_point():
-        found = _of_probabilities(targets)
-    else:
-        found = _of_labels(targets) if y.shape[y.ndim - len(rest) :] == rest else None
+    weight, like = (
+        targets.options.get("weight"),
+        (targets.shape[:1], targets.dtype, targets.y.device),
+    )
+    if weight is not None and (weight.shape, weight.dtype, weight.device) != like:
+        return None
+    found = _of_probabilities(targets) if targets.y.is_floating_point() else _of_labels(targets)
     if found is None:
         return None
     examples = found.shape[-1 - len(targets.shape)]
@@ -132,6 +140,8 @@ def _class_factors(targets: Targets) -> tuple[Tensor, ...] | None:
 
 def _of_labels(targets: Targets) -> Tensor | None:
     """The share of each class in an example's loss."""
+    if targets.of_each != targets.shape[1:]:
+        return None
     labels, classes, axes = targets.y.long(), targets.shape[0], len(targets.shape)
     ignored = targets.options.get("ignore_index", IGNORED_LABEL)
     counts, known = labels != ignored, (labels >= 0) & (labels < classes)
@@ -166,7 +176,7 @@ def _smoothed(targets: Targets, shares: Tensor) -> Tensor:
 
 def _class_weights(targets: Targets, like: Tensor) -> Tensor | float:
     weight = targets.options.get("weight")
-    return 1.0 if weight is None else weight.to(targets.dtype).view_as(like)
+    return 1.0 if weight is None else weight.view_as(like)
 
 
 TERMS: dict[str, Terms] = {
