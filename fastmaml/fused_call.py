@@ -127,15 +127,16 @@ class Runner(NamedTuple):
 
     def _moved(self, call: MetaStep, loss: TaskLoss) -> MetaStep | None:
         """``call`` with the loss behind the program, and targets behind the examples."""
-        program, options = self.program.with_loss(self.known), options_of(loss)
-        support = program.with_targets(call.support_x, call.support_y, options)
+        program = self.program.with_loss(self.known)
+        loss_and_options = self.known, options_of(loss)
+        support = program.with_targets(call.support_x, call.support_y, *loss_and_options)
         if support is None:
             return None
         moved = replace(call, support_x=support, support_y=support[..., :1], loss=LOSS)
         if call.query_x is None or call.query_y is None:  # the outputs are not the network's
             moved.query_x = None
             return moved
-        query = program.with_targets(call.query_x, call.query_y, options)
+        query = program.with_targets(call.query_x, call.query_y, *loss_and_options)
         if query is None:
             return None
         moved.query_x, moved.query_y = query, query[..., :1]

@@ -30,6 +30,12 @@ class BuiltIn(NamedTuple):
         """Whether it is one of those with a kernel of their own, at its defaults."""
         return self.kind in ("cross_entropy", "nll", "mse") and not self.options
 
+    @property
+    def shape(self) -> BuiltIn:
+        """The same but for what it makes of targets: whether sums, and of which weights."""
+        kept = tuple(option for option in self.options if option[0] in ("beta", "delta"))
+        return BuiltIn(self.kind, False, kept)
+
     def option(self, name: str, default: Any) -> Any:
         """A number among the options."""
         return dict(self.options).get(name, default)

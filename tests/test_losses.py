@@ -230,6 +230,17 @@ def test_losses_of_a_network_that_draws() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_what_varies_from_call_to_call_is_not_kept_forever() -> None:
+    maml, batch = fastmaml.MAML(_network(), lr=0.05), _batch("")
+    for share in (0.1, 0.2, 0.3):
+        _check(maml, batch, partial(F.cross_entropy, label_smoothing=share))
+    assert len(maml.programs.latest._with_losses) == 1
+    batch = _batch("of values")
+    for delta in range(1, 12):
+        _check(maml, batch, nn.HuberLoss(delta=delta / 8))
+    assert len(maml.programs.latest._with_losses) == 8
+
+
 def test_the_weights_of_now_count() -> None:
     loss, maml, batch = (
         nn.CrossEntropyLoss(weight=W.clone()),

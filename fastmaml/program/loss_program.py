@@ -20,18 +20,19 @@ LOSS = "mean"  # of such programs
 
 
 class LossProgram:
-    """``graph`` with the loss ``known`` behind it, in the dtype and on the device of ``like``."""
+    """``graph`` and a loss like ``known`` behind it, in the dtype and on the device of ``like``."""
 
     def __init__(self, graph: Graph, layout: ParameterLayout, like: Tensor, known: BuiltIn) -> None:
-        self._known = known
         self._terms = TERMS[known.kind]
         self._example, self._output = graph.values[0], graph.values[graph.output]
         whole = _extended(graph, self._terms.factors, self._terms.ops(known))
         self.executor = make_executor(whole, layout, like)
 
-    def with_targets(self, x: Tensor, y: Tensor, options: Mapping[str, Any]) -> Tensor | None:
+    def with_targets(
+        self, x: Tensor, y: Tensor, known: BuiltIn, options: Mapping[str, Any]
+    ) -> Tensor | None:
         """``x [..., N, *example]`` as rows with targets ``y [..., N, ...]`` behind them, in the
-        form that the loss takes them; None where PyTorch would refuse ``y``.
+        form that the loss ``known`` takes them; None where PyTorch would refuse ``y``.
 
         ``options``: tensors and numbers that the loss has.
         """
@@ -39,7 +40,7 @@ class LossProgram:
         if y.shape[: len(lead)] != lead:
             return None
         of_each = tuple(y.shape[len(lead) :])
-        targets = Targets(y, of_each, self._output, x.dtype, self._known, options)
+        targets = Targets(y, of_each, self._output, x.dtype, known, options)
         found = self._terms.of_targets(targets)
         if found is None:
             return None

@@ -26,6 +26,8 @@ from fastmaml.program.trace import NotCovered
 from fastmaml.program.transforms import outside
 from fastmaml.program.whole_numbers import WholeNumbers
 
+_LOSSES = 8  # kept behind a program, of those that differ in a number among their ops
+
 
 class NativeProgram:
     """A captured graph on an executor; serves any T, and any N that :meth:`why_not` has passed.
@@ -124,10 +126,13 @@ class NativeProgram:
 
     def with_loss(self, known: BuiltIn) -> LossProgram:
         """This program with a loss behind it."""
-        if known not in self._with_losses:
+        shape = known.shape
+        if shape not in self._with_losses:
+            if len(self._with_losses) >= _LOSSES:
+                self._with_losses.pop(next(iter(self._with_losses)))
             like = self._example.new_empty(0, dtype=self.dtype)
-            self._with_losses[known] = LossProgram(self.graph, self.layout, like, known)
-        return self._with_losses[known]
+            self._with_losses[shape] = LossProgram(self.graph, self.layout, like, shape)
+        return self._with_losses[shape]
 
     @property
     def takes_as_it_is(self) -> bool:
