@@ -79,7 +79,8 @@ part 40 launches "python3 -m bench launches --device cuda --cases omni51,mini51 
 part 60 bench-tf32 "$bench --cases omni51 --tf32 --rounds 3 --budget 0.5 \
   --against door3,vmap-norm --output '$out/cuda-omniglot-tf32.jsonl'"
 part 120 tests-doors "$pytest $workers test_graphs.py test_sampler_in_graph.py \
-  test_doors_on_gpu.py test_algorithms_on_gpu.py test_training_on_gpu.py test_draws.py"
+  test_doors_on_gpu.py test_algorithms_on_gpu.py test_training_on_gpu.py test_draws.py \
+  test_losses.py test_embedding.py"
 part 120 tests-rules "$pytest $workers test_triton_rules.py test_kernel_order.py \
   test_captured_operations.py"
 if command -v compute-sanitizer >/dev/null; then
@@ -98,6 +99,9 @@ fi
 part 150 tests-networks "$pytest $workers test_gpu.py"
 part 90 bench-compiled "$bench --cases sine --rounds 3 --budget 0.3 \
   --against door3,compile-graphs,jax --output '$out/cuda-compiled.jsonl'"
+
+part 60 bench-encoder "$bench --cases encoder --rounds 2 --budget 0.5 \
+  --against door3,door2,eager,vmap-norm --output '$out/cuda-encoder.jsonl'"
 
 say "failed: ${failed[*]:-nothing}"
 [ "${#failed[@]}" -eq 0 ]

@@ -115,6 +115,13 @@ def test_sequences_of_one_place(kind: type[nn.Module]) -> None:
     assert torch.equal(module.layer.weight_hh_l0.grad, torch.zeros_like(module.layer.weight_hh_l0))
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_zeros_that_a_layer_starts_from_do_not_go_in(kind: type[nn.Module]) -> None:
+    x = torch.randn(4, PLACES, WIDTH)
+    assert capture(Recurrent(_mean, _of(kind)()), x).drawn == 0
+    assert capture(Recurrent(_from_ones, _of(nn.GRU, 2)()), x).drawn > 0
+
+
 def test_a_learned_start() -> None:
     class Started(nn.Module):
         def __init__(self) -> None:

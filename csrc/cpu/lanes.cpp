@@ -163,7 +163,7 @@ FASTMAML_INLINE Vec<T> softmax(Index columns, const T* y, T* out) {
   for (Index c = 0; c < columns; ++c) {
     store(out + c * kLanes<T>, load(out + c * kLanes<T>) / sum);
   }
-  return highest + each_lane<T>(sum, [](T x) { return scalar_log(x); });
+  return highest + vector_log<T>(sum);
 }
 
 template <typename T>

@@ -20,9 +20,7 @@ Result = tuple[Tensor, Tensor | None]
 _UNUSUAL = ("key_padding_mask", "bias_k", "bias_v", "static_k", "static_v")
 
 
-def attention(
-    args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[Tensor, Tensor | None] | None:
+def attention(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Result | None:
     """What the call gives; None for what is left to PyTorch."""
     given = _SIGNATURE.bind(*args, **kwargs)
     given.apply_defaults()
