@@ -50,6 +50,22 @@ def sequence_encoder() -> nn.Module:
     )  # fmt: skip
 
 
+class LastOutput(nn.Module):
+    """Of a recurrent layer, whose places come behind the examples."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0][:, -1]
+
+
+def recurrent_classifier() -> nn.Module:
+    """An LSTM of 32 units over 16 places."""
+    return nn.Sequential(LastOutput(nn.LSTM(8, 32, batch_first=True)), nn.Linear(32, 5))
+
+
 def small_vision_transformer() -> nn.Module:
     """Three layers over the patches, 8x8 each, of 32x32 images."""
     from torchvision.models import VisionTransformer
@@ -129,6 +145,7 @@ CASES = {
         Case("mini51", lambda: CNN4(5, hidden_size=32), (3, 84, 84), 4, 5, 75, steps=5, lr=0.01),
         Case("resnet12", cifar_resnet, (3, 32, 32), 2, 5, 75, steps=1, lr=0.01),
         Case("encoder", sequence_encoder, (16, 8), 16, 5, 15, steps=3, lr=0.05),
+        Case("lstm", recurrent_classifier, (16, 8), 16, 5, 15, steps=3, lr=0.05),
         Case("vit", small_vision_transformer, (3, 32, 32), 4, 5, 15, steps=3, lr=0.05),
         Case("sinelayer", sine_norms, (1,), 25, 10, 10, steps=5, lr=0.01, ways=1, regression=True),
         Case("omnigroup", omniglot_group_norm, (1, 28, 28), 16, 5, 5, steps=5, lr=0.01),
@@ -232,7 +249,10 @@ def _forward_flop(case: Case) -> tuple[float, float]:
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal convolutions
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.LSTM):  # of whose products the state's are none of its input's
+            places = inputs[0].shape[1]
+            layers.append(8.0 * places * module.input_size * module.hidden_size)
+        elif isinstance(module, nn.Linear):
             layers.append(2.0 * output[0].numel() * module.in_features)
         elif isinstance(module, nn.Conv2d):
             taps = 1
@@ -241,11 +261,12 @@ def _forward_flop(case: Case) -> tuple[float, float]:
             layers.append(2.0 * taps * module.in_channels * module.out_channels / module.groups)
             convolutions += layers[-1]
 
-    model = case.model()
+    # in float64 recurrent layers come apart into products, of which the counter knows
+    model, counter = case.model(torch.float64), FlopCounterMode(display=False)
     for module in model.modules():
         module.register_forward_hook(count)
-    with torch.no_grad(), differentiable_attention(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(examples, *case.shape, device=case.device))
+    with torch.no_grad(), differentiable_attention(), counter:
+        model(torch.zeros(examples, *case.shape, device=case.device, dtype=torch.float64))
     counted = counter.get_flop_counts()["Global"]
     other = sum(flop for op, flop in counted.items() if op is not torch.ops.aten.convolution)
     return layers[0], convolutions + other / examples - layers[0]

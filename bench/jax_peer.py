@@ -116,6 +116,8 @@ def apply_layer(layer: nn.Module, parameters: list, x: object) -> object:
         return layer_norm(x, *parameters, layer.eps)
     if isinstance(layer, nn.TransformerEncoderLayer):
         return transformer_layer(layer, parameters, x)
+    if isinstance(layer, nn.LSTM):
+        return last_output(parameters, x)
     if isinstance(layer, nn.ReLU):
         return jx.nn.relu(x)
     if isinstance(layer, nn.MaxPool2d):
@@ -136,6 +138,26 @@ def layer_norm(x: object, weight: object, bias: object, eps: float) -> object:
     centred = x - jnp.mean(x, -1, keepdims=True)
     variance = jnp.mean(centred**2, -1, keepdims=True)
     return centred / jnp.sqrt(variance + eps) * weight + bias
+
+
+def last_output(parameters: list, x: object) -> object:
+    """Of an LSTM's one layer, which starts from zeros."""
+    import jax as jx
+    import jax.numpy as jnp
+
+    of_input, of_state, input_bias, state_bias = parameters
+
+    def step(state: tuple, given: object) -> tuple:
+        h, c = state
+        gates = given + linear(h, of_state, state_bias)
+        i, f, g, o = jnp.split(gates, 4, axis=1)
+        c = jx.nn.sigmoid(f) * c + jx.nn.sigmoid(i) * jnp.tanh(g)
+        return (jx.nn.sigmoid(o) * jnp.tanh(c), c), None
+
+    given = jnp.moveaxis(linear(x, of_input, input_bias), 1, 0)
+    zeros = jnp.zeros((x.shape[0], of_state.shape[1]), x.dtype)
+    (h, _), _ = jx.lax.scan(step, (zeros, zeros), given)
+    return h
 
 
 def transformer_layer(layer: nn.TransformerEncoderLayer, parameters: list, x: object) -> object:

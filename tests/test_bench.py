@@ -55,6 +55,16 @@ def test_useful_flop_leave_out_padding_and_what_the_data_does_not_need():
     assert useful_gflop(CASES["omni51"]) == pytest.approx(expected)
 
 
+def test_useful_flop_of_recurrent_layers_and_transformers():
+    """Of 16 places: products with the data, and all others of an example."""
+    lstm = 16 * 2 * 4 * 32 * 8, 16 * 2 * 4 * 32 * 32 + 2 * 32 * 5
+    layer = 16 * 2 * (32 * 96 + 32 * 32 + 2 * 32 * 64) + 2 * (2 * 16 * 16 * 32)
+    encoder = 16 * 2 * 8 * 32, 2 * layer + 2 * 16 * 32 * 5
+    for name, (first, later) in (("lstm", lstm), ("encoder", encoder)):
+        expected = 16 * (first * (30 * 2 + 15 * 2) + later * (30 * 3 + 15 * 6)) / 1e9
+        assert useful_gflop(CASES[name]) == pytest.approx(expected)
+
+
 def test_percentiles_are_of_all_samples():
     found = percentiles([0.1, 0.3, 0.2, 0.5, 0.4, 0.6])
     assert found["p50_s"] == pytest.approx(0.35)
