@@ -398,7 +398,8 @@ struct Kernels {
 
   // --- losses, mean over the task; y [rows][padded(columns)] -------------------------------------
   // Cross-entropy: labels; mean squared error: values [rows][columns]; mean: neither. Returns the
-  // loss, writes its gradient (padding zero). Throws std::invalid_argument on a label outside [0, columns).
+  // loss, writes its gradient (padding zero). Throws std::invalid_argument on a label outside [0,
+  // columns).
   T (*loss_gradient)(Loss kind, Index rows, Index columns, const T* y, const std::int64_t* labels,
                      const T* values, T* gy);
   // dgy = (d2 loss / dy2) dy

@@ -24,8 +24,7 @@ template <typename T>
 double fma_rounds(Index rounds) {
   constexpr int kChains = kManyRegisters ? 24 : 12;  // to hide the latency of all units
   // The sum is stored so that the work cannot be left out.
-  [[maybe_unused]] volatile T total =
-      fma_chains<T>(rounds, std::make_index_sequence<kChains>());
+  [[maybe_unused]] volatile T total = fma_chains<T>(rounds, std::make_index_sequence<kChains>());
   return 2.0 * kChains * kLanes<T> * static_cast<double>(rounds);
 }
 

@@ -70,7 +70,8 @@ T MetaStep<T>::loss(Run<T>& run, const void* targets, Index set) const {
   if (run.share.part == 0) {
     const std::int64_t* labels = nullptr;
     const T* values = nullptr;
-    if (loss_ == Loss::kCrossEntropy) labels = static_cast<const std::int64_t*>(targets) + set * rows;
+    if (loss_ == Loss::kCrossEntropy)
+      labels = static_cast<const std::int64_t*>(targets) + set * rows;
     if (loss_ == Loss::kMeanSquaredError) values = static_cast<const T*>(targets) + offset;
     value = kernels_.loss_gradient(loss_, rows, plan_.output_columns, run.value(plan_.output),
                                    labels, values, gy);
