@@ -146,7 +146,7 @@ class _Sample:
 
     def rows(self) -> Tensor:
         """Other values for each number of examples: nothing may be read off them."""
-        shape, whole = (self.examples, *self.x.shape[1:]), not self.x.is_floating_point()
+        shape = (self.examples, *self.x.shape[1:])
         if self.blank:
             rows = torch.empty(shape, dtype=self.x.dtype, device=self.device)
         elif len(self.x):
@@ -154,7 +154,7 @@ class _Sample:
             rows = self.x.detach()[places % len(self.x)]
         else:
             rows = self.x.new_zeros(shape)
-        if whole:
+        if not rows.is_floating_point():
             return rows
         return rows.requires_grad_(self.learned) * (1 + 1 / max(self.examples, 1))
 

@@ -94,6 +94,10 @@ def _narrow(trace: Trace, x: Tensor, result: Tensor, dim: int, start: int) -> No
         whole, part = trace.operand(x, trace.rows(x.shape)), trace.rows(result.shape)
         trace.emit("narrow", part, (whole,), dim=dim, start=start)
         return trace.alias(result, Shared(trace.value(part)))
+    if isinstance(known, Turned) and dim == 0:
+        part = trace.rows((len(result), *known.value.shape[1:]))
+        trace.emit("narrow", part, (known.value,), dim=0, start=start)
+        return trace.alias(result, Turned(trace.value(part)))
     value = trace.value(x)
     axis = axis_of(value, x, dim, "examples chosen")
     return trace.emit("narrow", result, (value,), dim=axis, start=start)
@@ -110,11 +114,6 @@ def _slice(trace: Trace, a: Arguments, result: Tensor) -> None:
 def _select(trace: Trace, a: Arguments, result: Tensor) -> None:
     x, dim = a["self"], a["dim"] % a["self"].ndim
     index = a["index"] % x.shape[dim]
-    known = trace.lookup(x)
-    if isinstance(known, Turned) and dim == 0:
-        one = trace.rows((1, *known.value.shape[1:]))
-        trace.emit("narrow", one, (known.value,), dim=0, start=index)
-        return trace.reshape(result, trace.value(one))
     one = x.narrow(dim, index, 1)
     _narrow(trace, x, one, dim, index)
     _view(trace, {"self": one}, result)

@@ -29,8 +29,6 @@ class WholeNumbers:
         Raises:
             IndexError: ``x``, on the CPU, has a number that is no row of the table it chooses from.
         """
-        if x.dtype == self._dtype:
-            return x
         if not x.is_cuda:
             self._check(name, x.reshape(-1, self._size))
         return x.to(self._dtype)

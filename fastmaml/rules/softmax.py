@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastmaml.program.ir import Op, Shape
-from fastmaml.rules.base import Grads, Rule, Tensors, total
+from fastmaml.rules.base import Grads, Rule, Tensors
 
 
 class Softmax:
@@ -36,12 +36,24 @@ class Softmax:
             y = y.masked_fill((inputs[0] == -math.inf).all(axis, keepdim=True), 0.0)
         return y, y
 
+    def product(self, op: Op, v: Tensor, y: Tensor, *, turned: bool) -> Tensor:
+        """The Jacobian's product with v, or with ``turned`` its transpose's."""
+        if not op.attrs["log"]:
+            return y * (v - _sum(op, v * y))
+        return v - y.exp() * _sum(op, v) if turned else v - _sum(op, v * y.exp())
+
+    def moving_product(self, op: Op, g: Tensor, dg: Tensor | None, y: Tensor, dy: Tensor) -> Tensor:
+        """The derivative of the transposed product with g as g and y move."""
+        if op.attrs["log"]:
+            moved = -y.exp() * dy * _sum(op, g)
+        else:
+            moved = dy * (g - _sum(op, g * y)) - y * _sum(op, g * dy)
+        return moved if dg is None else self.product(op, dg, y, turned=True) + moved
+
     def backward(
         self, op: Op, params: Tensors, inputs: Sequence[Tensor], saved: Tensor, gy: Tensor
     ) -> Grads:
-        if op.attrs["log"]:
-            return [], [gy - saved.exp() * _sum(op, gy)]
-        return [], [saved * (gy - _sum(op, gy * saved))]
+        return [], [self.product(op, gy, saved, turned=True)]
 
     def tangent(
         self,
@@ -53,12 +65,7 @@ class Softmax:
         dinputs: Tensors,
     ) -> tuple[Tensor | None, Tensor | None]:
         dx = dinputs[0]
-        if dx is None:
-            return None, None
-        if op.attrs["log"]:
-            dy = dx - _sum(op, dx * saved.exp())
-        else:
-            dy = saved * (dx - _sum(op, dx * saved))
+        dy = None if dx is None else self.product(op, dx, saved, turned=False)
         return dy, dy
 
     def backward_tangent(
@@ -73,14 +80,9 @@ class Softmax:
         dsaved: Tensor | None,
         dgy: Tensor | None,
     ) -> Grads:
-        still = None if dgy is None else self.backward(op, params, inputs, saved, dgy)[1][0]
-        if dsaved is None:
-            return [], [still]
-        if op.attrs["log"]:
-            moved = -saved.exp() * dsaved * _sum(op, gy)
-        else:
-            moved = dsaved * (gy - _sum(op, gy * saved)) - saved * _sum(op, gy * dsaved)
-        return [], [total(still, moved)]
+        if dsaved is not None:
+            return [], [self.moving_product(op, gy, dgy, saved, dsaved)]
+        return [], [None if dgy is None else self.product(op, dgy, saved, turned=True)]
 
 
 def _sum(op: Op, x: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from fastmaml.backends.triton.launching import launch
 from fastmaml.backends.triton.tiles import dense
 from fastmaml.program.ir import Op, Shape
-from fastmaml.rules.base import Grads, Rule, Tensors
+from fastmaml.rules import softmax
+from fastmaml.rules.base import Rule, Tensors
 
 _LONGEST_TILE = 1024
 _WARP_VALUES = 256
@@ -137,8 +138,8 @@ def softmax_backward_tangent_kernel(
         tl.store(out + at, result, mask=inside)
 
 
-class Softmax:
-    """x ``[T, N, *shape]``; see :class:`fastmaml.rules.softmax.Softmax`."""
+class Softmax(softmax.Softmax):
+    """See :class:`fastmaml.rules.softmax.Softmax`."""
 
     def forward(
         self, op: Op, out_shape: Shape, params: Tensors, buffers: Tensors, inputs: Sequence[Tensor]
@@ -146,46 +147,13 @@ class Softmax:
         y = _launched(softmax_kernel, op, dense(inputs[0]), SAFE=op.attrs["safe"])
         return y, y
 
-    def backward(
-        self, op: Op, params: Tensors, inputs: Sequence[Tensor], saved: Tensor, gy: Tensor
-    ) -> Grads:
-        return [], [_product(op, gy, saved, turned=True)]
+    def product(self, op: Op, v: Tensor, y: Tensor, *, turned: bool) -> Tensor:
+        return _launched(softmax_product_kernel, op, dense(v, y), y, TURNED=turned)
 
-    def tangent(
-        self,
-        op: Op,
-        params: Tensors,
-        inputs: Sequence[Tensor],
-        saved: Tensor,
-        dparams: Tensors,
-        dinputs: Tensors,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        dx = dinputs[0]
-        dy = None if dx is None else _product(op, dx, saved, turned=False)
-        return dy, dy
-
-    def backward_tangent(
-        self,
-        op: Op,
-        params: Tensors,
-        inputs: Sequence[Tensor],
-        saved: Tensor,
-        gy: Tensor,
-        dparams: Tensors,
-        dinputs: Tensors,
-        dsaved: Tensor | None,
-        dgy: Tensor | None,
-    ) -> Grads:
-        if dsaved is None:
-            return [], [None if dgy is None else _product(op, dgy, saved, turned=True)]
-        moving = gy if dgy is None else dgy
-        values = (dense(t, saved) for t in (gy, moving, saved, dsaved))
+    def moving_product(self, op: Op, g: Tensor, dg: Tensor | None, y: Tensor, dy: Tensor) -> Tensor:
+        values = (dense(t, y) for t in (g, g if dg is None else dg, y, dy))
         kernel = softmax_backward_tangent_kernel
-        return [], [_launched(kernel, op, *values, G_MOVES=dgy is not None)]
-
-
-def _product(op: Op, v: Tensor, y: Tensor, *, turned: bool) -> Tensor:
-    return _launched(softmax_product_kernel, op, dense(v, y), y, TURNED=turned)
+        return _launched(kernel, op, *values, G_MOVES=dg is not None)
 
 
 def _launched(kernel: object, op: Op, *values: Tensor, **flags: bool) -> Tensor:
