@@ -179,22 +179,42 @@ def _has_kernel(program: NativeProgram, batch: TaskBatch, known: BuiltIn) -> boo
 
 def _prepared(program: NativeProgram, batch: TaskBatch, steps: int) -> TaskBatch:
     """``batch`` with examples as the program takes them."""
+    given = batch
     if program.takes_whole_numbers:
         support_x = program.converted("support_x", batch.support_x)
         query_x = program.converted("query_x", batch.query_x)
-        batch = TaskBatch(support_x, batch.support_y, query_x, batch.query_y)
-    return _with_draws(program, batch, steps) if program.graph.drawn else batch
+        batch = batch._replace(support_x=support_x, query_x=query_x)
+    if not program.graph.drawn:
+        return batch
+    sizes = batch.support(0)[0].shape[1], batch.query_x.shape[1]
+    if all(map(program.draws_alike, sizes)):
+        return _with_the_same_draws(program, batch, given)
+    return _with_draws(program, batch, given, steps)
 
 
-def _with_draws(program: NativeProgram, batch: TaskBatch, steps: int) -> TaskBatch:
+def _with_the_same_draws(program: NativeProgram, batch: TaskBatch, given: TaskBatch) -> TaskBatch:
+    """``batch`` with what forward makes of its examples as they were ``given``."""
+    query_x = program.with_draws(batch.query_x, given.query_x)
+    if batch.minibatches is None:
+        support_x = program.with_draws(batch.support_x, given.support_x)
+    else:
+        pairs = zip(batch.support_x, given.support_x, strict=True)
+        support_x = torch.stack([program.with_draws(x, x_given) for x, x_given in pairs])
+    return batch._replace(support_x=support_x, query_x=query_x)
+
+
+def _with_draws(
+    program: NativeProgram, batch: TaskBatch, given: TaskBatch, steps: int
+) -> TaskBatch:
     """``batch`` with what forward draws, task by task, as a loop over tasks would."""
     supports = [batch.support(step) for step in range(max(steps, 1))]
     support_x = torch.stack([program.with_room(x) for x, _ in supports])
     query_x = program.with_room(batch.query_x)
     for task in range(batch.tasks):
+        one = slice(task, task + 1)
         for step in range(steps):
-            program.draw(support_x[step, task])
-        program.draw(query_x[task])
+            program.draw(support_x[step, one], given.support(step)[0][one])
+        program.draw(query_x[one], given.query_x[one])
     return TaskBatch(support_x, torch.stack([y for _, y in supports]), query_x, batch.query_y)
 
 

@@ -69,6 +69,8 @@ _FUNCTIONS = {
     "sin": lambda x, a, b: x.sin(),
     "cos": lambda x, a, b: x.cos(),
     "exp": lambda x, a, b: x.exp(),
+    "is_positive": lambda x, a, b: (x > 0).to(x),
+    "is_zero": lambda x, a, b: (x == 0).to(x),
 }
 
 
@@ -114,6 +116,9 @@ _PLAIN = {
     "cat": lambda op, params, buffers, *inputs: torch.cat(inputs, op.attrs["dim"] + 1),
     "softmax": _softmax,
     "bmm": lambda op, params, buffers, a, b: a @ b,
+    "masked_fill": lambda op, params, buffers, x, mask: x.masked_fill(
+        mask > 0.5, op.attrs["value"]
+    ),
     "mul": lambda op, params, buffers, a, b: a * b,
     "add": lambda op, params, buffers, a, b: torch.add(a, b, alpha=op.attrs["alpha"]),
     "scale": lambda op, params, buffers, x: op.attrs["alpha"] * x + op.attrs["beta"],

@@ -273,6 +273,12 @@ CASES: dict[str, list[Case]] = {
         _activation_case("sin"),
         _activation_case("cos"),
         _activation_case("exp"),
+        _activation_case("is_positive"),
+        _activation_case("is_zero"),
+    ],
+    "masked_fill": [
+        _case("images", "masked_fill", ((3, 5, 7), (3, 5, 7)), value=-0.5),
+        _case("features", "masked_fill", ((17,), (17,)), value=0.0),
     ],
     "mul": [
         _case("images", "mul", ((3, 5, 7), (3, 5, 7))),

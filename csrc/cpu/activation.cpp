@@ -291,6 +291,20 @@ struct Exp {
   Vec<T> curvature(Vec<T> x) const { return vector_exp<T>(x); }
 };
 
+template <typename T>
+struct IsPositive {
+  Vec<T> value(Vec<T> x) const { return select<T>(x > Vec<T>{}, constant<T>(1), Vec<T>{}); }
+  Vec<T> slope(Vec<T>) const { return Vec<T>{}; }
+  Vec<T> curvature(Vec<T>) const { return Vec<T>{}; }
+};
+
+template <typename T>
+struct IsZero {
+  Vec<T> value(Vec<T> x) const { return select<T>(x == Vec<T>{}, constant<T>(1), Vec<T>{}); }
+  Vec<T> slope(Vec<T>) const { return Vec<T>{}; }
+  Vec<T> curvature(Vec<T>) const { return Vec<T>{}; }
+};
+
 // Calls body with the function object of a kind.
 template <typename T, typename Body>
 FASTMAML_INLINE void with_function(Activation kind, T alpha, T beta, Body body) {
@@ -353,6 +367,10 @@ FASTMAML_INLINE void with_function(Activation kind, T alpha, T beta, Body body) 
       return body(Cos<T>{});
     case Activation::kExp:
       return body(Exp<T>{});
+    case Activation::kIsPositive:
+      return body(IsPositive<T>{});
+    case Activation::kIsZero:
+      return body(IsZero<T>{});
   }
 }
 

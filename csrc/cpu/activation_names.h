@@ -38,6 +38,8 @@ inline std::optional<Activation> activation_named(const std::string& name) {
       {"sin", Activation::kSin},
       {"cos", Activation::kCos},
       {"exp", Activation::kExp},
+      {"is_positive", Activation::kIsPositive},
+      {"is_zero", Activation::kIsZero},
   };
   const auto found = names.find(name);
   if (found == names.end()) return std::nullopt;

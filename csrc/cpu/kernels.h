@@ -50,6 +50,8 @@ enum class Activation : int {
   kSin,
   kCos,
   kExp,
+  kIsPositive,  // 1 where it is so, and 0 elsewhere
+  kIsZero,
 };
 
 enum class Loss : int { kCrossEntropy, kMeanSquaredError, kMean };
@@ -350,6 +352,9 @@ struct Kernels {
   // out = (accumulate ? out : 0) + a[i] * b[i] + c[i] * d[i]; c and d may be null.
   void (*multiply)(Index count, const T* a, const T* b, const T* c, const T* d, T* out,
                    bool accumulate, Share share);
+  // out = (accumulate ? out : 0) + (mask[i] > 1/2 ? value : x[i]); x may be null (zero).
+  void (*masked_fill)(Index count, const T* mask, const T* x, T value, T* out, bool accumulate,
+                      Share share);
   // out = x + a * rate[i] * g[i]; rate may be null (one).
   void (*update)(Index count, T a, const T* rate, const T* x, const T* g, T* out, Share share);
 

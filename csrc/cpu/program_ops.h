@@ -114,6 +114,8 @@ std::unique_ptr<Op<T>> make_add(OpReader& reader);
 template <typename T>
 std::unique_ptr<Op<T>> make_mul(OpReader& reader);
 template <typename T>
+std::unique_ptr<Op<T>> make_masked_fill(OpReader& reader);
+template <typename T>
 std::unique_ptr<Op<T>> make_bmm(OpReader& reader);
 template <typename T>
 std::unique_ptr<Op<T>> make_softmax(OpReader& reader);

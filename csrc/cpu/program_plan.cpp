@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <map>
+#include <set>
 #include <stdexcept>
+#include <string>
 
 #include "cpu/program_ops.h"
 
@@ -382,6 +384,7 @@ int Planner<T>::add_op(int index) {
       {"mean", make_mean<T>},
       {"add", make_add<T>},
       {"mul", make_mul<T>},
+      {"masked_fill", make_masked_fill<T>},
       {"bmm", make_bmm<T>},
       {"softmax", make_softmax<T>},
       {"parameter", make_parameter<T>},
@@ -393,8 +396,8 @@ int Planner<T>::add_op(int index) {
   };
   Reader reader(*this, index);
   const OpSpec& op = reader.op();
-  const bool joins = op.kind == "add" || op.kind == "mul" || op.kind == "bmm" || op.kind == "cat";
-  if (!joins) reader.expect_inputs(1);
+  static const std::set<std::string> joining = {"add", "mul", "masked_fill", "bmm", "cat"};
+  if (joining.count(op.kind) == 0) reader.expect_inputs(1);
   if (is_alias(op)) {
     const Place& from = values_[op.inputs[0]];
     if (element_count(reader.output()) != element_count(reader.input(0))) {

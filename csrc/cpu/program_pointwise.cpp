@@ -1,4 +1,4 @@
-// Activations, sums, products and scalings: ops on elements, in whatever layout they find.
+// Activations, sums, products, scalings and masks: ops on elements, in whatever layout they find.
 #include <algorithm>
 #include <utility>
 
@@ -108,18 +108,30 @@ class ActivationOp final : public Op<T> {
   bool in_place_ = false;
 };
 
-template <typename T>
-class AddOp final : public Op<T> {
- public:
-  explicit AddOp(OpReader& reader) : alpha_(static_cast<T>(reader.number("alpha"))) {
+// Two inputs and an output of one shape, in the layout of the first.
+struct Operands {
+  explicit Operands(OpReader& reader) {
     reader.expect_inputs(2);
     reader.expect_output(reader.input(0));
     reader.expect_output(reader.input(1));
     const Place a = reader.need_any(0);
     const Place b = reader.need(1, a.layout, Padding::kRequired);
-    size_ = a.layout.size();
-    this->inputs = {a.storage, b.storage};
-    this->output = reader.produce(a.layout);
+    layout = a.layout;
+    storages = {a.storage, b.storage};
+  }
+
+  Layout layout;
+  std::vector<int> storages;
+};
+
+template <typename T>
+class AddOp final : public Op<T> {
+ public:
+  explicit AddOp(OpReader& reader) : alpha_(static_cast<T>(reader.number("alpha"))) {
+    const Operands operands(reader);
+    size_ = operands.layout.size();
+    this->inputs = operands.storages;
+    this->output = reader.produce(operands.layout);
   }
 
   void forward(Run<T>& run) const override {
@@ -164,14 +176,10 @@ template <typename T>
 class MulOp final : public Op<T> {
  public:
   explicit MulOp(OpReader& reader) {
-    reader.expect_inputs(2);
-    reader.expect_output(reader.input(0));
-    reader.expect_output(reader.input(1));
-    const Place a = reader.need_any(0);
-    const Place b = reader.need(1, a.layout, Padding::kRequired);
-    size_ = a.layout.size();
-    this->inputs = {a.storage, b.storage};
-    this->output = reader.produce(a.layout);
+    const Operands operands(reader);
+    size_ = operands.layout.size();
+    this->inputs = operands.storages;
+    this->output = reader.produce(operands.layout);
   }
 
   void forward(Run<T>& run) const override {
@@ -216,6 +224,43 @@ class MulOp final : public Op<T> {
     run.kernels.multiply(run.examples() * size_, a, b, c, d, out.data, out.accumulate, run.share);
   }
 
+  Index size_ = 0;
+};
+
+template <typename T>
+class MaskedFillOp final : public Op<T> {
+ public:
+  explicit MaskedFillOp(OpReader& reader) : value_(static_cast<T>(reader.number("value"))) {
+    const Operands operands(reader);
+    size_ = operands.layout.size();
+    this->inputs = operands.storages;
+    this->output = reader.produce(operands.layout);
+  }
+
+  void forward(Run<T>& run) const override {
+    fill(run, run.value(this->inputs[0]), value_, {run.value_out(this->output)});
+  }
+
+  void backward(Run<T>& run, Flow<T>& flow) const override {
+    const Target<T> gx = run.into(flow, this->inputs[0]);
+    if (gx) fill(run, run.arrived(flow, this->output), T(0), gx);
+  }
+
+  void tangent(Run<T>& run) const override {
+    fill(run, run.tangent(this->inputs[0]), T(0), {run.tangent_out(this->output)});
+  }
+
+  void backward_tangent(Run<T>& run) const override {
+    if (run.arrived(run.second, this->output) != nullptr) backward(run, run.second);
+  }
+
+ private:
+  void fill(Run<T>& run, const T* x, T value, const Target<T>& out) const {
+    run.kernels.masked_fill(run.examples() * size_, run.value(this->inputs[1]), x, value, out.data,
+                            out.accumulate, run.share);
+  }
+
+  T value_;
   Index size_ = 0;
 };
 
@@ -271,6 +316,10 @@ std::unique_ptr<Op<T>> make_mul(OpReader& reader) {
   return std::make_unique<MulOp<T>>(reader);
 }
 template <typename T>
+std::unique_ptr<Op<T>> make_masked_fill(OpReader& reader) {
+  return std::make_unique<MaskedFillOp<T>>(reader);
+}
+template <typename T>
 std::unique_ptr<Op<T>> make_scale(OpReader& reader) {
   return std::make_unique<ScaleOp<T>>(reader);
 }
@@ -278,6 +327,7 @@ std::unique_ptr<Op<T>> make_scale(OpReader& reader) {
 FASTMAML_INSTANTIATE_OP(make_activation)
 FASTMAML_INSTANTIATE_OP(make_add)
 FASTMAML_INSTANTIATE_OP(make_mul)
+FASTMAML_INSTANTIATE_OP(make_masked_fill)
 FASTMAML_INSTANTIATE_OP(make_scale)
 
 }  // namespace fastmaml

@@ -7,6 +7,7 @@
 #include "inner_update.h"
 #include "lanes.h"
 #include "loss.h"
+#include "masked_fill.h"
 #include "mul.h"
 #include "norm.h"
 #include "norm_relu.h"
@@ -64,6 +65,7 @@ const Kernels<T>& table() {
       &softmax_backward_tangent<T>,
       &axpby<T>,
       &multiply<T>,
+      &masked_fill<T>,
       &update<T>,
       &inner_update<T>,
       &inner_adjoint<T>,

@@ -177,6 +177,10 @@ FASTMAML_TEAM Jet<T> activation(Activation function, T x, T alpha, T beta) {
       const T e = exp(x);
       return {e, e, e};
     }
+    case Activation::kIsPositive:
+      return {T(x > 0), 0, 0};
+    case Activation::kIsZero:
+      return {T(x == 0), 0, 0};
   }
   return {x, 1, 0};
 }

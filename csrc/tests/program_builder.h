@@ -149,6 +149,9 @@ class ProgramBuilder {
     return op("add", {a, b}, shape(a), {}, {{"alpha", alpha}});
   }
   int mul(int a, int b) { return op("mul", {a, b}, shape(a), {}, {}); }
+  int masked_fill(int x, int mask, double value) {
+    return op("masked_fill", {x, mask}, shape(x), {}, {{"value", value}});
+  }
   int bmm(int a, int b) {
     Shape output = shape(a);
     output.back() = shape(b).back();

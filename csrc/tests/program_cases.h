@@ -3,6 +3,8 @@
 // parameters.
 #pragma once
 
+#include <limits>
+
 #include "program_builder.h"
 
 namespace fastmaml_test {
@@ -189,6 +191,24 @@ inline ProgramSpec singular_functions() {
   return p.spec();
 }
 
+// Leaky units written with masks of values, in two layouts; scores that masks of the input and of
+// values rule out, some twice.
+inline ProgramSpec masks() {
+  ProgramBuilder p({3, 4, 5});
+  const auto leaky = [&](int x) {
+    const int above = p.activation(x, "is_positive"), rest = p.scale(above, -1.0, 1.0);
+    return p.add(p.masked_fill(x, rest, 0.0), p.masked_fill(p.scale(x, 0.2, 0.0), above, 0.0), 1.0);
+  };
+  const int h = p.mean(leaky(p.conv2d(0, 17)), {1, 2});
+  const int low = p.activation(p.scale(p.view(0, {60}), -1.0, -0.7), "is_positive");
+  const double nothing = -std::numeric_limits<double>::infinity();
+  int scores = p.masked_fill(p.linear(h, 6), p.narrow(low, 0, 4, 6), nothing);
+  scores = p.masked_fill(scores, p.activation(p.linear(h, 6), "is_positive"), nothing);
+  const int shares = p.softmax(p.cat({scores, p.linear(h, 2)}, 0), 0);
+  p.linear(leaky(p.linear(shares, 5)), 3);
+  return p.spec();
+}
+
 // Only the second branch reaches the output; an image comes out.
 inline ProgramSpec dead_branch() {
   ProgramBuilder p({2, 4, 4});
@@ -218,6 +238,7 @@ inline std::vector<ProgramCase> program_cases() {
       {"attention", attention()},
       {"embeddings", embeddings()},
       {"singular functions", singular_functions()},
+      {"masks", masks(), true, false},
       {"dead branch", dead_branch(), false},
   };
 }

@@ -65,6 +65,10 @@ Real value(Activation kind, Real a, Real b, Real x) {
       return std::cos(x);
     case Activation::kExp:
       return std::exp(x);
+    case Activation::kIsPositive:
+      return x > 0;
+    case Activation::kIsZero:
+      return x == 0;
   }
   return 0;
 }
@@ -115,6 +119,8 @@ const Function kFunctions[] = {
     {Activation::kSin, "sin", 0, 0},
     {Activation::kCos, "cos", 0, 0},
     {Activation::kExp, "exp", 0, 0},
+    {Activation::kIsPositive, "is_positive", 0, 0},
+    {Activation::kIsZero, "is_zero", 0, 0},
 };
 
 // Away from kinks, where differences would straddle them.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 Result = tuple[Tensor, Tensor | None]
-_UNUSUAL = ("key_padding_mask", "bias_k", "bias_v", "static_k", "static_v")
+_UNUSUAL = ("bias_k", "bias_v", "static_k", "static_v")
 
 
 def attention(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Result | None:
@@ -31,16 +31,26 @@ def _is_usual(a: dict[str, Any]) -> bool:
     """Or one that PyTorch shall refuse itself."""
     if any(a[name].ndim != 3 for name in ("query", "key", "value")) or a["add_zero_attn"]:
         return False
-    mask, shape = a["attn_mask"], (len(a["query"]), len(a["key"]))
-    fits = mask is None or (tuple(mask.shape) == shape and mask.is_floating_point())
-    led = mask is not None or not a["is_causal"]
-    return fits and led and all(a[name] is None for name in _UNUSUAL)
+    (places, examples), keys = a["query"].shape[:2], len(a["key"])
+    fit = _fits(a["attn_mask"], (places, keys)) and _fits(a["key_padding_mask"], (examples, keys))
+    led = a["attn_mask"] is not None or not a["is_causal"]
+    return fit and led and all(a[name] is None for name in _UNUSUAL)
+
+
+def _fits(mask: Tensor | None, shape: tuple[int, int]) -> bool:
+    return mask is None or (tuple(mask.shape) == shape and mask.is_floating_point())
 
 
 def _attention(**a: Any) -> Result:
-    """Of query ``[L, N, E]``, key and value ``[S, N, ...]``; the mask ``[L, S]`` is added."""
+    """Of query ``[L, N, E]``, key and value ``[S, N, ...]``; masks, ``[L, S]`` and that of padding
+    ``[N, S]``, are added.
+    """
     q, k, v = (_heads(x, a["num_heads"]) for x in _projections(a))
-    mask, rate = a["attn_mask"], a["dropout_p"] if a["training"] else 0.0
+    mask, padding = a["attn_mask"], a["key_padding_mask"]
+    if padding is not None:
+        padding = padding[:, None, None]
+        mask = padding if mask is None else padding + mask
+    rate = a["dropout_p"] if a["training"] else 0.0
     weights = None
     if a["need_weights"]:
         scores = (q * math.sqrt(1 / q.shape[-1])) @ k.mT
@@ -49,7 +59,7 @@ def _attention(**a: Any) -> Result:
         y = shares @ v
         weights = shares.mean(1) if a["average_attn_weights"] else shares
     else:
-        causal = bool(a["is_causal"])
+        causal = bool(a["is_causal"]) and padding is None
         y = F.scaled_dot_product_attention(q, k, v, None if causal else mask, rate, causal)
     y = F.linear(y.transpose(1, 2).flatten(2), a["out_proj_weight"], a["out_proj_bias"])
     # laid out as PyTorch's, by which random numbers come in another order

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from fastmaml.backends.base import Executor
@@ -152,6 +153,9 @@ class ProgramCache:
         if refused is not None:
             task = _one_task(x, example_axes)
             return self._functional((*key, refused), refused, modes, task)
+        if program.graph.cuts_input and x.requires_grad and torch.is_grad_enabled():
+            cut = "a derivative by inputs of which forward makes what no op is for"
+            return self._functional((*key, cut), cut, modes, None)
         self._latest = program
         return program
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 
 def written(func: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that the call writes to."""
@@ -15,7 +17,7 @@ def written(func: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def flat(arguments: Mapping[str, Any]) -> Iterator[Any]:
+def flat(arguments: Mapping[Any, Any]) -> Iterator[Any]:
     """All arguments, and what lists of them hold, in a row."""
     for argument in arguments.values():
         yield from argument if isinstance(argument, (list, tuple)) else (argument,)
@@ -31,6 +33,14 @@ def bind(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[st
             default = argument.default_value if argument.has_default_value() else None
             bound[argument.name] = kwargs.get(argument.name, default)
     return bound
+
+
+def has_dynamic_shape(func: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether the result's shape depends on values; with masks as indices, not with numbers."""
+    if func is torch.ops.aten.index.Tensor:
+        masks = (torch.bool, torch.uint8)
+        return any(index is not None and index.dtype in masks for index in arguments["indices"])
+    return torch.Tag.dynamic_output_shape in func.tags
 
 
 def moves_nothing(a: Mapping[str, Any]) -> bool:

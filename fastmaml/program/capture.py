@@ -78,14 +78,16 @@ def require_same(module: nn.Module, graph: Graph, x: Tensor, examples: int) -> N
         _compare_twice(module, graph, x, examples, blank=False)
 
 
-def drawn(module: nn.Module, graph: Graph, x: Tensor, examples: int) -> Tape:
-    """How what ``module``, which is ``graph``, draws for so many examples is drawn.
+def drawn(module: nn.Module, graph: Graph, x: Tensor, examples: int) -> tuple[Tape, Tensor]:
+    """How what ``module``, which is ``graph``, draws for so many examples is drawn, and such
+    examples.
 
     Raises:
         NotCovered: it is another program for so many, or cannot draw the same again.
     """
+    sample = _Sample(x, examples)
     with Attributes(module, keep=False):
-        return _compare(module, graph, _Sample(x, examples))
+        return _compare(module, graph, sample), sample.rows()
 
 
 def fails(module: nn.Module, x: Tensor) -> bool:
@@ -183,7 +185,7 @@ def _trace(module: nn.Module, sample: _Sample) -> tuple[Graph, Tape]:
 
         def repeatable() -> bool | None:
             none = sample.blank or not trace.draws.values
-            return None if none else trace.draws.is_repeatable(buffers.__getitem__)
+            return None if none else trace.draws.is_repeatable(buffers.__getitem__, rows)
 
         with (
             random_states(sample.device, repeatable),
@@ -235,6 +237,7 @@ def _graph(trace: Trace, output: object) -> Graph:
         tuple(trace.parameters),
         tuple(trace.buffers),
         known.id,
+        cuts_input=trace.cuts_input,
     )
     if len(trace.sources) > 1:
         whole = with_one_input(whole, trace.sources)

@@ -60,7 +60,8 @@ class Slot:
 class Graph:
     """What capture finds in a module: ops over values, and the tensors they read.
 
-    ``drawn``: how many values go in behind each example's own, see :mod:`fastmaml.program.draws`.
+    ``drawn``: how many values go in behind each example's own, see :mod:`fastmaml.program.draws`;
+    ``cuts_input``: the module may have derivatives by its input that this has not.
     """
 
     values: tuple[Shape, ...]
@@ -69,6 +70,7 @@ class Graph:
     buffers: tuple[str, ...]
     output: int
     drawn: int = 0
+    cuts_input: bool = field(default=False, compare=False)  # as seen while gradients were asked for
 
     def tracking_ops(self) -> tuple[Op, ...]:
         """The batch norms whose batch statistics feed running statistics, in op order."""

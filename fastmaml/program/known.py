@@ -44,7 +44,13 @@ class Turned:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A tensor that was made without a look at the input, as random numbers are."""
+    """A tensor that was made without parameters or ops, as random numbers are.
+
+    ``of_input``: by a look at the input; ``learned``: it may have a derivative by that.
+    """
+
+    of_input: bool = False
+    learned: bool = False
 
 
 @dataclass(frozen=True)

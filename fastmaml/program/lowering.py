@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fastmaml.program.frames import in_batch_norm
-from fastmaml.program.known import Read, Shared, SideBySide, Value
+from fastmaml.program.known import Drawn, Read, Shared, SideBySide, Value
+from fastmaml.program.lowering_masks import MASKS_TABLE
 from fastmaml.program.lowering_pointwise import POINTWISE_TABLE
 from fastmaml.program.lowering_rows import ROWS_TABLE
 from fastmaml.program.lowering_shape import SHAPE_TABLE, Arguments
@@ -154,13 +155,13 @@ def _embedding(trace: Trace, a: Arguments, result: Tensor) -> None:
 
 
 def _index(trace: Trace, a: Arguments, result: Tensor) -> None:
-    """Rows of a parameter by constants, which may count from its end."""
+    """Rows of a parameter by numbers that may count from its end."""
     table, (numbers, *others) = a["self"], a["indices"]
     plain = not others and numbers is not None and numbers.dtype is torch.int64
-    constants = trace.drawn(numbers) if plain else None
-    if constants is None or table.ndim != 2 or not isinstance(trace.lookup(table), Read):
+    known = trace.apart(numbers) if plain else None
+    if known is None or table.ndim != 2 or not isinstance(trace.lookup(table), Read):
         raise NotCovered
-    numbers = trace.draw(torch.ops.aten.remainder.Scalar, constants, len(table))
+    numbers = trace.draw(torch.ops.aten.remainder.Scalar, known, len(table))
     _rows_of_table(trace, table, numbers, result)
 
 
@@ -171,9 +172,10 @@ def _rows_of_table(
         raise NotCovered(f"a table of {len(table)} rows")
     slot = trace.parameter(table, vector=True)
     attrs: dict[str, Any] = {"rows": len(table), "padding": padding}
-    constants = trace.drawn(numbers)
-    each = constants is None or (numbers.ndim > 1 and len(numbers) == trace.examples)
-    if each:
+    constants, known = trace.drawn(numbers), trace.lookup(numbers)
+    of_input = isinstance(known, Drawn) and known.of_input
+    each = numbers.ndim > 0 and len(numbers) == trace.examples
+    if constants is None or (each and (of_input or numbers.ndim > 1)):
         return trace.emit("embedding", result, (trace.value(numbers),), (slot,), **attrs)
     shape = numbers.shape[1:] if numbers.ndim > 1 and len(numbers) == 1 else numbers.shape
     repeated = trace.draw(torch.ops.aten.expand.default, constants, [trace.examples, *shape])
@@ -248,6 +250,7 @@ TABLE: Mapping[str, Lowering] = {
     "embedding": _embedding,
     "index": _index,
     **POINTWISE_TABLE,
+    **MASKS_TABLE,
     **ROWS_TABLE,
     "repeat": _repeat,
     "max_pool2d_with_indices": _max_pool,

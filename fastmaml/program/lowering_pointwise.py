@@ -1,4 +1,4 @@
-"""Lowering what works element by element: activations, sums, products, quotients and masks.
+"""Lowering what works element by element: activations, sums, products and quotients.
 
 Parameters alone are worked on as if each example had its own: see :class:`known.Shared`.
 """
@@ -124,6 +124,8 @@ def _vector_norm(trace: Trace, a: Arguments, result: Tensor) -> None:
 
 
 def _add(trace: Trace, a: Arguments, result: Tensor, *, sign: int = 1) -> None:
+    if result.dtype is torch.bool:
+        raise NotCovered("a sum of masks")
     if isinstance(trace.lookup(a["self"]), Read) and in_batch_norm():
         return _count_batches(trace, a, result)
     other, alpha = a["other"], sign * a["alpha"]
@@ -135,10 +137,10 @@ def _add(trace: Trace, a: Arguments, result: Tensor, *, sign: int = 1) -> None:
         product = _product_without_bias(trace, known)
         if product is not None and other.shape == result.shape[-1:]:
             return _add_bias(trace, product, other, result)
-    return trace.emit("add", result, _operands(trace, a, result), alpha=float(alpha))
+    return trace.emit("add", result, operands(trace, a, result), alpha=float(alpha))
 
 
-def _operands(trace: Trace, a: Arguments, result: Tensor) -> tuple[Value, Value]:
+def operands(trace: Trace, a: Arguments, result: Tensor) -> tuple[Value, Value]:
     """Both in the result's shape: one that broadcasts is expanded first."""
 
     def expanded(tensor: Tensor) -> Value:
@@ -185,7 +187,7 @@ def _multiply(trace: Trace, a: Arguments, result: Tensor, *, divide: bool = Fals
         raise NotCovered("a rounded quotient")
     if isinstance(other, Tensor):
         factors = {**a, "other": _inverse(trace, other, result)} if divide else a
-        return trace.emit("mul", result, _operands(trace, factors, result))
+        return trace.emit("mul", result, operands(trace, factors, result))
     alpha = 1 / float(other) if divide else float(other)
     trace.emit("scale", result, (trace.operand(a["self"], result),), alpha=alpha, beta=0.0)
 
@@ -193,57 +195,13 @@ def _multiply(trace: Trace, a: Arguments, result: Tensor, *, divide: bool = Fals
 def _inverse(trace: Trace, divisor: Tensor, quotient: Tensor) -> Tensor:
     drawn = trace.drawn(divisor)
     if drawn is not None:  # of it there is no derivative
+        if not drawn.is_floating_point():
+            drawn = trace.draw(torch.ops.aten._to_copy.default, drawn, dtype=trace.dtype)
         return trace.draw(torch.ops.aten.reciprocal.default, drawn)
     value = trace.operand(divisor, quotient)
     inverse = trace.rows(value.shape, merged=value.merged)
     trace.emit("activation", inverse, (value,), function="reciprocal", alpha=0.0, beta=0.0)
     return inverse
-
-
-# --- masks, which do not depend on the input ------------------------------------------------------
-
-
-def _masked_fill(trace: Trace, a: Arguments, result: Tensor) -> None:
-    kept = _kept(trace, a["self"], _mask(trace, a["mask"]), result, inside=False)
-    filled = _kept_constant(trace, _mask(trace, a["mask"]), a["value"])
-    trace.emit("add", result, _operands(trace, {"self": kept, "other": filled}, result), alpha=1.0)
-
-
-def _where(trace: Trace, a: Arguments, result: Tensor) -> None:
-    mask = _mask(trace, a["condition"])
-    yes = _kept(trace, a["self"], mask, result, inside=True)
-    no = _kept(trace, a["other"], mask, result, inside=False)
-    trace.emit("add", result, _operands(trace, {"self": yes, "other": no}, result), alpha=1.0)
-
-
-def _mask(trace: Trace, mask: Tensor) -> Tensor:
-    drawn = trace.drawn(mask)
-    if drawn is None:
-        raise NotCovered("a mask that depends on the input")
-    return drawn
-
-
-def _kept_constant(trace: Trace, mask: Tensor, value: Any) -> Tensor:
-    """``value``, which may be infinite, inside of the mask, and zero elsewhere."""
-    aten = torch.ops.aten
-    if isinstance(value, Tensor):
-        drawn = trace.drawn(value)
-        if drawn is None:
-            raise NotCovered("a value that depends on the input or on parameters")
-        filled = trace.draw(aten.where.ScalarOther, mask, drawn, 0.0)
-    else:
-        filled = trace.draw(aten.where.Scalar, mask, float(value), 0.0)
-    return trace.draw(aten._to_copy.default, filled, dtype=trace.dtype)
-
-
-def _kept(trace: Trace, x: Tensor, mask: Tensor, result: Tensor, *, inside: bool) -> Tensor:
-    """``x`` inside of the mask, or outside of it, and zero elsewhere."""
-    part = mask if inside else trace.draw(torch.ops.aten.logical_not.default, mask)
-    if trace.drawn(x) is not None:
-        return _kept_constant(trace, part, x)
-    kept = torch.empty_like(result, device="meta")
-    trace.emit("mul", kept, _operands(trace, {"self": x, "other": part}, result))
-    return kept
 
 
 def _dropout(trace: Trace, a: Arguments, result: Any) -> None:
@@ -265,7 +223,7 @@ def _negate(trace: Trace, a: Arguments, result: Tensor) -> None:
 # --- parameters alone -----------------------------------------------------------------------------
 
 
-def _shares(lowering: Lowering) -> Lowering:
+def shares(lowering: Lowering) -> Lowering:
     """``lowering``, also of parameters alone."""
 
     def lowered(trace: Trace, a: Arguments, result: Any) -> None:
@@ -317,11 +275,9 @@ def _table() -> dict[str, Lowering]:
         "div": partial(_multiply, divide=True),
         "neg": _negate,
     }
-    return {name: _shares(lowering) for name, lowering in table.items()} | {
+    return {name: shares(lowering) for name, lowering in table.items()} | {
         "native_dropout": _dropout,
         "glu": _glu,
-        "masked_fill": _masked_fill,
-        "where": _where,
         **dict.fromkeys(("linalg_vector_norm", "norm"), _vector_norm),
         "_local_scalar_dense": _count_batches,
     }

@@ -58,7 +58,7 @@ class NativeProgram:
         if x.dtype != self.dtype:
             self._whole = WholeNumbers(graph, x.shape[1:], self.dtype)
         self._reasons: dict[int, str | None] = {0: None}  # by the number of examples
-        self._tapes: dict[int, Tape] = {}  # as well
+        self._tapes: dict[int, tuple[Tape, bool]] = {}  # as well, and whether one serves all tasks
         self._reference = ReferenceExecutor(graph, layout)
         self._rows = [
             prod(graph.values[op.inputs[0]][1:])
@@ -98,13 +98,16 @@ class NativeProgram:
             with outside(), modes_set(self._module, self._modes):
                 require_same(self._module, self.graph, self._example, examples)
                 if self.graph.drawn:
-                    tape = drawn(self._module, self.graph, self._example, examples)
-                    self._tapes[examples] = tape
+                    self._tapes[examples] = self._tape(examples)
         except NotCovered as reason:
             if self._starves(examples) and str(reason).startswith(FAILS_ON_A_SAMPLE):
                 return None  # check_examples says it better
             return str(reason)
         return None
+
+    def _tape(self, examples: int) -> tuple[Tape, bool]:
+        tape, rows = drawn(self._module, self.graph, self._example, examples)
+        return tape, tape.serves_all(self._module.get_buffer, rows)
 
     def _starves(self, examples: int) -> bool:
         return bool(self._rows) and examples * min(self._rows) <= 1
@@ -153,16 +156,28 @@ class NativeProgram:
         rows = x.reshape(*x.shape[:2], prod(x.shape[2:]))
         return pad(rows, (0, self.graph.drawn))
 
-    def draw(self, rows: Tensor) -> None:
-        """Fill the room in one task's ``rows [N, values]``."""
-        if len(rows):
-            room = rows[:, -self.graph.drawn :]
-            self._tapes[len(rows)].play_into(room, self._module.get_buffer)
+    def draws_alike(self, examples: int) -> bool:
+        """Whether what forward draws for a task does not depend on the tasks drawn for before."""
+        return examples not in self._tapes or not self._tapes[examples][0].random
 
-    def _with_draws(self, x: Tensor) -> Tensor:
-        rows = self.with_room(x)
-        for task in rows.detach():
-            self.draw(task)
+    def draw(self, rows: Tensor, x: Tensor) -> None:
+        """Fill the room in ``rows [T, N, values]`` of examples that were given as ``x``."""
+        examples = rows.shape[1]
+        if not examples or not len(rows):
+            return
+        room, buffer = rows[..., -self.graph.drawn :], self._module.get_buffer
+        tape, serves_all = self._tapes[examples]
+        if serves_all:
+            return tape.play_for_all(room, buffer, x)
+        for task, task_x in zip(room, x, strict=True):
+            tape.play_into(task, buffer, task_x)
+
+    def with_draws(self, rows: Tensor, x: Tensor) -> Tensor:
+        """``rows [T, N, ...]`` as ``[T, N, values]``, with what forward draws for ``x``, which they
+        are as given.
+        """
+        rows = self.with_room(rows)
+        self.draw(rows.detach(), x.detach())
         return rows
 
     def run(
@@ -176,9 +191,11 @@ class NativeProgram:
             if parameters.numel():
                 checks.placed_like("x", x, parameters)
         self.check_examples(x.shape[0 if one_task else 1], "x")
-        x = self.converted("x", x[None])[0] if one_task else self.converted("x", x)
+        given = x[None] if one_task else x
+        rows = self.converted("x", given)
         if self.graph.drawn:
-            x = self._with_draws(x[None])[0] if one_task else self._with_draws(x)
+            rows = self.with_draws(rows, given)
+        x = rows[0] if one_task else rows
         executor, rows, start = theta.on(self.executor)
         keep = torch.is_grad_enabled()
         run = Run(executor, self._reference, self.buffers(), keep, one_task)

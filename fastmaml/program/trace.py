@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastmaml.program.calls import bind, flat, moves_nothing, written
+from fastmaml.program.calls import bind, flat, has_dynamic_shape, moves_nothing, written
 from fastmaml.program.frames import in_batch_norm, whereabouts
 from fastmaml.program.known import Drawn, Read, Value
+from fastmaml.program.origins import Origin, Origins
 from fastmaml.program.tracked import NotCovered, Tracked
 
 _PASSED_ON = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
@@ -39,9 +40,21 @@ class Trace(Tracked, TorchDispatchMode):
         gradients: bool = True,
     ) -> None:
         super().__init__(examples, parameters, buffers)
+        self._origins = Origins(self.draws, self._with_copies)
         self._table = table
         self._gradients = gradients
         self._refusal: str | None = None  # which a forward may have caught
+
+    def add_input(self, tensor: Tensor, dtype: torch.dtype) -> None:
+        super().add_input(tensor, dtype)
+        self._origins.begin(tensor)
+
+    def apart(self, tensor: Tensor) -> Tensor | None:
+        """What follows from the input alone, or was drawn, for calls of what was drawn."""
+        drawn = self.drawn(tensor)
+        if drawn is None and self._origins.has(tensor) and self._origins.follow([tensor]):
+            return tensor
+        return drawn
 
     def refuse_originals(self, module: nn.Module) -> None:
         """What the module reaches by another way than the copies that stand in its place."""
@@ -84,8 +97,9 @@ class Trace(Tracked, TorchDispatchMode):
         try:
             self._refuse_before(func, name, arguments)
             result = func(*args, **(kwargs or {}))
-            if not self._recorded_as_drawn(func, args, kwargs or {}, arguments, result):
-                self._record(name, arguments, result)
+            drawn = self._recorded_as_drawn(func, args, kwargs or {}, arguments, result)
+            if not drawn and self._touches_known(arguments):
+                self._record(Origin(func, args, kwargs or {}, result), name, arguments)
         except NotCovered as reason:
             detail = f" ({reason})" if str(reason) else ""
             self._refusal = f"aten.{name}{detail}{whereabouts()}"
@@ -126,7 +140,7 @@ class Trace(Tracked, TorchDispatchMode):
             return False
         for item in filter(self.draws.has, items):
             self.lookup(item)
-        if torch.Tag.dynamic_output_shape in func.tags:
+        if has_dynamic_shape(func, arguments):
             raise NotCovered("a shape that depends on values")
         if any(isinstance(item, Tensor) for item in flat(kwargs)):
             raise NotCovered("a tensor as a keyword argument")
@@ -146,16 +160,46 @@ class Trace(Tracked, TorchDispatchMode):
             return [self._with_copies(part) for part in item]
         return self.drawn(item) if self._is_buffer(item) else item
 
-    def _record(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
-        if not self._touches_known(arguments):
-            return
+    def _record(self, call: Origin, name: str, arguments: Mapping[str, Any]) -> None:
+        """As ops; where there are none for a call that looks at no parameter, as drawn."""
+        of_input = self._is_of_input(call, name, arguments)
+        try:
+            self._lower(name, arguments, call.result, of_input)
+        except NotCovered:
+            if not of_input or not self._origins.follow(call.inputs):
+                raise
+            args = [self._with_copies(item) for item in call.args]
+            self.add_drawn(call.func, args, call.kwargs, call.result)
+        else:
+            if of_input:
+                self._origins.add(call)
+
+    def _is_of_input(self, call: Origin, name: str, arguments: Mapping[str, Any]) -> bool:
+        """Whether a call looks at values that follow from the input alone, and can be repeated; if
+        it writes to anything, to what was drawn, which no op does.
+        """
+        written_to = written(call.func, arguments).values()
+        in_place = bool(written_to) and name.removesuffix("_") in self._table
+        if not call.is_repeatable or in_place or not all(map(self.draws.has, written_to)):
+            return False
+        if has_dynamic_shape(call.func, arguments):
+            return False
+        tensors = [item for item in flat(arguments) if isinstance(item, Tensor)]
+        others = [t for t in tensors if not (self._origins.has(t) or self.draws.has(t))]
+        if others and in_batch_norm():
+            return False
+        return all(map(self._is_buffer, others)) and any(map(self._origins.has, tensors))
+
+    def _lower(self, name: str, arguments: Mapping[str, Any], result: Any, of_input: bool) -> None:
         if name.removesuffix("_") != "detach":
             self._require_readable(arguments)
         lowering = self._table.get(name.removesuffix("_"))
         if lowering is None:
             raise NotCovered
         if self._gradients and not torch.is_grad_enabled():
-            raise NotCovered("without gradient: under torch.no_grad() or in an autograd.Function")
+            if not of_input:
+                raise NotCovered("without gradient: in torch.no_grad() or an autograd.Function")
+            self.cuts_input = True
         if name.endswith("_"):
             self._change_in_place(arguments["self"])
         lowering(self, arguments, result)
@@ -175,6 +219,8 @@ class Trace(Tracked, TorchDispatchMode):
         for other in self._alive:
             known = self._known[id(other)]
             shares = other is target or other.untyped_storage()._cdata == storage
+            if shares:
+                self._origins.forget(other)
             if shares and isinstance(known, Value) and known.id == 0:
                 raise NotCovered("the network's input changed in place")
             if shares and other is not target:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastmaml.program.calls import flat
-from fastmaml.program.draws import Recording
 from fastmaml.program.ir import MOVES, Op, Shape, freeze
 from fastmaml.program.known import Drawn, Known, Read, Reshaped, Shared, SideBySide, Turned, Value
+from fastmaml.program.recording import Recording
 
 
 class NotCovered(Exception):
@@ -33,6 +33,7 @@ class Tracked:
         self.parameters: list[str] = []
         self.buffers: list[str] = []
         self.draws = Recording(examples)
+        self.cuts_input = False  # of derivatives by it
         self.sources: list[int] = []  # the input, and what was drawn: values that no op has made
         self._readings: dict[int, int | str | None] = {}  # by slot
         self._known: dict[int, Known] = {}
@@ -145,18 +146,32 @@ class Tracked:
         return result
 
     def add_drawn(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """``result`` was made by a call that looks at no value of the input."""
+        """``result`` was made by a call that looks at what was drawn, if at any values."""
         self.draws.add(func, args, kwargs, result)
+        looked_at = [self._drawn_from(item) for item in flat(dict(enumerate(args)))]
+        of_input = any(drawn.of_input for drawn in looked_at)
+        learned = any(drawn.learned for drawn in looked_at)
+        if learned and isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
+            self.cuts_input = True  # what shares its memory may go in
         for tensor in flat({"results": result}):
             if isinstance(tensor, Tensor):
-                self._know(tensor, Drawn())
+                self._know(tensor, Drawn(of_input, learned and _has_derivatives(tensor)))
+
+    def _drawn_from(self, item: Any) -> Drawn:
+        """What is known of the argument of a call that the recording holds."""
+        known = self._known.get(id(item))
+        if isinstance(known, Drawn):
+            return known
+        follows = isinstance(item, Tensor) and self.draws.follows(item)
+        return Drawn(follows, follows and _has_derivatives(item))
 
     def _take(self, tensor: Tensor) -> Value:
         key = id(tensor), tensor._version
         if key not in self._taken:
-            if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype != self.dtype):
+            if torch.promote_types(tensor.dtype, self.dtype) != self.dtype:
                 raise NotCovered(f"an operand of {tensor.dtype}")
             value = self._new_value(tensor)
+            self.cuts_input |= self._drawn_from(tensor).learned
             self.draws.take(tensor, self.dtype)
             self.sources.append(value.id)
             self._taken[key] = value
@@ -225,7 +240,8 @@ class Tracked:
         **attrs: Any,
     ) -> None:
         """Append an op whose output is ``result``."""
-        if result.dtype != self.dtype and (result.is_floating_point() or kind not in MOVES):
+        moves = kind in MOVES and not result.is_floating_point()
+        if result.dtype not in (self.dtype, torch.bool) and not moves:
             raise NotCovered(f"a result of {result.dtype}")
         value = self._new_value(result)
         ids = tuple(v.id for v in inputs)
@@ -253,6 +269,10 @@ class Tracked:
     def _is_buffer(self, item: Any) -> bool:
         known = self._known.get(id(item))
         return isinstance(known, Read) and known.is_buffer
+
+
+def _has_derivatives(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _slot(names: list[str], name: str) -> int:

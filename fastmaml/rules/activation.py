@@ -188,6 +188,8 @@ FUNCTIONS: dict[str, Function] = {
     "sin": Function(lambda x, a, b: x.sin(), lambda x, a, b: x.cos(), lambda x, a, b: -x.sin()),
     "cos": Function(lambda x, a, b: x.cos(), lambda x, a, b: -x.sin(), lambda x, a, b: -x.cos()),
     "exp": Function(lambda x, a, b: x.exp(), lambda x, a, b: x.exp(), lambda x, a, b: x.exp()),
+    "is_positive": Function(lambda x, a, b: (x > 0).to(x), _zero, _zero),
+    "is_zero": Function(lambda x, a, b: (x == 0).to(x), _zero, _zero),
 }
 
 SINGULAR = ("reciprocal", "sqrt", "rsqrt", "length", "log")

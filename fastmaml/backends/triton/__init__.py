@@ -8,7 +8,7 @@ convolutions in groups.
 from collections.abc import Mapping
 from functools import cache
 
-from fastmaml.backends.triton import activation, group_norm, mul, norm, pool, softmax
+from fastmaml.backends.triton import activation, group_norm, masked_fill, mul, norm, pool, softmax
 from fastmaml.backends.triton.bmm import Bmm
 from fastmaml.backends.triton.conv2d import Conv2d, GroupedConv2d
 from fastmaml.backends.triton.linear import Linear
@@ -26,6 +26,7 @@ def rules(convolution: str, linear: str) -> Mapping[str, Rule]:
         **group_norm.RULES,
         **activation.RULES,
         **mul.RULES,
+        **masked_fill.RULES,
         **pool.RULES,
         **softmax.RULES,
         "conv2d": Conv2d(convolution),

@@ -125,6 +125,10 @@ def value_of(x, alpha, beta, F: tl.constexpr):
         return tl.sin(x)
     elif F == "cos":
         return tl.cos(x)
+    elif F == "is_positive":
+        return tl.where(x > 0, tl.full(x.shape, 1.0, tl.float32), 0.0)
+    elif F == "is_zero":
+        return tl.where(x == 0, tl.full(x.shape, 1.0, tl.float32), 0.0)
     else:
         tl.static_assert(F == "exp")
         return tl.exp(x)
@@ -192,6 +196,8 @@ def slope_of(x, alpha, beta, F: tl.constexpr):
         return tl.cos(x)
     elif F == "cos":
         return -tl.sin(x)
+    elif (F == "is_positive") or (F == "is_zero"):
+        return tl.zeros(x.shape, tl.float32)
     else:
         tl.static_assert(F == "exp")
         return tl.exp(x)
@@ -253,7 +259,8 @@ def curvature_of(x, alpha, beta, F: tl.constexpr):
     else:
         slopes: tl.constexpr = ((F == "relu") or (F == "leaky_relu")) or (F == "abs")
         bounds: tl.constexpr = ((F == "hardtanh") or (F == "hardsigmoid")) or (F == "clamp")
-        tl.static_assert((slopes or bounds) or (F == "identity"))
+        steps: tl.constexpr = (F == "is_positive") or (F == "is_zero")
+        tl.static_assert((slopes or bounds) or (steps or (F == "identity")))
         return tl.zeros(x.shape, tl.float32)
 
 
