@@ -91,7 +91,9 @@ FORWARDS: dict[str, tuple[Callable[[Words, Tensor], Tensor], dict[str, object]]]
     "places of each": (_places_of_each, {}),
     "a word in front": (_with_a_word_in_front, {}),
     "as numbers": (_as_numbers, {}),
-    "parameters by numbers": (lambda m, x: m.table[x - WORDS].tanh().mean(1) * m.table[x[:, 0]], {}),
+    "parameters by numbers": (
+        lambda m, x: m.table[x - WORDS].tanh().mean(1) * m.table[x[:, 0]], {},
+    ),
     "arithmetic": (lambda m, x: m.words((x + 1) % WORDS).mean(1), {}),
     "chosen by a buffer": (lambda m, x: (m.words(x) * m.table[m.chosen]).sum(1), {}),
     "chosen by constants": (
