@@ -69,8 +69,8 @@ std::shared_ptr<Program> program(const std::string& dtype, std::vector<Shape> va
   spec.values = std::move(values);
   for (const py::dict& op : ops) spec.ops.push_back(op_spec(op));
   for (const py::dict& slot : slots) {
-    spec.slots.push_back(
-        {slot["shape"].cast<Shape>(), slot["adapted"].cast<bool>(), slot["offset"].cast<Index>()});
+    spec.slots.push_back({slot["shape"].cast<Shape>(), slot["adapted"].cast<bool>(),
+                          slot["offset"].cast<Index>(), slot["swapped"].cast<bool>()});
   }
   spec.buffers = std::move(buffers);
   spec.output = output;

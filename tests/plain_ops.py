@@ -14,13 +14,16 @@ Tensors = Sequence[Tensor | None]
 
 
 def _linear(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
-    return F.linear(x, params[0], params[1])
+    weight, bias = params
+    return F.linear(x, weight.T if op.attrs.get("swapped") else weight, bias)
 
 
 def _conv2d(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
-    a = op.attrs
+    a, (weight, bias) = op.attrs, params
     window = a["stride"], a["padding"], a["dilation"]
-    return F.conv2d(x, params[0], params[1], *window, a.get("groups", 1))
+    if a.get("swapped"):
+        weight = weight.transpose(0, 1).flip(2, 3)
+    return F.conv2d(x, weight, bias, *window, a.get("groups", 1))
 
 
 def _batch_norm(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:

@@ -66,8 +66,12 @@ def _case(
     return Case(name, op, *kept, inputs, out, least_examples, positive)
 
 
-def _linear_case(name: str, x: Shape, out: int, bias: bool = True) -> Case:
-    return _case(name, "linear", (x,), ((out, x[-1]), (out,) if bias else None))
+def _linear_case(
+    name: str, x: Shape, out: int, bias: bool = True, *, swapped: bool = False
+) -> Case:
+    weight = (x[-1], out) if swapped else (out, x[-1])
+    attrs = {"swapped": True} if swapped else {}
+    return _case(name, "linear", (x,), (weight, (out,) if bias else None), **attrs)
 
 
 def _conv_case(
@@ -79,9 +83,13 @@ def _conv_case(
     dilation: Shape = (1, 1),
     bias: bool = True,
     groups: int | None = None,
+    *,
+    swapped: bool = False,
 ) -> Case:
-    params = (weight, weight[:1] if bias else None)
+    params = (weight, (weight[1] if swapped else weight[0],) if bias else None)
     attrs = {"stride": stride, "padding": padding, "dilation": dilation}
+    if swapped:
+        attrs["swapped"] = True
     if groups is None:
         return _case(name, "conv2d", (x,), params, **attrs)
     return _case(name, "grouped_conv2d", (x,), params, **attrs, groups=groups)
@@ -172,6 +180,8 @@ CASES: dict[str, list[Case]] = {
         _linear_case("leading_axes", (2, 3, 5), 4),
         _linear_case("leading_axes_no_bias", (3, 1), 17, bias=False),
         _linear_case("lanes", (33, 16), 32),
+        _linear_case("swapped", (2, 5), 17, swapped=True),
+        _linear_case("swapped_no_bias", (16,), 3, bias=False, swapped=True),
     ],
     "conv2d": [
         _conv_case("3x3", (3, 5, 7), (17, 3, 3, 3), padding=(1, 1)),
@@ -186,6 +196,8 @@ CASES: dict[str, list[Case]] = {
         _conv_case("all_at_once", (3, 6, 9), (17, 3, 3, 2), (2, 1), (2, 1), (1, 3), bias=False),
         _conv_case("lanes", (16, 4, 4), (32, 16, 3, 3), padding=(1, 1)),
         _conv_case("one_position", (3, 3, 3), (17, 3, 3, 3)),
+        _conv_case("swapped", (3, 5, 7), (3, 17, 2, 3), padding=(1, 2), swapped=True),
+        _conv_case("swapped_no_bias", (17, 4, 4), (17, 2, 3, 3), bias=False, swapped=True),
     ],
     "grouped_conv2d": [
         _conv_case("depthwise", (17, 5, 7), (17, 1, 3, 3), padding=(1, 1), groups=17),

@@ -25,6 +25,7 @@ bool add_linear(const ProgramSpec& spec, const OpSpec& op, std::set<int>* used,
     if (slot >= 0 && (!spec.slots[slot].adapted || !used->insert(slot).second)) return false;
   }
   const SlotSpec& weight = spec.slots[op.params[0]];
+  if (weight.swapped) return false;
   LaneLayer layer;
   layer.in = weight.shape[1];
   layer.out = weight.shape[0];

@@ -34,6 +34,18 @@ PackedRow packed_row(const PackedSlot& slot, int lanes) {
   return {slot.taps, slot.in, padded(slot.out, lanes)};
 }
 
+// Where in torch's layout the elements of such a column lie, by outputs.
+struct TorchColumn {
+  Index begin, step;
+  Index operator()(Index out) const { return begin + out * step; }
+};
+
+TorchColumn torch_column(const PackedSlot& slot, Index column) {
+  if (!slot.swapped) return {column, slot.in * slot.taps};
+  const Index input = column / slot.taps, tap = column % slot.taps;
+  return {input * slot.out * slot.taps + slot.taps - 1 - tap, slot.taps};
+}
+
 }  // namespace
 
 void ParameterGroup::build(std::vector<PackedSlot>& slots, bool adapted, Index size, int lanes) {
@@ -89,7 +101,8 @@ void ParameterGroup::pack(const T* flat, T* packed, Share share) const {
       const Index end = std::max(rows.begin, std::min(rows.end, slot.out));
       for (Index c = part.begin; c < part.end; ++c) {
         T* row = to + place(c);
-        for (Index r = rows.begin; r < end; ++r) row[r] = from[r * columns + c];
+        const TorchColumn torch = torch_column(slot, c);
+        for (Index r = rows.begin; r < end; ++r) row[r] = from[torch(r)];
         std::fill(row + end, row + rows.end, T(0));
       }
     });
@@ -112,7 +125,8 @@ void ParameterGroup::unpack(const T* packed, T scale, T* flat, Share share) cons
     for_tiles(slot.out, columns, share, [&](Range rows, Range part) {
       for (Index c = part.begin; c < part.end; ++c) {
         const T* row = from + place(c);
-        for (Index r = rows.begin; r < rows.end; ++r) to[r * columns + c] = scale * row[r];
+        const TorchColumn torch = torch_column(slot, c);
+        for (Index r = rows.begin; r < rows.end; ++r) to[torch(r)] = scale * row[r];
       }
     });
   }
@@ -154,7 +168,7 @@ void ParameterGroup::clear_unused(T* row) const {
 std::vector<Index> ParameterGroup::packing() const {
   std::vector<Index> facts{lanes_, size_};
   for (const PackedSlot& slot : slots_) {
-    facts.insert(facts.end(), {slot.offset, slot.taps, slot.in, slot.out});
+    facts.insert(facts.end(), {slot.offset, slot.taps, slot.in, slot.out, slot.swapped});
   }
   return facts;
 }

@@ -17,7 +17,8 @@ constexpr Sources kInput = 4;
 
 struct PackedSlot {
   bool adapted = true;
-  Index offset = 0;  // in theta or phi, torch layout
+  bool swapped = false;  // in torch's layout, see SlotSpec
+  Index offset = 0;      // in theta or phi, torch layout
   Index taps = 1, in = 1, out = 1;
   Index packed = 0;            // offset in the packed group
   Index packed_size = 0;       // padding included

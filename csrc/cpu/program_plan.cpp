@@ -114,6 +114,7 @@ PackedSlot packed_slot(const SlotSpec& spec, int number) {
   }
   PackedSlot slot;
   slot.adapted = spec.adapted;
+  slot.swapped = spec.swapped;
   slot.offset = spec.offset;
   const Shape& shape = spec.shape;
   if (shape.size() == 2 || shape.size() == 4) {

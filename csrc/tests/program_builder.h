@@ -64,6 +64,12 @@ class ProgramBuilder {
     return op("linear", {x}, output, {weight, slot({out})}, {});
   }
 
+  // The weight of the layer that was made last lies as its transpose does.
+  int swapped(int y) {
+    spec_.slots[spec_.ops.back().params[0]].swapped = true;
+    return y;
+  }
+
   int conv2d(int x, Index out, Index kernel = 3, Index stride = 1, Index padding = 1,
              Index dilation = 1, bool bias = true) {
     const auto extent = [&](int axis) {

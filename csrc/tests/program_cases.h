@@ -191,6 +191,18 @@ inline ProgramSpec singular_functions() {
   return p.spec();
 }
 
+// Weights that lie as their transposes do, of all tasks and of each.
+inline ProgramSpec swapped_weights() {
+  ProgramBuilder p({3, 4, 5});
+  int h = p.activation(p.swapped(p.conv2d(0, 17)), "tanh");
+  h = p.mean(p.activation(p.swapped(p.conv2d(h, 4, 3, 2, 1, 1, false)), "tanh"), {1, 2});
+  p.adapt(false);
+  h = p.activation(p.swapped(p.linear(h, 5)), "tanh");
+  p.adapt(true);
+  p.swapped(p.linear(p.swapped(p.linear(h, 18)), 3));
+  return p.spec();
+}
+
 // Leaky units written with masks of values, in two layouts; scores that masks of the input and of
 // values rule out, some twice.
 inline ProgramSpec masks() {
@@ -239,6 +251,7 @@ inline std::vector<ProgramCase> program_cases() {
       {"embeddings", embeddings()},
       {"singular functions", singular_functions()},
       {"masks", masks(), true, false},
+      {"swapped weights", swapped_weights()},
       {"dead branch", dead_branch(), false},
   };
 }

@@ -102,6 +102,22 @@ struct Setup {
   Values buffers;
 };
 
+// A swapped weight gives what its transpose gives.
+void check_swapped() {
+  ProgramBuilder plain({3, 4, 5}), swapped({3, 4, 5});
+  plain.conv2d(0, 2, 3, 1, 1, 1, false);
+  swapped.swapped(swapped.conv2d(0, 2, 3, 1, 1, 1, false));
+  const Setup first({"plain", plain.spec()}), second({"swapped", swapped.spec()});
+  Point at = first.random_point(), moved = at;
+  for (Index task = 0; task < kTasks; ++task) {
+    for (Index i = 0; i < 2 * 3 * 9; ++i) {
+      const Index out = i / 27, in = i / 9 % 3, tap = i % 9;
+      moved.theta[task * 54 + (in * 2 + out) * 9 + 8 - tap] = at.theta[task * 54 + i];
+    }
+  }
+  check_close(second.output(moved), first.output(at), 1, "a swapped weight", 1);
+}
+
 // The derivative of f at `at` along a direction.
 template <typename Function>
 Values derivative(double step, const Point& at, const Point& along, const Function& f) {
@@ -301,6 +317,7 @@ int main() {
   check_in_place(mlp("relu"), mlp("hardtanh"));
   check_in_place(strided_convnet("relu", false, true, true),
                  strided_convnet("hardtanh", false, true, true));
+  check_swapped();
   check_errors();
   check_shape_errors();
   return report("program");

@@ -8,7 +8,8 @@ from typing import Any
 
 from fastmaml.program.ir import Graph, Op, Shape, Slot
 
-_PYTHON_ONLY = ("running", "momentum")  # whose running statistics a batch norm feeds, and how
+# Whose running statistics a batch norm feeds, and how; what slots say of a layer's weight.
+_PYTHON_ONLY = ("running", "momentum", "swapped")
 # Groups are lanes of vectors, which fewer do not fill; wide ones run at full speed by themselves.
 _ENOUGH_GROUPS = 16
 _WIDE = 4  # channels
@@ -34,9 +35,10 @@ class _Spec:
         self.values = list(graph.values)
         self.ops: list[dict[str, Any]] = []
         self._parts: dict[int, list[int]] = {}  # slots of a slot's groups
+        swapped = swapped_slots(graph)
         self.slots: list[dict[str, Any]] = [
-            {"shape": shape, "adapted": s.adapted, "offset": s.offset}
-            for s, shape in zip(slots, _slot_shapes(graph, slots), strict=True)
+            {"shape": shape, "adapted": s.adapted, "offset": s.offset, "swapped": i in swapped}
+            for i, (s, shape) in enumerate(zip(slots, _slot_shapes(graph, slots), strict=True))
         ]
 
     def add(self, op: Op) -> None:
@@ -93,6 +95,11 @@ class _Spec:
         return self._parts[slot]
 
 
+def swapped_slots(graph: Graph) -> set[int | None]:
+    """Those of weights that lie as their transposes do."""
+    return {op.params[0] for op in graph.ops if op.attrs.get("swapped")}
+
+
 def _runs_by_group(op: Op, slots: Sequence[Slot]) -> bool:
     if op.kind != "grouped_conv2d" or op.attrs["groups"] >= _ENOUGH_GROUPS:
         return False
@@ -107,6 +114,9 @@ def _slot_shapes(graph: Graph, slots: Sequence[Slot]) -> list[Shape]:
     of_vectors = ("group_norm", "parameter", "embedding")
     vectors = {p for op in graph.ops if op.kind in of_vectors for p in op.params}
     shapes = [(s.size,) if i in vectors else s.shape for i, s in enumerate(slots)]
+    for i in swapped_slots(graph):
+        first, second, *window = shapes[i]
+        shapes[i] = (second, first, *window)
     for op in graph.ops:
         if op.kind != "grouped_conv2d" or _runs_by_group(op, slots):
             continue

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmaml.backends.base import MetaStep, MetaStepResult
+from fastmaml.backends.core_spec import swapped_slots
 from fastmaml.backends.operations import Recomputing
 from fastmaml.backends.precision import Precisions
 from fastmaml.program.ir import Graph, Slot
@@ -27,7 +28,7 @@ class KernelOrder:
 
     @torch.inference_mode(False)
     def __init__(self, graph: Graph, layout: ParameterLayout) -> None:
-        weights = {op.params[0] for op in graph.ops if op.kind == "conv2d"}
+        weights = {op.params[0] for op in graph.ops if op.kind == "conv2d"} - swapped_slots(graph)
         names = {layout.aliases[graph.parameters[p]] for p in weights if p is not None}
         self._offsets: dict[Slot, int] = {}
         self._inside: set[Slot] = set()

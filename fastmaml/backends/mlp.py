@@ -115,7 +115,8 @@ def _chain(graph: Graph, layout: ParameterLayout) -> list[_Layer] | None:
             constants = op.attrs["alpha"], op.attrs["beta"]
             layers[-1] = (*layers[-1][:4], op.attrs["function"], *constants)
             continue
-        if op.kind != "linear" or len(graph.values[op.inputs[0]]) != 1:
+        plain = op.kind == "linear" and not op.attrs.get("swapped")
+        if not plain or len(graph.values[op.inputs[0]]) != 1:
             return None
         slots = [
             layout.slots[layout.aliases[graph.parameters[p]]] for p in op.params if p is not None

@@ -52,9 +52,21 @@ def _matrix_product(trace: Trace, a: Arguments, result: Tensor) -> None:
     x = a["mat1"] if "mat1" in a else a.get("input", a.get("self"))
     if a.get("alpha", 1) != 1 or a.get("beta", 1) != 1:
         raise NotCovered("addmm with factors")
-    weight = a["mat2"] if "mat2" in a else a["weight"]
-    slots = (trace.parameter(weight, transposed="mat2" in a), trace.parameter(bias))
-    trace.emit("linear", result, (trace.value(x),), slots)
+    if "mat2" not in a:
+        slots = (trace.parameter(a["weight"]), trace.parameter(bias))
+        return trace.emit("linear", result, (trace.value(x),), slots)
+    lower_product(trace, trace.value(x), a["mat2"], bias, result)
+
+
+def lower_product(
+    trace: Trace, x: Value, weight: Tensor, bias: Tensor | None, result: Tensor
+) -> None:
+    """``x`` times a parameter, or the transpose of one, plus a bias."""
+    known = trace.lookup(weight)
+    swapped = isinstance(known, Read) and not known.transposed
+    slot = trace.parameter(weight, transposed=not swapped, swapped=swapped)
+    attrs = {"swapped": True} if swapped else {}
+    trace.emit("linear", result, (x,), (slot, trace.parameter(bias)), **attrs)
 
 
 def _convolution(trace: Trace, a: Arguments, result: Tensor) -> None:

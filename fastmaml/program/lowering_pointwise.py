@@ -178,7 +178,8 @@ def _product_without_bias(trace: Trace, x: Value) -> Op | None:
 def _add_bias(trace: Trace, product: Op, bias: Tensor, result: Tensor) -> None:
     """The product without the bias stays in the trace; capture drops it if nothing else uses it."""
     source = Value(product.inputs[0], trace.values[product.inputs[0]])
-    trace.emit("linear", result, (source,), (product.params[0], trace.parameter(bias)))
+    slots = (product.params[0], trace.parameter(bias))
+    trace.emit("linear", result, (source,), slots, **product.attrs)
 
 
 def _multiply(trace: Trace, a: Arguments, result: Tensor, *, divide: bool = False) -> None:

@@ -185,9 +185,10 @@ class Tracked:
         repeats: int = 1,
         vector: bool = False,
         groups: int | None = None,
+        swapped: bool = False,
     ) -> int | None:
         """The slot number of a parameter, added on first use; ``vector``: whatever axes it has;
-        ``groups``: its first axis are so many.
+        ``groups``: its first axis are so many; ``swapped``: it lies as its transpose does.
         """
         if tensor is None:
             return None
@@ -195,7 +196,7 @@ class Tracked:
         if not isinstance(known, Read) or known != Read(known.name, False, transposed, repeats):
             raise NotCovered("a weight that is not a parameter itself")
         slot = _slot(self.parameters, known.name)
-        reading = "vector" if vector and tensor.ndim > 1 else groups
+        reading = "swapped" if swapped else "vector" if vector and tensor.ndim > 1 else groups
         if self._readings.setdefault(slot, reading) != reading:
             raise NotCovered("a weight that is read in another way elsewhere")
         return slot

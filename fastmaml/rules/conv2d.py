@@ -15,6 +15,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from fastmaml.program.ir import Op
 from fastmaml.rules.base import Rule
 from fastmaml.rules.bilinear import BilinearRule
+from fastmaml.rules.swapped import SwappedWeights
 
 
 def _tasks_to_channels(x: Tensor) -> Tensor:
@@ -57,4 +58,7 @@ class Conv2d(BilinearRule):
         return bias[:, None, :, None, None]
 
 
-RULES: dict[str, Rule] = {"conv2d": Conv2d(), "grouped_conv2d": Conv2d()}
+RULES: dict[str, Rule] = {
+    "conv2d": SwappedWeights(Conv2d()),
+    "grouped_conv2d": Conv2d(),
+}

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastmaml.program.ir import Op
 from fastmaml.rules.base import Rule
 from fastmaml.rules.bilinear import BilinearRule
+from fastmaml.rules.swapped import SwappedWeights
 
 
 class Linear(BilinearRule):
@@ -29,4 +30,4 @@ class Linear(BilinearRule):
         return bias.view(len(bias), *[1] * (y.ndim - 2), -1)
 
 
-RULES: dict[str, Rule] = {"linear": Linear()}
+RULES: dict[str, Rule] = {"linear": SwappedWeights(Linear())}

@@ -34,10 +34,13 @@ struct OpSpec {
 };
 
 // A parameter: a piece of theta (one copy per task) where `adapted`, else of phi (one for all).
+// `swapped`: a weight that lies there as its transpose does, [in][out] and its taps from the last to
+// the first.
 struct SlotSpec {
   Shape shape;
   bool adapted = true;
   Index offset = 0;
+  bool swapped = false;
 };
 
 // A module as a list of ops. Shapes are per example; value 0 is the input. Buffers lie one after
