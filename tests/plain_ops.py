@@ -21,6 +21,7 @@ def _linear(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
 def _conv2d(op: Op, params: Tensors, buffers: Tensors, x: Tensor) -> Tensor:
     a, (weight, bias) = op.attrs, params
     window = a["stride"], a["padding"], a["dilation"]
+    weight = weight.unsqueeze(2) if weight.ndim == 3 else weight  # of a line
     if a.get("swapped"):
         weight = weight.transpose(0, 1).flip(2, 3)
     return F.conv2d(x, weight, bias, *window, a.get("groups", 1))
@@ -142,6 +143,9 @@ def plain(op: Op, out_shape: Shape, params: Tensors, buffers: Tensors, *inputs: 
     if op.kind == "narrow":
         dim = op.attrs["dim"]
         return inputs[0].narrow(dim + 1, op.attrs["start"], out_shape[dim])
+    if op.kind == "take":
+        numbered = F.pad(inputs[0].flatten(1), (0, 1))
+        return numbered[:, list(op.attrs["places"])].unflatten(1, out_shape)
     if op.kind == "adaptive_avg_pool2d":
         return F.adaptive_avg_pool2d(inputs[0], out_shape[1:])
     return _PLAIN[op.kind](op, params, buffers, *inputs)

@@ -172,6 +172,12 @@ def _embedding_case(name: str, x: Shape, rows: int, width: int, padding: int = -
 
 # --- the cases ------------------------------------------------------------------------------------
 
+
+def _places(count: int, elements: int) -> tuple[int, ...]:
+    """Neighbours, others, and a zero now and then."""
+    return tuple(-1 if i % 11 == 5 else (i + i // 7 * 13) % elements for i in range(count))
+
+
 CASES: dict[str, list[Case]] = {
     "linear": [
         _linear_case("wide", (17,), 3),
@@ -196,10 +202,14 @@ CASES: dict[str, list[Case]] = {
         _conv_case("all_at_once", (3, 6, 9), (17, 3, 3, 2), (2, 1), (2, 1), (1, 3), bias=False),
         _conv_case("lanes", (16, 4, 4), (32, 16, 3, 3), padding=(1, 1)),
         _conv_case("one_position", (3, 3, 3), (17, 3, 3, 3)),
+        _conv_case("line", (3, 1, 9), (17, 3, 3), (1, 2), (0, 1), (1, 2)),
+        _conv_case("swapped_line", (3, 1, 9), (3, 5, 4), swapped=True),
         _conv_case("swapped", (3, 5, 7), (3, 17, 2, 3), padding=(1, 2), swapped=True),
         _conv_case("swapped_no_bias", (17, 4, 4), (17, 2, 3, 3), bias=False, swapped=True),
     ],
     "grouped_conv2d": [
+        _conv_case("line", (17, 1, 8), (34, 1, 3), (1, 1), (0, 1), groups=17),
+        _conv_case("wide_line", (8, 1, 7), (6, 4, 3), (1, 2), (0, 1), bias=False, groups=2),
         _conv_case("depthwise", (17, 5, 7), (17, 1, 3, 3), padding=(1, 1), groups=17),
         _conv_case("depthwise_few", (3, 6, 9), (3, 1, 3, 2), (2, 3), (1, 2), groups=3),
         _conv_case("two_outputs", (5, 4, 6), (10, 1, 2, 5), padding=(1, 4), bias=False, groups=5),
@@ -287,6 +297,12 @@ CASES: dict[str, list[Case]] = {
         _activation_case("exp"),
         _activation_case("is_positive"),
         _activation_case("is_zero"),
+    ],
+    "take": [
+        _case("turned", "take", ((17,),), out=(17,), places=tuple(range(16, -1, -1))),
+        _case("some_twice", "take", ((3, 5, 7),), out=(4, 3, 9), places=_places(108, 105)),
+        _case("to_vector", "take", ((2, 3, 4),), out=(40,), places=_places(40, 24)),
+        _case("to_image", "take", ((9,),), out=(1, 2, 3), places=(0, 8, -1, 8, -1, 8)),
     ],
     "masked_fill": [
         _case("images", "masked_fill", ((3, 5, 7), (3, 5, 7)), value=-0.5),

@@ -141,8 +141,9 @@ def test_batch_norm_knows_its_buffers() -> None:
         (nn.InstanceNorm1d(3, track_running_stats=True), (3, 5), "running statistics of an inst"),
         (Learned(lambda x: torch.tanh(x.view(1, -1, 5))), (3, 5), "examples are side by side"),
         (Learned(lambda x: F.layer_norm(x, x.shape)), (3,), "native_layer_norm .a norm over"),
-        (nn.ConvTranspose2d(2, 4, 3), (2, 5, 5), r"a transposed convolution\) in ConvTranspose2d"),
-        (Learned(lambda x: x[:, ::2]), (3,), r"aten.slice \(a step of 2\) in Learned"),
+        (nn.ConvTranspose2d(2, 4, 3, groups=2), (2, 5, 5), r"in groups\) in ConvTranspose2d"),
+        (nn.Conv3d(2, 4, 3), (2, 5, 5, 5), r"instead of \[N, C, H, W\]\) in Conv3d"),
+        (Learned(lambda x: x.roll(1, 0)), (3,), r"aten.roll \(elements moved between examples\)"),
         (Learned(lambda x: x[:2]), (3,), "examples chosen"),
         (Learned(lambda x: torch.cat([x, x])), (3,), "examples joined"),
         (Learned(lambda x: x - x.mean(0)), (3,), "mean over examples"),
@@ -160,7 +161,7 @@ def test_batch_norm_knows_its_buffers() -> None:
         ),
         (Lambda(lambda x: x.flatten()), (3,), "whose first axis is not the examples"),
         (Lambda(lambda x: (x, x)), (3,), "an output of type tuple, not one tensor"),
-        (Learned(lambda x: x @ torch.ones(3, 3)), (3,), "a weight that is not a parameter"),
+        (Learned(lambda x: x @ torch.ones(3, 3000)), (3,), "a weight that is not a parameter"),
         (Lambda(lambda x: x.undefined), (3,), "a forward that fails on a sample"),
     ],
 )
@@ -186,8 +187,8 @@ class WithTensors(nn.Module):
 @pytest.mark.parametrize(
     "f",
     [
-        lambda m, x: F.linear(x, m.weight),
-        lambda m, x: F.linear(x, m.first.weight, m.bias),
+        lambda m, x: F.linear(x, m.weight.repeat(2000, 1)),
+        lambda m, x: F.conv1d(x[..., None], m.weight[..., None]),
         lambda m, x: F.batch_norm(x, None, None, m.bias, m.bias, training=True),
     ],
 )
@@ -235,7 +236,7 @@ def watched(x: Tensor) -> Tensor:
         (lambda m, x: without_gradient(x), "tanh .without gradient"),
         (lambda m, x: Cut.apply(x), "tanh .without gradient"),
         (lambda m, x: watched(x), "a hook"),
-        (lambda m, x: x**m.exponent, "pow .exponent"),
+        (lambda m, x: x**m.exponent, "pow .an exponent that is a tensor"),
     ],
 )
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])

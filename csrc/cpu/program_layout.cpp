@@ -74,6 +74,10 @@ Layout channels_last(const Shape& shape, int lanes) {
   return channel_layout(shape, axes, lanes);
 }
 
+Layout usual_layout(const Shape& shape, int lanes) {
+  return shape.size() == 3 ? channels_first(shape, lanes) : channels_last(shape, lanes);
+}
+
 Layout with_ld(const Layout& layout, Index ld) {
   Layout result = layout;
   result.ld = ld;

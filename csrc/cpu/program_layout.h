@@ -35,6 +35,9 @@ Layout channel_layout(const Shape& shape, const std::vector<bool>& channel_axes,
 Layout channels_first(const Shape& shape, int lanes);  // (C, ...), as convolutions want
 Layout channels_last(const Shape& shape, int lanes);   // (..., C), as linear layers want
 
+// What most readers of such a value want.
+Layout usual_layout(const Shape& shape, int lanes);
+
 Layout with_ld(const Layout& layout, Index ld);
 // Only the elements at `length` places of `axis`, from `start` on.
 Layout narrowed(const Layout& layout, const Shape& shape, Index axis, Index start, Index length);

@@ -41,6 +41,7 @@ class OpReader {
   Index integer(const std::string& name, Index minimum) const;
   std::string text(const std::string& name) const;
   std::array<int, 2> pair(const std::string& name, int minimum) const;
+  const std::vector<Index>& integers(const std::string& name) const;
   // A per-example axis of the output.
   Index axis(const std::string& name) const;
   // Per-example axes, each at most once.
@@ -115,6 +116,8 @@ template <typename T>
 std::unique_ptr<Op<T>> make_mul(OpReader& reader);
 template <typename T>
 std::unique_ptr<Op<T>> make_masked_fill(OpReader& reader);
+template <typename T>
+std::unique_ptr<Op<T>> make_take(OpReader& reader);
 template <typename T>
 std::unique_ptr<Op<T>> make_bmm(OpReader& reader);
 template <typename T>

@@ -392,6 +392,7 @@ int Planner<T>::add_op(int index) {
       {"embedding", make_embedding<T>},
       {"cat", make_cat<T>},
       {"narrow", make_narrow<T>},
+      {"take", make_take<T>},
       {"expand", make_expand<T>},
       {"scale", make_scale<T>},
   };

@@ -62,6 +62,10 @@ Index OpReader::axis(const std::string& name) const {
   return value;
 }
 
+const std::vector<Index>& OpReader::integers(const std::string& name) const {
+  return attribute<std::vector<Index>>(name, "a tuple of ints");
+}
+
 std::vector<Index> OpReader::axes(const std::string& name) const {
   const auto& values = attribute<std::vector<Index>>(name, "a tuple of ints");
   const Index rank = static_cast<Index>(input(0).size());

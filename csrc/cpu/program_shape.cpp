@@ -40,11 +40,6 @@ class GatherOp final : public LinearOp<T> {
   Index from_size_ = 0, gradient_size_ = 0;
 };
 
-// The layout that most readers of such a value want.
-Layout usual_layout(const Shape& shape, int lanes) {
-  return shape.size() == 3 ? channels_first(shape, lanes) : channels_last(shape, lanes);
-}
-
 // One after the other along an axis.
 template <typename T>
 class CatOp final : public Op<T> {

@@ -91,6 +91,23 @@ void gather(Index examples, Index in_size, Index out_size, const std::int32_t* m
 }
 
 template <typename T>
+void gather_sums(Index examples, Index in_size, Index out_size, const std::int32_t* starts,
+                 const std::int32_t* places, const T* in, T* out, bool accumulate, Share share) {
+  const Range mine = split(examples * out_size, share);
+  for (Index row = mine.begin; row < mine.end;) {
+    const Index example = row / out_size, start = example * out_size;
+    const Index end = smaller(mine.end, start + out_size);
+    const T* source = in + example * in_size;
+    for (; row < end; ++row) {
+      const Index i = row - start;
+      T sum = accumulate ? out[row] : T(0);
+      for (Index k = starts[i]; k < starts[i + 1]; ++k) sum += source[places[k]];
+      out[row] = sum;
+    }
+  }
+}
+
+template <typename T>
 void axpby(Index count, T a, const T* x, T b, const T* y, T* out, bool accumulate, Share share) {
   const Range mine = split_elements<T>(count, share);
   const Vec<T> va = broadcast(a), vb = broadcast(b);
@@ -118,6 +135,8 @@ void update(Index count, T a, const T* rate, const T* x, const T* g, T* out, Sha
 #define FASTMAML_INSTANTIATE(T)                                                                 \
   template void transpose<T>(Index, Index, Index, const T*, T*, Share);                         \
   template void gather<T>(Index, Index, Index, const std::int32_t*, const T*, T*, bool, Share); \
+  template void gather_sums<T>(Index, Index, Index, const std::int32_t*, const std::int32_t*,    \
+                               const T*, T*, bool, Share);                                      \
   template void axpby<T>(Index, T, const T*, T, const T*, T*, bool, Share);                     \
   template void update<T>(Index, T, const T*, const T*, const T*, T*, Share);
 FASTMAML_INSTANTIATE(float)

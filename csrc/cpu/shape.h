@@ -12,6 +12,9 @@ template <typename T>
 void gather(Index examples, Index in_size, Index out_size, const std::int32_t* map, const T* in,
             T* out, bool accumulate, Share share);
 template <typename T>
+void gather_sums(Index examples, Index in_size, Index out_size, const std::int32_t* starts,
+                 const std::int32_t* places, const T* in, T* out, bool accumulate, Share share);
+template <typename T>
 void axpby(Index count, T a, const T* x, T b, const T* y, T* out, bool accumulate, Share share);
 template <typename T>
 void update(Index count, T a, const T* rate, const T* x, const T* g, T* out, Share share);

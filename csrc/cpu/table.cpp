@@ -76,6 +76,7 @@ const Kernels<T>& table() {
       &avg_pool_forward<T>,
       &avg_pool_backward<T>,
       &gather<T>,
+      &gather_sums<T>,
       &lane_products<T>,
       &lane_sums<T>,
       &lane_loss_gradient<T>,

@@ -155,6 +155,9 @@ class ProgramBuilder {
     return op("add", {a, b}, shape(a), {}, {{"alpha", alpha}});
   }
   int mul(int a, int b) { return op("mul", {a, b}, shape(a), {}, {}); }
+  int take(int x, Shape output, std::vector<Index> places) {
+    return op("take", {x}, std::move(output), {}, {{"places", std::move(places)}});
+  }
   int masked_fill(int x, int mask, double value) {
     return op("masked_fill", {x, mask}, shape(x), {}, {{"value", value}});
   }

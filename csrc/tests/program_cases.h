@@ -203,6 +203,22 @@ inline ProgramSpec swapped_weights() {
   return p.spec();
 }
 
+// Mirrored edges, every other pixel, neighbours twice; of what is left out nothing comes back.
+inline ProgramSpec taken() {
+  ProgramBuilder p({3, 4, 5});
+  const auto places = [](Index count, Index elements, Index step) {
+    std::vector<Index> found(count);
+    for (Index i = 0; i < count; ++i) found[i] = i % 9 == 4 ? -1 : i * step % elements;
+    return found;
+  };
+  int h = p.activation(p.conv2d(p.take(0, {3, 6, 7}, places(126, 60, 7)), 17), "tanh");
+  h = p.take(h, {4, 2, 9}, places(72, 17 * 6 * 7, 5));
+  h = p.take(p.activation(p.conv2d(h, 2), "tanh"), {19}, places(19, 36, 4));
+  h = p.linear(p.take(h, {2, 10}, places(20, 19, 3)), 3);
+  p.take(p.view(h, {6}), {3}, {5, 0, 5});
+  return p.spec();
+}
+
 // Leaky units written with masks of values, in two layouts; scores that masks of the input and of
 // values rule out, some twice.
 inline ProgramSpec masks() {
@@ -252,6 +268,7 @@ inline std::vector<ProgramCase> program_cases() {
       {"singular functions", singular_functions()},
       {"masks", masks(), true, false},
       {"swapped weights", swapped_weights()},
+      {"taken", taken()},
       {"dead branch", dead_branch(), false},
   };
 }

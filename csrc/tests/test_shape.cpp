@@ -35,6 +35,36 @@ void check_gather(const Kernels<T>& k, Index examples, Index in_size, Index out_
 }
 
 template <typename T>
+void check_gather_sums(const Kernels<T>& k, Index examples, Index in_size, Index out_size) {
+  std::vector<std::int32_t> starts{0}, places;
+  for (Index i = 0; i < out_size; ++i) {
+    for (Index j = 0; j < i % 4; ++j) {
+      places.push_back(static_cast<std::int32_t>((i * 7 + j * 5) % in_size));
+    }
+    starts.push_back(static_cast<std::int32_t>(places.size()));
+  }
+  const auto in = random_values<T>(examples * in_size);
+  const auto start = random_values<T>(examples * out_size);
+  std::vector<double> expected(start.size()), added(start.size());
+  for (Index i = 0; i < examples * out_size; ++i) {
+    for (std::int32_t at = starts[i % out_size]; at < starts[i % out_size + 1]; ++at) {
+      expected[i] += in[i / out_size * in_size + places[at]];
+    }
+    added[i] = expected[i] + start[i];
+  }
+  const std::string name = std::string(k.isa) + " " + scalar_name<T>() + " gather_sums";
+  const auto check = [&](std::vector<T> out, bool accumulate, const std::vector<double>& sums) {
+    check_shares(&out, name, [&](Share s) {
+      k.gather_sums(examples, in_size, out_size, starts.data(), places.data(), in.data(),
+                    out.data(), accumulate, s);
+    });
+    check_close(out, sums, 8, name, 1);
+  };
+  check(poisoned<T>(examples * out_size), false, expected);
+  check(start, true, added);
+}
+
+template <typename T>
 void check_combinations(const Kernels<T>& k, Index count) {
   const auto x = random_values<T>(count), y = random_values<T>(count),
              start = random_values<T>(count);
@@ -73,6 +103,7 @@ struct TestShape {
   void operator()(const Kernels<T>& k) const {
     for (const Index examples : {1, 3, 5}) {
       for (const Index run : {1, 16, 21}) check_gather(k, examples, 48, 83, run);
+      check_gather_sums(k, examples, 48, 83);
     }
     for (const Index count : {1, 15, 16, 64, 777}) check_combinations(k, count);
   }

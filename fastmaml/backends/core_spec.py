@@ -110,19 +110,24 @@ def _runs_by_group(op: Op, slots: Sequence[Slot]) -> bool:
 def _slot_shapes(graph: Graph, slots: Sequence[Slot]) -> list[Shape]:
     """The axes of what scales and shifts a value matter to nobody: to the core these are vectors,
     and no matrices to be packed. Weights and biases of groups are matrices of a row for each.
+    Those of lines are of images of one row.
     """
     of_vectors = ("group_norm", "parameter", "embedding")
     vectors = {p for op in graph.ops if op.kind in of_vectors for p in op.params}
     shapes = [(s.size,) if i in vectors else s.shape for i, s in enumerate(slots)]
     for i in swapped_slots(graph):
-        first, second, *window = shapes[i]
-        shapes[i] = (second, first, *window)
+        if i is not None:
+            shapes[i] = (shapes[i][1], shapes[i][0], *shapes[i][2:])
+    of_lines = {op.params[0] for op in graph.ops if op.kind in ("conv2d", "grouped_conv2d")}
+    for i in of_lines:
+        if i is not None and len(shapes[i]) == 3:  # those of images of one row
+            shapes[i] = (*shapes[i][:2], 1, shapes[i][2])
     for op in graph.ops:
         if op.kind != "grouped_conv2d" or _runs_by_group(op, slots):
             continue
         for p in op.params:
             if p is not None:
-                groups, window = op.attrs["groups"], slots[p].shape[2:]
+                groups, window = op.attrs["groups"], shapes[p][2:]
                 shapes[p] = (groups, slots[p].size // (groups * prod(window)), *window)
     return shapes
 

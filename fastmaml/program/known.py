@@ -46,11 +46,13 @@ class Turned:
 class Drawn:
     """A tensor that was made without parameters or ops, as random numbers are.
 
-    ``of_input``: by a look at the input; ``learned``: it may have a derivative by that.
+    ``of_input``: by a look at the input; ``learned``: it may have a derivative by that;
+    ``constant``: it is the same at each call.
     """
 
     of_input: bool = False
     learned: bool = False
+    constant: bool = False
 
 
 @dataclass(frozen=True)

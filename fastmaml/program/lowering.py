@@ -16,18 +16,17 @@ from torch import Tensor
 
 from fastmaml.program.frames import in_batch_norm
 from fastmaml.program.known import Drawn, Read, Shared, SideBySide, Value
+from fastmaml.program.lowering_convolution import lower_convolution, pair
 from fastmaml.program.lowering_masks import MASKS_TABLE
+from fastmaml.program.lowering_moves import MOVES_TABLE, lower_move, unless_of_values
 from fastmaml.program.lowering_pointwise import POINTWISE_TABLE
+from fastmaml.program.lowering_products import PRODUCTS_TABLE
+from fastmaml.program.lowering_reductions import REDUCTIONS_TABLE
 from fastmaml.program.lowering_rows import ROWS_TABLE
 from fastmaml.program.lowering_shape import SHAPE_TABLE, Arguments
 from fastmaml.program.trace import Lowering, NotCovered, Trace
 
 _MOST_ROWS = 2**24  # that float32 can number
-
-
-def _pair(value: Any, default: Any = None) -> tuple[int, int]:
-    items = list(value) if value else list(default)
-    return (int(items[0]), int(items[-1]))
 
 
 def _image(trace: Trace, tensor: Tensor) -> Value:
@@ -38,48 +37,6 @@ def _image(trace: Trace, tensor: Tensor) -> Value:
 
 
 # --- layers with parameters -----------------------------------------------------------------------
-
-
-def _transpose_2d(trace: Trace, a: Arguments, result: Tensor) -> None:
-    known = trace.lookup(a["self"])
-    if not isinstance(known, Read) or result.ndim != 2:
-        raise NotCovered("a transpose that mixes examples")
-    trace.alias(result, Read(known.name, known.is_buffer, not known.transposed))
-
-
-def _matrix_product(trace: Trace, a: Arguments, result: Tensor) -> None:
-    bias = a.get("bias", a.get("self") if "mat1" in a else None)
-    x = a["mat1"] if "mat1" in a else a.get("input", a.get("self"))
-    if a.get("alpha", 1) != 1 or a.get("beta", 1) != 1:
-        raise NotCovered("addmm with factors")
-    if "mat2" not in a:
-        slots = (trace.parameter(a["weight"]), trace.parameter(bias))
-        return trace.emit("linear", result, (trace.value(x),), slots)
-    lower_product(trace, trace.value(x), a["mat2"], bias, result)
-
-
-def lower_product(
-    trace: Trace, x: Value, weight: Tensor, bias: Tensor | None, result: Tensor
-) -> None:
-    """``x`` times a parameter, or the transpose of one, plus a bias."""
-    known = trace.lookup(weight)
-    swapped = isinstance(known, Read) and not known.transposed
-    slot = trace.parameter(weight, transposed=not swapped, swapped=swapped)
-    attrs = {"swapped": True} if swapped else {}
-    trace.emit("linear", result, (x,), (slot, trace.parameter(bias)), **attrs)
-
-
-def _convolution(trace: Trace, a: Arguments, result: Tensor) -> None:
-    x = _image(trace, a["input"])
-    if a["transposed"]:
-        raise NotCovered("a transposed convolution")
-    groups = None if a["groups"] == 1 else int(a["groups"])
-    slots = tuple(trace.parameter(a[name], groups=groups) for name in ("weight", "bias"))
-    window = {name: _pair(a[name]) for name in ("stride", "padding", "dilation")}
-    if groups is None:
-        trace.emit("conv2d", result, (x,), slots, **window)
-    else:
-        trace.emit("grouped_conv2d", result, (x,), slots, **window, groups=groups)
 
 
 def _batch_norm(trace: Trace, a: Arguments, result: Any, *, training: bool | None = None) -> None:
@@ -125,7 +82,9 @@ def _instance_norm(trace: Trace, a: Arguments, result: Tensor, x: Value) -> None
 
 def _repeat(trace: Trace, a: Arguments, result: Tensor) -> None:
     known, repeats = trace.lookup(a["self"]), a["repeats"]
-    if not isinstance(known, Read) or known.repeats != 1 or (a["self"].ndim, result.ndim) != (1, 1):
+    if not isinstance(known, Read):
+        return lower_move(trace, a, result)
+    if known.repeats != 1 or (a["self"].ndim, result.ndim) != (1, 1):
         raise NotCovered
     trace.alias(result, replace(known, repeats=repeats[0]))
 
@@ -200,28 +159,28 @@ def _rows_of_table(
 
 
 def _max_pool(trace: Trace, a: Arguments, result: Any) -> None:
-    kernel = _pair(a["kernel_size"])
+    kernel = pair(a["kernel_size"])
     trace.emit(
         "max_pool2d",
         result[0],
         (_image(trace, a["self"]),),
         kernel=kernel,
-        stride=_pair(a["stride"], kernel),
-        padding=_pair(a["padding"]),
-        dilation=_pair(a["dilation"]),
+        stride=pair(a["stride"], kernel),
+        padding=pair(a["padding"]),
+        dilation=pair(a["dilation"]),
         ceil_mode=bool(a["ceil_mode"]),
     )
 
 
 def _avg_pool(trace: Trace, a: Arguments, result: Tensor) -> None:
-    kernel = _pair(a["kernel_size"])
+    kernel = pair(a["kernel_size"])
     trace.emit(
         "avg_pool2d",
         result,
         (_image(trace, a["self"]),),
         kernel=kernel,
-        stride=_pair(a["stride"], kernel),
-        padding=_pair(a["padding"]),
+        stride=pair(a["stride"], kernel),
+        padding=pair(a["padding"]),
         ceil_mode=bool(a["ceil_mode"]),
         count_include_pad=bool(a["count_include_pad"]),
         divisor=a["divisor_override"],
@@ -247,11 +206,8 @@ def _detach(trace: Trace, a: Arguments, result: Tensor) -> None:
 
 
 TABLE: Mapping[str, Lowering] = {
-    "t": _transpose_2d,
-    "addmm": _matrix_product,
-    "mm": _matrix_product,
-    "linear": _matrix_product,
-    "convolution": _convolution,
+    **PRODUCTS_TABLE,
+    "convolution": lower_convolution,
     **dict.fromkeys(
         ("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm"), _batch_norm
     ),
@@ -260,10 +216,12 @@ TABLE: Mapping[str, Lowering] = {
     "native_group_norm": _group_norm,
     "native_layer_norm": _layer_norm,
     "embedding": _embedding,
-    "index": _index,
+    "index": unless_of_values(_index),
     **POINTWISE_TABLE,
     **MASKS_TABLE,
+    **REDUCTIONS_TABLE,
     **ROWS_TABLE,
+    **MOVES_TABLE,
     "repeat": _repeat,
     "max_pool2d_with_indices": _max_pool,
     "avg_pool2d": _avg_pool,

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastmaml.program.frames import in_batch_norm
 from fastmaml.program.ir import Op
-from fastmaml.program.known import Read, Reshaped, Shared, SideBySide, Value
-from fastmaml.program.lowering_shape import Arguments, lower_split, lower_sum
+from fastmaml.program.known import Read, SideBySide, Value
+from fastmaml.program.lowering_shape import Arguments, lower_split
 from fastmaml.program.trace import Lowering, NotCovered, Trace
 
 
@@ -77,10 +77,12 @@ _POWERS = {
 
 
 def _power(trace: Trace, a: Arguments, result: Tensor) -> None:
-    exponent = a["exponent"]
+    x, exponent = a["self"], a["exponent"]
+    if not isinstance(x, Tensor):
+        return _exponential(trace, float(x), exponent, result)
     if isinstance(exponent, Tensor) or exponent not in _POWERS:
-        raise NotCovered(f"exponent {exponent}")
-    x = a["self"]
+        number = "that is a tensor" if isinstance(exponent, Tensor) else exponent
+        raise NotCovered(f"an exponent {number}")
     *inner, last = _POWERS[exponent]
     for function in inner:
         between = torch.empty_like(result, device="meta")
@@ -89,11 +91,27 @@ def _power(trace: Trace, a: Arguments, result: Tensor) -> None:
     _activation(trace, {"self": x}, result, function=last)
 
 
+def _exponential(trace: Trace, base: float, exponent: Tensor, result: Tensor) -> None:
+    """``base ** exponent``."""
+    if base <= 0:
+        raise NotCovered(f"a base of {base}")
+    scaled = torch.empty_like(result, device="meta")
+    x = trace.operand(exponent, result)
+    trace.emit("scale", scaled, (x,), alpha=math.log(base), beta=0.0)
+    _activation(trace, {"self": scaled}, result, function="exp")
+
+
+def _logarithm(trace: Trace, a: Arguments, result: Tensor, *, base: float) -> None:
+    natural = torch.empty_like(result, device="meta")
+    _activation(trace, a, natural, function="log")
+    trace.emit("scale", result, (trace.value(natural),), alpha=1 / math.log(base), beta=0.0)
+
+
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _clamp_of_this_release() -> str:
     """On the bounds, releases differ: the older are not flat there."""
-    x = torch.zeros((), requires_grad=True)
+    x = torch.zeros((), device="cpu", requires_grad=True)
     (slope,) = torch.autograd.grad(x.clamp(0, 1), x)
     return "clamp" if slope.item() else "hardtanh"
 
@@ -108,19 +126,6 @@ def _clamp(trace: Trace, a: Arguments, result: Tensor) -> None:
     low, high = (math.inf if b is None else float(b) for b in bounds)
     low = -low if bounds[0] is None else low
     _activation(trace, a, result, function=_CLAMP, alpha=low, beta=high)
-
-
-def _vector_norm(trace: Trace, a: Arguments, result: Tensor) -> None:
-    """Of sums of squares, or of magnitudes."""
-    order, x = a["ord"] if "ord" in a else a["p"], a["self"]
-    if order not in (1, 2, None) or a.get("dtype") is not None:
-        raise NotCovered(f"a norm of order {order}")
-    terms, total = torch.empty_like(x, device="meta"), torch.empty_like(result, device="meta")
-    _activation(trace, a, terms, function="abs" if order == 1 else "square")
-    if order == 1:
-        return lower_sum(trace, {**a, "self": terms}, result)
-    lower_sum(trace, {**a, "self": terms}, total)
-    _activation(trace, {"self": total}, result, function="length")
 
 
 def _add(trace: Trace, a: Arguments, result: Tensor, *, sign: int = 1) -> None:
@@ -193,6 +198,24 @@ def _multiply(trace: Trace, a: Arguments, result: Tensor, *, divide: bool = Fals
     trace.emit("scale", result, (trace.operand(a["self"], result),), alpha=alpha, beta=0.0)
 
 
+def _add_product(trace: Trace, a: Arguments, result: Tensor, *, divide: bool = False) -> None:
+    """``addcmul`` and ``addcdiv``."""
+    product = torch.empty_like(result, device="meta")
+    _multiply(trace, {"self": a["tensor1"], "other": a["tensor2"]}, product, divide=divide)
+    _add(trace, {"self": a["self"], "other": product, "alpha": a["value"]}, result)
+
+
+def _between(trace: Trace, a: Arguments, result: Tensor) -> None:
+    """``lerp``: a share of the way from one to the other."""
+    weight = a["weight"]
+    if isinstance(weight, Tensor):
+        raise NotCovered("a weight that is a tensor")
+    kept = torch.empty_like(result, device="meta")
+    x = trace.operand(a["self"], result)
+    trace.emit("scale", kept, (x,), alpha=1.0 - weight, beta=0.0)
+    _add(trace, {"self": kept, "other": a["end"], "alpha": weight}, result)
+
+
 def _inverse(trace: Trace, divisor: Tensor, quotient: Tensor) -> Tensor:
     drawn = trace.drawn(divisor)
     if drawn is not None:  # of it there is no derivative
@@ -229,13 +252,13 @@ def shares(lowering: Lowering) -> Lowering:
 
     def lowered(trace: Trace, a: Arguments, result: Any) -> None:
         tensors = [v for v in a.values() if isinstance(v, Tensor)]
-        if not isinstance(result, Tensor) or not any(_is_shared(trace, t) for t in tensors):
+        if not isinstance(result, Tensor) or not any(trace.is_of_parameters(t) for t in tensors):
             return lowering(trace, a, result)
         if any(_has_examples(trace, t, result) for t in tensors):
             return lowering(trace, a, result)
         rows = trace.rows(result.shape)
         lowering(trace, a, rows)
-        return trace.alias(result, Shared(trace.value(rows)))
+        return trace.share(result, rows)
 
     return lowered
 
@@ -245,13 +268,6 @@ def _has_examples(trace: Trace, tensor: Tensor, result: Tensor) -> bool:
         return True
     drawn_for_each = trace.drawn(tensor) is not None and tensor.ndim == result.ndim > 0
     return drawn_for_each and len(tensor) == len(result) == trace.examples
-
-
-def _is_shared(trace: Trace, tensor: Tensor) -> bool:
-    known = trace.lookup(tensor)
-    return isinstance(known, (Reshaped, Shared)) or (
-        isinstance(known, Read) and not known.is_buffer
-    )
 
 
 def _activations() -> dict[str, Lowering]:
@@ -275,11 +291,16 @@ def _table() -> dict[str, Lowering]:
         "mul": _multiply,
         "div": partial(_multiply, divide=True),
         "neg": _negate,
+        "addcmul": _add_product,
+        "addcdiv": partial(_add_product, divide=True),
+        "lerp": _between,
+        "exp2": lambda trace, a, result: _exponential(trace, 2.0, a["self"], result),
+        "log2": partial(_logarithm, base=2.0),
+        "log10": partial(_logarithm, base=10.0),
     }
     return {name: shares(lowering) for name, lowering in table.items()} | {
         "native_dropout": _dropout,
         "glu": _glu,
-        **dict.fromkeys(("linalg_vector_norm", "norm"), _vector_norm),
         "_local_scalar_dense": _count_batches,
     }
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmaml.program.known import Value
+from fastmaml.program.lowering_reductions import along_axes
 from fastmaml.program.lowering_shape import Arguments, axis_of
 from fastmaml.program.trace import Lowering, NotCovered, Trace
 
@@ -25,7 +26,7 @@ def _softmax(
     trace.emit("softmax", result, (x,), dim=dim, log=log, safe=safe)
 
 
-def _bmm(trace: Trace, a: Arguments, result: Tensor) -> None:
+def lower_bmm(trace: Trace, a: Arguments, result: Tensor) -> None:
     x, y = trace.value(a["self"]), trace.value(a["mat2"])
     if x.merged != y.merged:
         raise NotCovered("operands that mix examples")
@@ -35,7 +36,7 @@ def _bmm(trace: Trace, a: Arguments, result: Tensor) -> None:
 def _add_bmm(trace: Trace, a: Arguments, result: Tensor) -> None:
     """``baddbmm``, of which PyTorch makes masked scores."""
     product = torch.empty_like(result, device="meta")
-    _bmm(trace, {"self": a["batch1"], "mat2": a["batch2"]}, product)
+    lower_bmm(trace, {"self": a["batch1"], "mat2": a["batch2"]}, product)
     x = trace.value(product)
     if a["alpha"] != 1:
         scaled = torch.empty_like(result, device="meta")
@@ -89,10 +90,9 @@ def _causal(trace: Trace, query: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 ROWS_TABLE: Mapping[str, Lowering] = {
-    "_softmax": _softmax,
-    "_safe_softmax": partial(_softmax, safe=True),
-    "_log_softmax": partial(_softmax, log=True),
-    "bmm": _bmm,
+    "_softmax": along_axes(_softmax),
+    "_safe_softmax": along_axes(partial(_softmax, safe=True)),
+    "_log_softmax": along_axes(partial(_softmax, log=True)),
     "baddbmm": _add_bmm,
     **dict.fromkeys(
         (

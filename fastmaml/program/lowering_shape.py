@@ -15,6 +15,9 @@ from fastmaml.program.trace import Lowering, NotCovered, Trace
 Arguments = Mapping[str, Any]
 
 
+_SUM_OVER_EXAMPLES = "a sum or mean over examples"
+
+
 def axis_of(value: Value, tensor: Tensor, dim: int, what: str) -> int:
     """The axis of each example of ``value`` that is ``dim`` of its tensor; ``what`` is refused
     over examples.
@@ -25,17 +28,21 @@ def axis_of(value: Value, tensor: Tensor, dim: int, what: str) -> int:
     return dim if value.merged else dim - 1
 
 
-def _mean(trace: Trace, a: Arguments, result: Tensor) -> None:
-    x, dims, what = trace.value(a["self"]), a.get("dim"), "a sum or mean over examples"
+def lower_mean(trace: Trace, a: Arguments, result: Tensor) -> None:
+    dims, keepdim = a.get("dim"), bool(a.get("keepdim"))
     if not dims or a.get("dtype") not in (None, a["self"].dtype):
-        raise NotCovered(what)
-    axes = sorted(axis_of(x, a["self"], d, what) for d in dims)
-    trace.emit("mean", result, (x,), dims=tuple(axes), keepdim=bool(a["keepdim"]))
+        raise NotCovered(_SUM_OVER_EXAMPLES)
+    known, dims = trace.lookup(a["self"]), [d % a["self"].ndim for d in dims]
+    if isinstance(known, Turned) and dims == [0] and not keepdim:
+        return trace.emit("mean", result, (known.value,), dims=(0,), keepdim=False)
+    x = trace.value(a["self"])
+    axes = sorted(axis_of(x, a["self"], d, _SUM_OVER_EXAMPLES) for d in dims)
+    return trace.emit("mean", result, (x,), dims=tuple(axes), keepdim=keepdim)
 
 
 def lower_sum(trace: Trace, a: Arguments, result: Tensor) -> None:
     mean = torch.empty_like(result, device="meta")
-    _mean(trace, a, mean)
+    lower_mean(trace, a, mean)
     count = prod(a["self"].shape[d] for d in a["dim"])
     trace.emit("scale", result, (trace.value(mean),), alpha=float(count), beta=0.0)
 
@@ -103,10 +110,8 @@ def _narrow(trace: Trace, x: Tensor, result: Tensor, dim: int, start: int) -> No
     return trace.emit("narrow", result, (value,), dim=axis, start=start)
 
 
-def _slice(trace: Trace, a: Arguments, result: Tensor) -> None:
+def lower_slice(trace: Trace, a: Arguments, result: Tensor) -> None:
     x, dim = a["self"], a["dim"] % a["self"].ndim
-    if a["step"] != 1:
-        raise NotCovered(f"a step of {a['step']}")
     start, _, _ = slice(a["start"], a["end"]).indices(x.shape[dim])
     _narrow(trace, x, result, dim, start)
 
@@ -138,16 +143,18 @@ def _view(trace: Trace, a: Arguments, result: Tensor) -> None:
         return trace.alias(result, Shared(trace.viewed(known.value, result.shape)))
     if isinstance(known, Turned) and known.value.shape[0] == 1 and len(result) == examples:
         return trace.reshape(result, known.value)
-    if isinstance(known, SideBySide) and result.shape == (examples, *known.value.shape):
-        return trace.alias(result, known.value)
-    x = trace.value(a["self"])
+    if isinstance(known, SideBySide) and len(result) == examples > 1:
+        return trace.reshape(result, known.value)
+    x = known.value if isinstance(known, SideBySide) else trace.value(a["self"])
     if examples > 1 and not x.merged and _is_side_by_side(result.shape, examples, x.shape):
-        return trace.alias(result, SideBySide(x))
+        each = (result.shape[1] // examples, *result.shape[2:])
+        return trace.alias(result, SideBySide(trace.viewed(x, each)))
     return trace.reshape(result, x)
 
 
 def _is_side_by_side(shape: Sequence[int], examples: int, of: Sequence[int]) -> bool:
-    return len(of) > 1 and tuple(shape) == (1, examples * of[0], *of[1:])
+    in_one = len(of) > 1 and len(shape) > 2 and shape[0] == 1
+    return in_one and shape[1] % examples == 0 and prod(shape) == examples * prod(of)
 
 
 def _expand(trace: Trace, a: Arguments, result: Tensor) -> None:
@@ -170,7 +177,8 @@ def _expand_shared(trace: Trace, shared: Tensor, result: Tensor) -> None:
         turned = shared.transpose(0, 1)
         trace.alias(turned, known)
         return trace.alias(result, Turned(trace.operand(turned, result.transpose(0, 1))))
-    if result.ndim == 0 or len(result) != trace.examples:
+    own = shared.ndim == result.ndim > 0 and len(shared) > 1
+    if result.ndim == 0 or len(result) != trace.examples or own:
         rows = trace.rows(result.shape)
         _expand_shared(trace, shared, rows)
         return trace.alias(result, Shared(trace.value(rows)))
@@ -180,7 +188,7 @@ def _expand_shared(trace: Trace, shared: Tensor, result: Tensor) -> None:
     return trace.emit("expand", result, (x,))
 
 
-def _permute(trace: Trace, a: Arguments, result: Tensor) -> None:
+def lower_permute(trace: Trace, a: Arguments, result: Tensor) -> None:
     ndim = a["self"].ndim
     if "dims" in a:
         order = [d % ndim for d in a["dims"]]
@@ -189,6 +197,8 @@ def _permute(trace: Trace, a: Arguments, result: Tensor) -> None:
         i, j = a["dim0"] % ndim, a["dim1"] % ndim
         order[i], order[j] = j, i
     known, turns = trace.lookup(a["self"]), order[:2] == [1, 0] and order[2:] == [*range(2, ndim)]
+    if trace.is_of_parameters(a["self"]):
+        return _permute_shared(trace, a["self"], order, result)
     if turns and isinstance(known, Turned):
         return trace.alias(result, known.value)
     x = trace.value(a["self"])
@@ -200,16 +210,23 @@ def _permute(trace: Trace, a: Arguments, result: Tensor) -> None:
     trace.emit("permute", result, (x,), dims=tuple(dims))
 
 
+def _permute_shared(trace: Trace, shared: Tensor, order: list[int], result: Tensor) -> None:
+    known = trace.lookup(shared)
+    longer = [d for d in order if shared.shape[d] > 1]
+    if isinstance(known, Reshaped) and longer == sorted(longer):
+        return trace.alias(result, known)
+    rows, whole = trace.rows(result.shape), trace.operand(shared, trace.rows(shared.shape))
+    trace.emit("permute", rows, (whole,), dims=tuple(order))
+    return trace.share(result, rows)
+
+
 SHAPE_TABLE: Mapping[str, Lowering] = {
-    "mean": _mean,
-    "sum": lower_sum,
     "cat": _cat,
     "stack": _stack,
     "constant_pad_nd": _pad,
-    "slice": _slice,
     "select": _select,
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split"), lower_split),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unsqueeze", "squeeze"), _view),
     "expand": _expand,
-    **dict.fromkeys(("permute", "transpose"), _permute),
+    **dict.fromkeys(("permute", "transpose"), lower_permute),
 }

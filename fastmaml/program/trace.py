@@ -130,7 +130,7 @@ class Trace(Tracked, TorchDispatchMode):
         items = list(flat(arguments))
         if func is torch.ops.aten.lift_fresh.default and self.lookup(items[0]) is None:
             self.draws.constant(result)
-            self._know(result, Drawn())
+            self._know(result, Drawn(constant=True))
             return True
         if self._reads_buffers_alone(func, items):
             args = [self._with_copies(item) for item in args]
@@ -162,6 +162,7 @@ class Trace(Tracked, TorchDispatchMode):
 
     def _record(self, call: Origin, name: str, arguments: Mapping[str, Any]) -> None:
         """As ops; where there are none for a call that looks at no parameter, as drawn."""
+        self.call = call
         of_input = self._is_of_input(call, name, arguments)
         try:
             self._lower(name, arguments, call.result, of_input)

@@ -42,6 +42,7 @@ class Tracked:
         self._broadcast: dict[tuple[int | None, ...], Value] = {}  # parameters, by slot and shape
         self._alive: list[Tensor] = []  # an id is only unique while its tensor lives
         self._refused: dict[int, str] = {}  # why an op that reads this tensor is not covered
+        self._named = parameters
         for name, tensor in parameters.items():
             self._know(tensor, Read(name, is_buffer=False))
         for name, tensor in buffers.items():
@@ -86,6 +87,8 @@ class Tracked:
         if isinstance(known, Reshaped):
             return self._repeated(known.parameter, tensor, like)
         if drawn is None and isinstance(known, Read):
+            if known.transposed:
+                return self._transposed(known.name, tensor, like)
             return self._repeated(tensor, tensor, like)
         if drawn is None:
             return self.value(tensor)
@@ -111,6 +114,8 @@ class Tracked:
 
     def _repeated(self, parameter: Tensor, shaped: Tensor, like: Tensor) -> Value:
         axes = self._axes_of_each(shaped, like)
+        if self.is_read_as(parameter, None) and parameter.ndim == 2:
+            return self.viewed(self._read_off(parameter), axes)
         slot = self.parameter(parameter, vector=True)
         key = slot, *axes
         if key not in self._broadcast:
@@ -118,6 +123,33 @@ class Tracked:
             self.emit("parameter", rows, (Value(0, self.values[0]),), (slot,))
             self._broadcast[key] = self.value(rows)
         return self._broadcast[key]
+
+    def _transposed(self, name: str, tensor: Tensor, like: Tensor) -> Value:
+        """A parameter of two axes, in the other order."""
+        parameter, rows = self._named[name], self.rows(tensor.shape)
+        whole = self.operand(parameter, self.rows(parameter.shape))
+        self.emit("permute", rows, (whole,), dims=(1, 0))
+        return self.viewed(self.value(rows), self._axes_of_each(tensor, like))
+
+    def is_read_as(self, parameter: Tensor, *readings: str | None) -> bool:
+        """Whether it is read already, in one of these ways."""
+        known = self.lookup(parameter)
+        if not isinstance(known, Read) or known.name not in self.parameters:
+            return False
+        return self._readings.get(self.parameters.index(known.name), "") in readings
+
+    def _read_off(self, weight: Tensor) -> Value:
+        """A weight that a linear layer reads already: what the layer makes of units, transposed."""
+        known = self._known[id(weight)]
+        assert isinstance(known, Read)
+        outputs, inputs = weight.shape
+        options = {"dtype": self.dtype, "device": weight.device}
+        units = self.draw(torch.ops.aten.eye.default, inputs, **options)
+        rows, turned = self.rows((inputs, outputs)), self.rows((outputs, inputs))
+        slot = self.parameters.index(known.name)
+        self.emit("linear", rows, (self.operand(units, self.rows((inputs, inputs))),), (slot, None))
+        self.emit("permute", turned, (self.value(rows),), dims=(1, 0))
+        return self.value(turned)
 
     def _axes_of_each(self, shared: Tensor, like: Tensor) -> list[int]:
         """Of what is the same for all examples, the axes that it has for each of ``like``."""
@@ -131,6 +163,16 @@ class Tracked:
         rows = self.rows(axes)
         self.reshape(rows, value)
         return self.value(rows)
+
+    def is_of_parameters(self, tensor: Tensor) -> bool:
+        """Whether it is a parameter, or was computed from parameters alone."""
+        known = self.lookup(tensor)
+        of_one = isinstance(known, Read) and not known.is_buffer
+        return of_one or isinstance(known, (Reshaped, Shared))
+
+    def share(self, result: Tensor, rows: Tensor) -> None:
+        """``result`` is what each example has the same of, in ``rows``."""
+        self._know(result, Shared(self.value(rows)))
 
     def rows(self, shape: Sequence[int], *, merged: bool = False) -> Tensor:
         """For a value that the module does not make: a tensor without memory, of this shape for
@@ -151,11 +193,13 @@ class Tracked:
         looked_at = [self._drawn_from(item) for item in flat(dict(enumerate(args)))]
         of_input = any(drawn.of_input for drawn in looked_at)
         learned = any(drawn.learned for drawn in looked_at)
+        constant = all(drawn.constant for drawn in looked_at) and _is_the_same_each_time(func)
         if learned and isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
             self.cuts_input = True  # what shares its memory may go in
         for tensor in flat({"results": result}):
             if isinstance(tensor, Tensor):
-                self._know(tensor, Drawn(of_input, learned and _has_derivatives(tensor)))
+                learnable = learned and _has_derivatives(tensor)
+                self._know(tensor, Drawn(of_input, learnable, constant))
 
     def _drawn_from(self, item: Any) -> Drawn:
         """What is known of the argument of a call that the recording holds."""
@@ -163,7 +207,8 @@ class Tracked:
         if isinstance(known, Drawn):
             return known
         follows = isinstance(item, Tensor) and self.draws.follows(item)
-        return Drawn(follows, follows and _has_derivatives(item))
+        plain = not isinstance(item, Tensor)
+        return Drawn(follows, follows and _has_derivatives(item), constant=plain)
 
     def _take(self, tensor: Tensor) -> Value:
         key = id(tensor), tensor._version
@@ -274,6 +319,12 @@ class Tracked:
 
 def _has_derivatives(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _is_the_same_each_time(func: Any) -> bool:
+    """Whether the call makes the same of the same, and not of what it finds in memory."""
+    seeded = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+    return not seeded and "empty" not in getattr(func, "__name__", "")
 
 
 def _slot(names: list[str], name: str) -> int:

@@ -14,6 +14,7 @@ from fastmaml.rules import (
     pool,
     shape,
     softmax,
+    take,
 )
 from fastmaml.rules.base import Rule
 from fastmaml.rules.loss import LOSSES, LossRule
@@ -32,6 +33,7 @@ RULES: dict[str, Rule] = {
     **embedding.RULES,
     **pool.RULES,
     **shape.RULES,
+    **take.RULES,
 }
 
 __all__ = ["LOSSES", "RULES", "LossRule", "Rule"]

@@ -15,7 +15,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from fastmaml.program.ir import Op
 from fastmaml.rules.base import Rule
 from fastmaml.rules.bilinear import BilinearRule
-from fastmaml.rules.swapped import SwappedWeights
+from fastmaml.rules.weights import Weights
 
 
 def _tasks_to_channels(x: Tensor) -> Tensor:
@@ -59,6 +59,6 @@ class Conv2d(BilinearRule):
 
 
 RULES: dict[str, Rule] = {
-    "conv2d": SwappedWeights(Conv2d()),
-    "grouped_conv2d": Conv2d(),
+    "conv2d": Weights(Conv2d()),
+    "grouped_conv2d": Weights(Conv2d()),
 }

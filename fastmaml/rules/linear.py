@@ -8,7 +8,7 @@ from torch import Tensor
 from fastmaml.program.ir import Op
 from fastmaml.rules.base import Rule
 from fastmaml.rules.bilinear import BilinearRule
-from fastmaml.rules.swapped import SwappedWeights
+from fastmaml.rules.weights import Weights
 
 
 class Linear(BilinearRule):
@@ -30,4 +30,4 @@ class Linear(BilinearRule):
         return bias.view(len(bias), *[1] * (y.ndim - 2), -1)
 
 
-RULES: dict[str, Rule] = {"linear": SwappedWeights(Linear())}
+RULES: dict[str, Rule] = {"linear": Weights(Linear())}

@@ -15,7 +15,7 @@ from fastmaml.backends.triton.linear import Linear
 from fastmaml.backends.triton.loss import LOSSES
 from fastmaml.rules import RULES as REFERENCE_RULES
 from fastmaml.rules import Rule
-from fastmaml.rules.swapped import SwappedWeights
+from fastmaml.rules.weights import Weights
 
 
 @cache
@@ -30,9 +30,9 @@ def rules(convolution: str, linear: str) -> Mapping[str, Rule]:
         **masked_fill.RULES,
         **pool.RULES,
         **softmax.RULES,
-        "conv2d": SwappedWeights(Conv2d(convolution)),
-        "grouped_conv2d": GroupedConv2d(convolution),
-        "linear": SwappedWeights(Linear(linear)),
+        "conv2d": Weights(Conv2d(convolution)),
+        "grouped_conv2d": Weights(GroupedConv2d(convolution)),
+        "linear": Weights(Linear(linear)),
         "bmm": Bmm(linear),
     }
 

@@ -1,0 +1,41 @@
+"""``take``: elements of an example in any order, some more than once, some left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmaml.program.ir import Op, Shape
+from fastmaml.rules.base import Rule
+from fastmaml.rules.transposable import LinearMapRule
+
+_KEPT = 64  # tables
+
+
+class Take(LinearMapRule):
+    """``places``: for each element of the output the number of one of the input, or -1 for zero."""
+
+    def apply(self, op: Op, out_shape: Shape, inputs: Sequence[Tensor]) -> Tensor:
+        (x,) = inputs
+        places = _places(op.attrs["places"], x.device)
+        return F.pad(x.flatten(2), (0, 1))[..., places].view(*x.shape[:2], *out_shape)
+
+    def transpose(self, op: Op, inputs: Sequence[Tensor], gy: Tensor) -> list[Tensor | None]:
+        (x,) = inputs
+        places = _places(op.attrs["places"], x.device)
+        sums = x.new_zeros(*x.shape[:2], x[0, 0].numel() + 1)
+        sums = sums.index_add(2, places % sums.shape[2], gy.flatten(2))
+        return [sums[..., :-1].view_as(x)]
+
+
+@lru_cache(_KEPT)
+@torch.inference_mode(False)
+def _places(places: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(places, device=device)
+
+
+RULES: dict[str, Rule] = {"take": Take()}

@@ -1,0 +1,173 @@
+"""Calls that are lowered to ops of other names: forwards with them are native, and agree with the
+loop over tasks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from doors import by_door, check_native
+from networks import gradients
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import fastmaml
+from fastmaml import TaskBatch
+from fastmaml.testing import relative_error, sequential_maml
+
+CHANNELS, LENGTH = 4, 6
+SIDE = 6
+
+
+class Spelled(nn.Module):
+    """Scores of ``f(m, h)``, h ``[N, CHANNELS, LENGTH]`` or images of two channels."""
+
+    def __init__(self, f: Callable[[Spelled, Tensor], Tensor], shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.f, self.first = f, nn.Linear(shape[-1], shape[-1])
+        self.w, self.v = nn.Parameter(torch.randn(LENGTH, 5)), nn.Parameter(torch.rand(LENGTH))
+        self.centres = nn.Parameter(torch.randn(3, LENGTH))
+        self.line = nn.Conv1d(CHANNELS, 3, 3, stride=2, padding=1)
+        self.depthwise = nn.Conv1d(CHANNELS, 2 * CHANNELS, 2, groups=CHANNELS)
+        self.wider = nn.ConvTranspose1d(CHANNELS, 2, 3, stride=2, padding=1, output_padding=1)
+        self.larger = nn.ConvTranspose2d(
+            2, 3, (3, 2), stride=(2, 3), padding=(0, 1), dilation=(1, 2)
+        )
+        self.turned = nn.ConvTranspose2d(2, 3, 3, bias=False, padding=2)
+        self.normed = weight_norm(nn.Linear(LENGTH, 3))
+        self.normed_line = weight_norm(nn.Conv1d(CHANNELS, 3, 3, padding=2, dilation=2))
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("waves", torch.randn(LENGTH, 3))
+        self.register_buffer("graph", torch.rand(CHANNELS, CHANNELS))
+        with torch.no_grad():
+            features = f(self, torch.randn(2, *shape)).flatten(1).shape[1]
+        self.head = nn.Linear(features, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.f(self, torch.tanh(self.first(x))).flatten(1))
+
+
+def _cosines(m: Spelled, h: Tensor) -> Tensor:
+    return F.linear(F.normalize(h, dim=-1), F.normalize(m.centres, dim=-1))
+
+
+def _low_rank(m: Spelled, h: Tensor) -> Tensor:
+    return F.linear(h, m.first.weight + m.w @ m.w.t() / 10, m.first.bias)
+
+
+def _attention_pooled(m: Spelled, h: Tensor) -> Tensor:
+    return ((h @ m.v).softmax(1)[..., None] * h).sum(1)
+
+
+def _standardised(m: Spelled, h: Tensor) -> Tensor:
+    return (h - h.mean(-1, keepdim=True)) / (h.std(-1, keepdim=True) + 0.1)
+
+
+def _from_a_context(m: Spelled, h: Tensor) -> Tensor:
+    return h * torch.sigmoid(m.first(m.v))
+
+
+LINES: dict[str, Callable[[Spelled, Tensor], Tensor]] = {
+    "conv1d": lambda m, h: m.norm(m.line(h)),
+    "depthwise conv1d": lambda m, h: m.depthwise(h),
+    "pooled conv1d": lambda m, h: F.max_pool1d(F.avg_pool1d(m.line(h), 2, 1), 2),
+    "transposed conv1d": lambda m, h: m.wider(h),
+    "amax": lambda m, h: h.amax(1) + h.relu().amin((1, 2))[:, None],
+    "max": lambda m, h: h.max(1)[0] * h.min(-1, keepdim=True).values.sum(1),
+    "adaptive maximum": lambda m, h: F.adaptive_max_pool1d(h, 3),
+    "logsumexp": lambda m, h: h.logsumexp(1) * torch.logsumexp(h, (1, 2))[:, None],
+    "variance": lambda m, h: h.var(1) + h.var((1, 2), unbiased=False)[:, None],
+    "deviation": _standardised,
+    "variance and mean": lambda m, h: torch.cat(torch.var_mean(h, 1), 1),
+    "norms": lambda m, h: h.norm(dim=(1, 2))[:, None] + h.norm(math.inf, 1) + h.norm(1, 1),
+    "flipped": lambda m, h: h.flip(1, 2) * h.roll(2, 2),
+    "every other": lambda m, h: h[:, ::2, 1::3],
+    "chosen": lambda m, h: h[:, [-1, 0, 0, 1]] * h[..., torch.tensor([1])],
+    "repeated": lambda m, h: h.repeat(1, 2, 1).tile(1, 1, 2),
+    "windows": lambda m, h: h.unfold(2, 3, 2).mean(-1),
+    "taken apart": lambda m, h: torch.stack([t.sin() for t in h.unbind(2)]).sum(0),
+    "triangle": lambda m, h: (h @ h.mT).tril().triu(-1),
+    "diagonal": lambda m, h: (h @ h.mT).diagonal(dim1=1, dim2=2),
+    "reflected": lambda m, h: F.pad(h, (2, 1), mode="reflect") + F.pad(h, (1, 2), mode="replicate"),
+    "stretched": lambda m, h: F.interpolate(h, scale_factor=2),
+    "matrix": lambda m, h: h @ m.w,
+    "matrix and bias": lambda m, h: torch.addmm(m.v, h[:, 0], m.first.weight),
+    "vector": _attention_pooled,
+    "buffer": lambda m, h: (h @ m.waves).sin(),
+    "graph": lambda m, h: torch.relu(m.graph @ h @ m.w),
+    "einsum": lambda m, h: torch.einsum("ncl,lk->nck", h, m.w),
+    "computed matrix": lambda m, h: h @ (m.w * 2).softmax(0),
+    "tied": lambda m, h: F.linear(m.first(h).tanh(), m.first.weight.t()) + m.first.weight.sum(0),
+    "low rank": _low_rank,
+    "cosines": _cosines,
+    "context": _from_a_context,
+    "softmax of a parameter": lambda m, h: h * m.v.softmax(0) * m.v.std(),
+    "transposed parameter": lambda m, h: h * m.w.t()[2] + m.w.t().norm(dim=1).sum(),
+    "powers": lambda m, h: 2**h + torch.exp2(h) + (1 + h * h).log2() + (1 + h * h).log10(),
+    "sums of products": lambda m, h: torch.addcmul(h, h, h, value=0.5).addcdiv(h, 2 + h),
+    "between": lambda m, h: torch.lerp(h, h * h, 0.3),
+}  # fmt: skip
+
+IMAGES: dict[str, Callable[[Spelled, Tensor], Tensor]] = {
+    "transposed": lambda m, h: m.larger(h),
+    "transposed without bias": lambda m, h: m.turned(h),
+    "upsampled": lambda m, h: F.interpolate(h, scale_factor=(2, 1.5), mode="nearest"),
+    "upsampled exactly": lambda m, h: F.interpolate(h, size=(4, 9), mode="nearest-exact"),
+    "shuffled": lambda m, h: F.pixel_unshuffle(h, 3) + F.channel_shuffle(h, 2).mean(),
+    "pixel shuffle": lambda m, h: F.pixel_shuffle(h.repeat(1, 4, 1, 1), 2),
+    "patches": lambda m, h: F.unfold(h, 3, stride=2, padding=1),
+    "maxima": lambda m, h: torch.cat([h.amax((2, 3)), F.adaptive_max_pool2d(h, 2).flatten(1)], 1),
+    "turned": lambda m, h: h.rot90(1, (2, 3)) * F.pad(h, (2, 1, 0, 0), mode="replicate")[..., 3:],
+    "deviations": lambda m, h: h.std((2, 3)),
+}  # fmt: skip
+IMAGES["shuffled"] = lambda m, h: F.pixel_unshuffle(h, 3)
+
+
+def _episodes(shape: tuple[int, ...]) -> TaskBatch:
+    g = torch.Generator().manual_seed(4)
+    x = [torch.randn(3, n, *shape, generator=g, dtype=torch.float64) for n in (5, 4)]
+    y = [torch.randint(3, (3, n), generator=g) for n in (5, 4)]
+    return TaskBatch(x[0], y[0], x[1], y[1])
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_lines(name: str) -> None:
+    torch.manual_seed(1)
+    module = Spelled(LINES[name], (CHANNELS, LENGTH)).double()
+    check_native(module, _episodes((CHANNELS, LENGTH)), 0.3)
+
+
+def _normed(weight: nn.Module) -> Tensor:
+    length, v = weight.original0, weight.original1
+    return v * (length / v.norm(dim=tuple(range(1, v.ndim)), keepdim=True))
+
+
+def _written_out(m: Spelled, h: Tensor) -> Tensor:
+    y = F.conv1d(h, _normed(m.normed_line.parametrizations.weight), m.normed_line.bias, 1, 2, 2)
+    return F.linear(h, _normed(m.normed.parametrizations.weight), m.normed.bias).sum(1) + y.sum(2)
+
+
+@pytest.mark.parametrize("door", [1, 2, 3])
+def test_weight_norm(door: int) -> None:
+    """Written out: of its own call PyTorch's second derivative is wrong."""
+    torch.manual_seed(1)
+    shape = (CHANNELS, LENGTH)
+    module = Spelled(lambda m, h: m.normed(h).sum(1) + m.normed_line(h).sum(2), shape).double()
+    plain = Spelled(_written_out, shape).double()
+    plain.load_state_dict(module.state_dict())
+    _, expected = sequential_maml(plain, _episodes(shape), 0.3, 2)
+    maml = fastmaml.MAML(module, 0.3, allow_unused=True)
+    by_door(maml, _episodes(shape), 2, door).backward()
+    assert not maml.programs.found_none
+    assert relative_error(gradients(module), expected) < 1e-11
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images(name: str) -> None:
+    torch.manual_seed(1)
+    module = Spelled(IMAGES[name], (2, SIDE, SIDE)).double()
+    check_native(module, _episodes((2, SIDE, SIDE)), 0.3)
