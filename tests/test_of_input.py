@@ -4,6 +4,7 @@ features, indices. In native programs it goes in with the input.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -285,11 +286,52 @@ def test_a_transposed_batch() -> None:
     assert not maml.programs.found_none
 
 
+class WithConstants(nn.Module):
+    """Tensors that it has not registered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.rand(FEATURES, dtype=torch.float64)
+        self.waves = torch.randn(FEATURES, WIDTH, dtype=torch.float64)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x * self.scale @ self.waves).sin())
+
+
+def test_tensors_that_are_attributes() -> None:
+    torch.manual_seed(1)
+    module, batch = WithConstants().double(), _features()
+    maml = check_native(module, batch, 0.3)
+    module.scale = torch.rand(FEATURES, dtype=torch.float64)
+    module.waves.mul_(2)
+    for x in batch.query_x:
+        torch.testing.assert_close(maml.clone()(x), module(x))
+    assert not maml.programs.found_none
+
+
+class Counting(WithConstants):
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.mul_(0.5)
+        return super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+def test_attributes_that_a_forward_writes_to() -> None:
+    torch.manual_seed(1)
+    module, x = Counting().double(), _features().query_x[0]
+    start = module.scale.clone()
+    maml = fastmaml.MAML(module, 0.3)
+    maml.clone()(x)
+    assert maml.programs.found_none
+    torch.testing.assert_close(module.scale, start / 2)
+
+
 REFUSED: dict[str, tuple[Callable[[OfFeatures, Tensor], Tensor], str]] = {
     "counted": (lambda m, x: m.layer(x * x.nonzero().shape[0]), "nonzero"),
     "read": (lambda m, x: m.layer(x) * x.max().item(), "read off a tensor"),
     "in place": (lambda m, x: m.layer(x.clone().cumsum_(1)), "cumsum_"),
-    "with parameters": (lambda m, x: m.layer(x).cumsum(1), "cumsum"),
+    "with parameters": (lambda m, x: m.layer(x).cumprod(1), "cumprod"),
     "numbers of parameters": (lambda m, x: m.table[m.layer(x).argmax(1)], "argmax"),
 }
 
@@ -299,3 +341,21 @@ def test_refusals(name: str) -> None:
     f, reason = REFUSED[name]
     with pytest.raises(NotCovered, match=reason):
         capture(OfFeatures(f), _features().query_x[0].float())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("door", [1, 3])
+def test_on_a_gpu(door: int) -> None:
+    torch.manual_seed(1)
+    module = Words(_transformer)
+    with sdpa_kernel(SDPBackend.MATH):
+        _, expected = sequential_maml(copy.deepcopy(module).double(), _sentences(), 0.3, 2)
+    module, batch = module.cuda(), _sentences().to("cuda")
+    maml = fastmaml.MAML(module, 0.3, allow_unused=True)
+    for _ in range(2):
+        module.zero_grad()
+        with fastmaml.precision("ieee"):
+            by_door(maml, batch, 2, door).backward()
+        assert not maml.programs.found_none
+        found = {name: g.cpu().double() for name, g in gradients(module).items() if g is not None}
+        assert relative_error(found, {name: expected[name] for name in found}) < 1e-4

@@ -101,7 +101,7 @@ def _summed(m: Operands, x: Tensor) -> Tensor:
     ("does", "reason"),
     [
         (lambda m, x: m.layer(x) * m.of_examples[: len(x)], "differs between examples"),
-        (lambda m, x: m.layer(x) * m.vector.cumsum(0), "cumsum"),
+        (lambda m, x: m.layer(x) * m.vector.cumprod(0), "cumprod"),
         (lambda m, x: m.norm(m.layer(x)) - m.norm.running_mean, "running statistics used"),
         (lambda m, x: m.layer(x) + m.layer.weight.t().reshape(4, 3)[:1], "transposed|operand"),
         (_counted, "used as an operand"),

@@ -4,6 +4,7 @@ loop over tasks.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -67,6 +68,21 @@ def _standardised(m: Spelled, h: Tensor) -> Tensor:
     return (h - h.mean(-1, keepdim=True)) / (h.std(-1, keepdim=True) + 0.1)
 
 
+def _rotary(m: Spelled, h: Tensor) -> Tensor:
+    turns = torch.arange(CHANNELS, dtype=h.dtype)[:, None] + torch.tensor([0.1, 0.5, 1.0])
+    x, y = h.chunk(2, -1)
+    h = torch.cat([x * turns.cos() - y * turns.sin(), x * turns.sin() + y * turns.cos()], -1)
+    return F.scaled_dot_product_attention(h, h, m.first(h), is_causal=True)
+
+
+def _norms_by_step(m: Spelled, h: Tensor) -> Tensor:
+    y = F.batch_norm(h.mT, None, None, m.w[:, 1], m.w[:, 2], training=True).mT
+    y = y + F.layer_norm(h, (LENGTH,), 1 + m.v.tanh(), m.w[:, 0])
+    return torch.cat(
+        [y[:, 0] * F.batch_norm(y[:, 1], None, None, m.centres[1], training=True), y[:, 2]], 1
+    )
+
+
 def _from_a_context(m: Spelled, h: Tensor) -> Tensor:
     return h * torch.sigmoid(m.first(m.v))
 
@@ -110,6 +126,12 @@ LINES: dict[str, Callable[[Spelled, Tensor], Tensor]] = {
     "powers": lambda m, h: 2**h + torch.exp2(h) + (1 + h * h).log2() + (1 + h * h).log10(),
     "sums of products": lambda m, h: torch.addcmul(h, h, h, value=0.5).addcdiv(h, 2 + h),
     "between": lambda m, h: torch.lerp(h, h * h, 0.3),
+    "log of sums": lambda m, h: torch.logaddexp(50 * h, h * h),
+    "running sums": lambda m, h: h.cumsum(1) * h.cumsum(-1),
+    "cosine": lambda m, h: F.cosine_similarity(h[:, :, None], m.centres, dim=-1),
+    "one-hot numbers": lambda m, h: h * F.one_hot(torch.arange(CHANNELS) % 3, LENGTH),
+    "rotary places": _rotary,
+    "norms by step": _norms_by_step,
 }  # fmt: skip
 
 IMAGES: dict[str, Callable[[Spelled, Tensor], Tensor]] = {
@@ -171,3 +193,26 @@ def test_images(name: str) -> None:
     torch.manual_seed(1)
     module = Spelled(IMAGES[name], (2, SIDE, SIDE)).double()
     check_native(module, _episodes((2, SIDE, SIDE)), 0.3)
+
+
+ON_A_GPU = ["conv1d", "transposed conv1d", "max", "chosen", "matrix", "graph", "cosines", "context"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("door", [1, 3])
+@pytest.mark.parametrize("name", [*ON_A_GPU, "transposed", "upsampled"])
+def test_on_a_gpu(name: str, door: int) -> None:
+    shape = (CHANNELS, LENGTH) if name in LINES else (2, SIDE, SIDE)
+    torch.manual_seed(1)
+    module = Spelled((LINES | IMAGES)[name], shape)
+    _, expected = sequential_maml(copy.deepcopy(module).double(), _episodes(shape), 0.1, 2)
+    batch = TaskBatch(*(t.float() if t.is_floating_point() else t for t in _episodes(shape)))
+    module, batch = module.cuda(), batch.to("cuda")
+    maml = fastmaml.MAML(module, 0.1, allow_unused=True)
+    for _ in range(2):
+        module.zero_grad()
+        with fastmaml.precision("ieee"):
+            by_door(maml, batch, 2, door).backward()
+        assert not maml.programs.found_none
+        found = {name: g.cpu().double() for name, g in gradients(module).items() if g is not None}
+        assert relative_error(found, {name: expected[name] for name in found}) < 1e-4

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastmaml.program.trace import NotCovered
+from fastmaml.program.tracked import NotCovered
 
 _CONTAINERS = (list, dict, set, deque, tuple)
 _PLAIN = (bool, int, float, complex, str, bytes)
@@ -71,6 +71,14 @@ class Attributes:
     def _state(self, *, values: bool = False) -> dict[nn.Module, _Held]:
         look = _Look(values)
         return {part: look.attributes(part) for part in self._module.modules()}
+
+
+def plain_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Attributes of its parts of which nothing is learned, nor by which anything was computed."""
+    for part in module.modules():
+        for value in vars(part).values():
+            if isinstance(value, Tensor) and not (value.requires_grad or value.is_inference()):
+                yield value
 
 
 def _counters(part: nn.Module) -> Collection[str]:

@@ -182,6 +182,7 @@ def _trace(module: nn.Module, sample: _Sample) -> tuple[Graph, Tape]:
         trace = Trace(sample.examples, parameters, buffers, TABLE, gradients=sample.gradients)
         trace.add_input(rows, dtype_of_program(parameters.values(), rows))
         trace.refuse_originals(module)
+        trace.know_attributes(module)
 
         def repeatable() -> bool | None:
             none = sample.blank or not trace.draws.values

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastmaml.program.attention import attention
 from fastmaml.program.recurrent import CELLS, LAYERS, cell, recurrent
+from fastmaml.program.written_out import WRITTEN_OUT
 
 
 class ExamplesInFront(TorchFunctionMode):
@@ -30,6 +31,8 @@ class ExamplesInFront(TorchFunctionMode):
         result: Any = None
         if func is F.multi_head_attention_forward:
             result = attention(args, kwargs or {})
+        elif func in WRITTEN_OUT:
+            result = WRITTEN_OUT[func](*args, **(kwargs or {}))
         elif func in LAYERS and not kwargs:
             result = recurrent(LAYERS[func], self._is_zero, args)
         elif func in CELLS and not kwargs:

@@ -19,11 +19,11 @@ from fastmaml.program.known import Drawn, Read, Shared, SideBySide, Value
 from fastmaml.program.lowering_convolution import lower_convolution, pair
 from fastmaml.program.lowering_masks import MASKS_TABLE
 from fastmaml.program.lowering_moves import MOVES_TABLE, lower_move, unless_of_values
-from fastmaml.program.lowering_pointwise import POINTWISE_TABLE
-from fastmaml.program.lowering_products import PRODUCTS_TABLE
+from fastmaml.program.lowering_pointwise import POINTWISE_TABLE, lower_add, lower_multiply
+from fastmaml.program.lowering_products import PRODUCTS_TABLE, is_plain
 from fastmaml.program.lowering_reductions import REDUCTIONS_TABLE
 from fastmaml.program.lowering_rows import ROWS_TABLE
-from fastmaml.program.lowering_shape import SHAPE_TABLE, Arguments
+from fastmaml.program.lowering_shape import SHAPE_TABLE, Arguments, lower_view
 from fastmaml.program.trace import Lowering, NotCovered, Trace
 
 _MOST_ROWS = 2**24  # that float32 can number
@@ -37,6 +37,40 @@ def _image(trace: Trace, tensor: Tensor) -> Value:
 
 
 # --- layers with parameters -----------------------------------------------------------------------
+
+
+def _with_computed_affine(lowering: Lowering) -> Lowering:
+    """``lowering`` of a norm whose weight or bias may have been computed, or be a row of a
+    parameter: they then scale and shift what the norm alone makes.
+    """
+
+    def lowered(trace: Trace, a: Arguments, result: Any) -> None:
+        given = {name: a[name] for name in ("weight", "bias") if a[name] is not None}
+        computed = [t for t in given.values() if trace.is_of_parameters(t)]
+        if all(is_plain(trace.lookup(t)) for t in computed):
+            return lowering(trace, a, result)
+        value, *others = result
+        x = torch.empty_like(value, device="meta")
+        lowering(trace, {**a, "weight": None, "bias": None}, (x, *others))
+        for name, function in (("weight", lower_multiply), ("bias", lower_add)):
+            if name not in given:
+                continue
+            scaled = torch.empty_like(value, device="meta")
+            operand = _along_channels(trace, a, given[name], value)
+            function(trace, {"self": x, "other": operand, "alpha": 1}, scaled)
+            x = scaled
+        return trace.alias(value, trace.value(x))
+
+    return lowered
+
+
+def _along_channels(trace: Trace, a: Arguments, vector: Tensor, like: Tensor) -> Tensor:
+    """A norm's weight or bias as an operand: layer norm's axes are the last, others' the second."""
+    if "normalized_shape" in a or like.ndim == 2:
+        return vector
+    seen = vector.view(-1, *[1] * (like.ndim - 2))
+    lower_view(trace, {"self": vector}, seen)
+    return seen
 
 
 def _batch_norm(trace: Trace, a: Arguments, result: Any, *, training: bool | None = None) -> None:
@@ -209,12 +243,13 @@ TABLE: Mapping[str, Lowering] = {
     **PRODUCTS_TABLE,
     "convolution": lower_convolution,
     **dict.fromkeys(
-        ("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm"), _batch_norm
+        ("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm"),
+        _with_computed_affine(_batch_norm),
     ),
-    "_batch_norm_with_update": partial(_batch_norm, training=True),
-    "_batch_norm_no_update": partial(_batch_norm, training=False),
-    "native_group_norm": _group_norm,
-    "native_layer_norm": _layer_norm,
+    "_batch_norm_with_update": _with_computed_affine(partial(_batch_norm, training=True)),
+    "_batch_norm_no_update": _with_computed_affine(partial(_batch_norm, training=False)),
+    "native_group_norm": _with_computed_affine(_group_norm),
+    "native_layer_norm": _with_computed_affine(_layer_norm),
     "embedding": _embedding,
     "index": unless_of_values(_index),
     **POINTWISE_TABLE,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmaml.program.known import Reshaped, Value
+from fastmaml.program.lowering_moves import require_few
 from fastmaml.program.lowering_products import MOST_COMPUTED, add_bias, is_plain
 from fastmaml.program.lowering_shape import Arguments
 from fastmaml.program.trace import NotCovered, Trace
@@ -72,6 +73,7 @@ def _emit_computed(
     )
     options = window["dilation"], window["padding"], window["stride"]
     places = F.unfold(numbers, kernel, *options).long() - 1
+    require_few(places.numel())
     windows, rows = trace.rows(places.shape[1:]), trace.rows((len(weight), places.shape[2]))
     trace.emit("take", windows, (x,), places=tuple(places.flatten().tolist()))
     matrix = trace.viewed(trace.operand(weight, trace.rows(weight.shape)), (len(weight), size))
@@ -101,6 +103,7 @@ def _emit_transposed(
         length = (size - 1) * stride + 1 + 2 * before + more[axis]
         lines.append([_between(i - before, stride, size) for i in range(length)])
     spread = trace.rows((x.shape[0], *map(len, lines)))
+    require_few(spread.numel() // trace.examples)
     trace.emit("take", spread, (x,), places=_places(x.shape, lines))
     slots = (trace.parameter(a["weight"], swapped=True), trace.parameter(a["bias"]))
     plain = {"stride": (1, 1), "padding": (0, 0), "dilation": window["dilation"]}

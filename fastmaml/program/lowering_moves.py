@@ -43,11 +43,16 @@ def _numbers(trace: Trace, source: Tensor) -> Any:
     return trace.call.func(*args, **trace.call.kwargs)
 
 
+def require_few(elements: int) -> None:
+    """Raise NotCovered where there are more in an example than a table is kept for."""
+    if elements > _MOST_ELEMENTS:
+        raise NotCovered(f"more than {_MOST_ELEMENTS} elements of an example moved")
+
+
 def _places(trace: Trace, source: Tensor, result: Tensor, numbers: Tensor) -> tuple[int, ...]:
     """For each element of an example's result which of its source it is, -1 for zero."""
     examples, size = trace.examples, source.numel() // trace.examples
-    if numbers.numel() // examples > _MOST_ELEMENTS:
-        raise NotCovered(f"more than {_MOST_ELEMENTS} elements of an example moved")
+    require_few(numbers.numel() // examples)
     if result.ndim == 0 or len(result) % examples:
         raise NotCovered("elements moved between examples")
     rows = numbers.reshape(examples, -1) - 1

@@ -128,7 +128,7 @@ def _clamp(trace: Trace, a: Arguments, result: Tensor) -> None:
     _activation(trace, a, result, function=_CLAMP, alpha=low, beta=high)
 
 
-def _add(trace: Trace, a: Arguments, result: Tensor, *, sign: int = 1) -> None:
+def lower_add(trace: Trace, a: Arguments, result: Tensor, *, sign: int = 1) -> None:
     if result.dtype is torch.bool:
         raise NotCovered("a sum of masks")
     if isinstance(trace.lookup(a["self"]), Read) and in_batch_norm():
@@ -187,7 +187,7 @@ def _add_bias(trace: Trace, product: Op, bias: Tensor, result: Tensor) -> None:
     trace.emit("linear", result, (source,), slots, **product.attrs)
 
 
-def _multiply(trace: Trace, a: Arguments, result: Tensor, *, divide: bool = False) -> None:
+def lower_multiply(trace: Trace, a: Arguments, result: Tensor, *, divide: bool = False) -> None:
     other = a["other"]
     if a.get("rounding_mode") is not None:
         raise NotCovered("a rounded quotient")
@@ -201,8 +201,16 @@ def _multiply(trace: Trace, a: Arguments, result: Tensor, *, divide: bool = Fals
 def _add_product(trace: Trace, a: Arguments, result: Tensor, *, divide: bool = False) -> None:
     """``addcmul`` and ``addcdiv``."""
     product = torch.empty_like(result, device="meta")
-    _multiply(trace, {"self": a["tensor1"], "other": a["tensor2"]}, product, divide=divide)
-    _add(trace, {"self": a["self"], "other": product, "alpha": a["value"]}, result)
+    lower_multiply(trace, {"self": a["tensor1"], "other": a["tensor2"]}, product, divide=divide)
+    lower_add(trace, {"self": a["self"], "other": product, "alpha": a["value"]}, result)
+
+
+def _log_add_exp(trace: Trace, a: Arguments, result: Tensor) -> None:
+    """By the logarithm of a sigmoid, which overflows nowhere."""
+    difference, part = (torch.empty_like(result, device="meta") for _ in range(2))
+    lower_add(trace, {"self": a["self"], "other": a["other"], "alpha": 1}, difference, sign=-1)
+    _activation(trace, {"self": difference}, part, function="log_sigmoid")
+    lower_add(trace, {"self": a["self"], "other": part, "alpha": 1}, result, sign=-1)
 
 
 def _between(trace: Trace, a: Arguments, result: Tensor) -> None:
@@ -213,7 +221,7 @@ def _between(trace: Trace, a: Arguments, result: Tensor) -> None:
     kept = torch.empty_like(result, device="meta")
     x = trace.operand(a["self"], result)
     trace.emit("scale", kept, (x,), alpha=1.0 - weight, beta=0.0)
-    _add(trace, {"self": kept, "other": a["end"], "alpha": weight}, result)
+    lower_add(trace, {"self": kept, "other": a["end"], "alpha": weight}, result)
 
 
 def _inverse(trace: Trace, divisor: Tensor, quotient: Tensor) -> Tensor:
@@ -285,15 +293,16 @@ def _activations() -> dict[str, Lowering]:
 def _table() -> dict[str, Lowering]:
     table: dict[str, Lowering] = {
         **_activations(),
-        "add": _add,
-        "sub": partial(_add, sign=-1),
+        "add": lower_add,
+        "sub": partial(lower_add, sign=-1),
         "rsub": _subtract_from,
-        "mul": _multiply,
-        "div": partial(_multiply, divide=True),
+        "mul": lower_multiply,
+        "div": partial(lower_multiply, divide=True),
         "neg": _negate,
         "addcmul": _add_product,
         "addcdiv": partial(_add_product, divide=True),
         "lerp": _between,
+        "logaddexp": _log_add_exp,
         "exp2": lambda trace, a, result: _exponential(trace, 2.0, a["self"], result),
         "log2": partial(_logarithm, base=2.0),
         "log10": partial(_logarithm, base=10.0),

@@ -159,6 +159,26 @@ def _weight_norm(trace: Trace, a: Arguments, result: Any) -> None:
     trace.share(result[0], weight)
 
 
+_LONGEST_SUMS = 64
+
+
+def _cumulative_sum(trace: Trace, a: Arguments, result: Tensor) -> None:
+    """A product with a triangle of ones."""
+    x, (axis,) = _axes(trace, a)
+    length, before, behind = x.shape[axis], prod(x.shape[:axis]), prod(x.shape[axis + 1 :])
+    if length > _LONGEST_SUMS:
+        raise NotCovered(f"sums of more than {_LONGEST_SUMS} values")
+    ones = trace.draw(torch.ops.aten.ones.default, [length, length], dtype=trace.dtype)
+    triangle = trace.draw(torch.ops.aten.tril.default, ones)
+    shape = (before, length, behind)
+    matrix = trace.operand(triangle, trace.rows((length, length)))
+    matrices = _repeated(
+        trace, _viewed(trace, matrix, (1, length, length)), (before, length, length)
+    )
+    sums = _emitted(trace, "bmm", (matrices, _viewed(trace, x, shape)), shape)
+    trace.reshape(result, sums)
+
+
 # --- variances ------------------------------------------------------------------------------------
 
 
@@ -221,6 +241,7 @@ def _table() -> dict[str, Lowering]:
     return {name: along_axes(lowering) for name, lowering in table.items()} | {
         "max": _extremum,
         "min": partial(_extremum, sign=-1),
+        "cumsum": _cumulative_sum,
         "var_mean": _var,
         "std_mean": partial(_var, root=True),
         "adaptive_max_pool2d": _adaptive_max_pool,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmaml.program.known import Value
+from fastmaml.program.known import SideBySide, Value
 from fastmaml.program.lowering_reductions import along_axes
 from fastmaml.program.lowering_shape import Arguments, axis_of
 from fastmaml.program.trace import Lowering, NotCovered, Trace
@@ -50,6 +50,9 @@ def _add_bmm(trace: Trace, a: Arguments, result: Tensor) -> None:
 
 def _attention(trace: Trace, a: Arguments, result: Any) -> None:
     """Softmax of the scaled scores times the values, as one call of PyTorch's."""
+    given = [trace.lookup(a[name]) for name in ("query", "key", "value")]
+    if all(isinstance(known, SideBySide) for known in given):  # one head, of all examples
+        return _attention_side_by_side(trace, a, result[0])
     query, key, value = (trace.value(a[name]) for name in ("query", "key", "value"))
     if a["dropout_p"] != 0 or any(x.merged or len(x.shape) != 3 for x in (query, key, value)):
         raise NotCovered("attention with dropout, or of other axes")
@@ -61,7 +64,7 @@ def _attention(trace: Trace, a: Arguments, result: Any) -> None:
     scores = _emitted(trace, "scale", shape, (scores,), alpha=scale, beta=0.0)
     mask = a.get("attn_mask", a.get("attn_bias"))
     if a["is_causal"]:
-        mask = _causal(trace, a["query"], shape[1:])
+        mask = _causal(trace, a.get("like", a["query"]), shape[1:])
     if mask is not None:
         other = trace.operand(mask, trace.rows(shape))
         if len(other.shape) != len(shape):
@@ -71,6 +74,19 @@ def _attention(trace: Trace, a: Arguments, result: Any) -> None:
         scores = _emitted(trace, "add", shape, (scores, other), alpha=1.0)
     weights = _emitted(trace, "softmax", shape, (scores,), dim=2, log=False, safe=True)
     trace.emit("bmm", result[0], (weights, value))
+
+
+def _attention_side_by_side(trace: Trace, a: Arguments, result: Tensor) -> None:
+    """As PyTorch writes that of examples without heads."""
+    apart: dict[str, Tensor] = {}
+    for name in ("query", "key", "value"):
+        known = trace.lookup(a[name])
+        assert isinstance(known, SideBySide)
+        apart[name] = trace.rows(known.value.shape)
+        trace.alias(apart[name], known.value)
+    found = trace.rows((result.shape[1] // trace.examples, *result.shape[2:]))
+    _attention(trace, {**a, **apart, "like": a["query"]}, (found,))
+    trace.alias(result, SideBySide(trace.value(found)))
 
 
 def _emitted(

@@ -61,7 +61,7 @@ def _stack(trace: Trace, a: Arguments, result: Tensor) -> None:
     axis, joined = (dim, result) if dim else (1, result.transpose(0, 1))
     parts = [part.unsqueeze(axis) for part in a["tensors"]]
     for part, given in zip(parts, a["tensors"], strict=True):
-        _view(trace, {"self": given}, part)
+        lower_view(trace, {"self": given}, part)
     _cat(trace, {"tensors": parts, "dim": axis}, joined)
     if dim == 0:
         trace.alias(result, Turned(trace.value(joined)))
@@ -121,7 +121,7 @@ def _select(trace: Trace, a: Arguments, result: Tensor) -> None:
     index = a["index"] % x.shape[dim]
     one = x.narrow(dim, index, 1)
     _narrow(trace, x, one, dim, index)
-    _view(trace, {"self": one}, result)
+    lower_view(trace, {"self": one}, result)
 
 
 def lower_split(trace: Trace, a: Arguments, result: Sequence[Tensor]) -> None:
@@ -131,7 +131,7 @@ def lower_split(trace: Trace, a: Arguments, result: Sequence[Tensor]) -> None:
         start += part.shape[dim]
 
 
-def _view(trace: Trace, a: Arguments, result: Tensor) -> None:
+def lower_view(trace: Trace, a: Arguments, result: Tensor) -> None:
     known, examples = trace.lookup(a["self"]), trace.examples
     if isinstance(known, Reshaped):
         return trace.alias(result, known)
@@ -226,7 +226,9 @@ SHAPE_TABLE: Mapping[str, Lowering] = {
     "constant_pad_nd": _pad,
     "select": _select,
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split"), lower_split),
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unsqueeze", "squeeze"), _view),
+    **dict.fromkeys(
+        ("view", "_unsafe_view", "reshape", "flatten", "unsqueeze", "squeeze"), lower_view
+    ),
     "expand": _expand,
     **dict.fromkeys(("permute", "transpose"), lower_permute),
 }

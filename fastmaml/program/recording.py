@@ -91,6 +91,10 @@ class Recording:
         """Record a tensor that was made of numbers of Python's."""
         self.add(tensor.detach().clone().clone, (), {}, tensor)
 
+    def attribute(self, tensor: Tensor) -> None:
+        """Record a tensor that the module holds: it goes in as it is when the tape is played."""
+        self.add(partial(_itself, tensor), (), {}, tensor)
+
     def buffer(self, name: str, value: Tensor) -> Tensor:
         """A copy of a buffer, which stands for that as it is when the tape is played."""
         copy = value.detach().clone()
@@ -151,6 +155,10 @@ class Recording:
             places[id(result)] = len(self._alive)
             self._alive.append(result)
         return places[id(result)]
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _rows(tensor: Tensor, examples: int, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastmaml.program.attributes import plain_tensors
 from fastmaml.program.calls import bind, flat, has_dynamic_shape, moves_nothing, written
 from fastmaml.program.frames import in_batch_norm, whereabouts
 from fastmaml.program.known import Drawn, Read, Value
@@ -62,6 +63,13 @@ class Trace(Tracked, TorchDispatchMode):
             if id(tensor) not in self._known:
                 self._know(tensor, Read("", is_buffer=False))
                 self.refuse(tensor, "a parameter or buffer that is held in another place as well")
+
+    def know_attributes(self, module: nn.Module) -> None:
+        """Tensors that parts of the module hold without having registered them."""
+        for tensor in plain_tensors(module):
+            if id(tensor) not in self._known:
+                self.draws.attribute(tensor)
+                self._know(tensor, Drawn())
 
     def detach(self, result: Tensor, source: Tensor) -> None:
         """Autograd detaches what it saves: only a use of ``result`` tells of a cut gradient.
