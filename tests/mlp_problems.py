@@ -70,6 +70,8 @@ class Pointwise(nn.Module):
             "log_sigmoid": lambda: nn.functional.logsigmoid(x),
             "square": lambda: x.square(),
             "cube": lambda: x**3,
+            "is_positive": lambda: (x > 0).to(x.dtype),
+            "is_zero": lambda: (x == 0).to(x.dtype),
         }
         if self.twice and self.function == "hardsigmoid":  # F's has one derivative
             return nn.functional.hardtanh(x / 6 + 0.5, 0.0, 1.0)

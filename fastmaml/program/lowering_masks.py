@@ -48,6 +48,9 @@ def _difference(trace: Trace, x: Tensor, other: Any, result: Tensor, sign: int) 
     difference = _like(trace, result)
     if not both:
         value = trace.operand(x, result)
+        if sign > 0 and other == 0:
+            trace.alias(difference, value)
+            return difference
         trace.emit("scale", difference, (value,), alpha=float(sign), beta=-float(sign * other))
         return difference
     pair = operands(trace, {"self": x, "other": other}, result)[::sign]

@@ -172,7 +172,7 @@ def _expand_shared(trace: Trace, shared: Tensor, result: Tensor) -> None:
     """To examples, in front or as the second axis, or still without them."""
     known = trace.lookup(shared)
     assert known is not None
-    behind = shared.ndim == result.ndim > 1 and shared.shape[1] == 1 < trace.examples
+    behind = shared.ndim == result.ndim > 2 and shared.shape[1] == 1 < trace.examples
     if behind and result.shape == (len(shared), trace.examples, *shared.shape[2:]):
         turned = shared.transpose(0, 1)
         trace.alias(turned, known)
