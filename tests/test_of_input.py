@@ -191,7 +191,7 @@ def _causal(m: Words, x: Tensor) -> Tensor:
     padded = torch.zeros_like(x, dtype=mask.dtype).masked_fill(x == 0, -1e9)
     h = m.words(x)
     h = m.attention(h, h, h, key_padding_mask=padded, attn_mask=mask)[0]
-    last = torch.arange(x.shape[1]) == (x != 0).sum(1, keepdim=True) - 1
+    last = torch.arange(x.shape[1], device=x.device) == (x != 0).sum(1, keepdim=True) - 1
     return (h * last[..., None]).sum(1)
 
 
@@ -344,12 +344,11 @@ def test_refusals(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("door", [1, 3])
-def test_on_a_gpu(door: int) -> None:
+@pytest.mark.parametrize(("door", "name"), [(1, "causal"), (3, "pooled")])
+def test_on_a_gpu(door: int, name: str) -> None:
     torch.manual_seed(1)
-    module = Words(_transformer)
-    with sdpa_kernel(SDPBackend.MATH):
-        _, expected = sequential_maml(copy.deepcopy(module).double(), _sentences(), 0.3, 2)
+    module = Words(SENTENCES[name])
+    _, expected = sequential_maml(copy.deepcopy(module).double(), _sentences(), 0.3, 2)
     module, batch = module.cuda(), _sentences().to("cuda")
     maml = fastmaml.MAML(module, 0.3, allow_unused=True)
     for _ in range(2):
