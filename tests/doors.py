@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -62,3 +63,18 @@ def check_native(
         torch.testing.assert_close(found.detach(), value.detach())
         assert relative_error(gradients(module), expected) < 1e-11
     return maml
+
+
+def check_on_a_gpu(module: nn.Module, tasks: TaskBatch, lr: float, door: int) -> None:
+    """Two inner steps there, twice, against the loop over tasks in float64."""
+    with sdpa_kernel(SDPBackend.MATH):
+        _, expected = sequential_maml(copy.deepcopy(module).double(), tasks, lr, 2)
+    tasks = TaskBatch(*(t.float() if t.is_floating_point() else t for t in tasks)).to("cuda")
+    maml = fastmaml.MAML(module.cuda(), lr, allow_unused=True)
+    for _ in range(2):
+        module.zero_grad()
+        with fastmaml.precision("ieee"):
+            by_door(maml, tasks, 2, door).backward()
+        assert not maml.programs.found_none
+        found = {name: g.cpu() for name, g in gradients(module).items()}
+        assert relative_error(found, expected) < 1e-4

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from doors import by_door, check_native
+from doors import by_door, check_native, check_on_a_gpu
 from networks import episodes, gradients
 from rule_cases import Case
 from rule_checks import RuleTests
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastmaml
 from fastmaml import TaskBatch
@@ -189,19 +187,7 @@ def test_a_number_that_is_no_row(number: int, door: int) -> None:
 )
 def test_words_on_a_gpu(door: int, name: str) -> None:
     torch.manual_seed(1)
-    module = Words(FORWARDS[name][0])
-    exact = copy.deepcopy(module).double()
-    with sdpa_kernel(SDPBackend.MATH):
-        _, expected = sequential_maml(exact, _episodes(), 0.3, 2)
-    module, tasks = module.cuda(), TaskBatch(*(t.cuda() for t in _episodes()))
-    maml = fastmaml.MAML(module, 0.3, allow_unused=True)
-    for _ in range(2):
-        module.zero_grad()
-        with fastmaml.precision("ieee"):
-            by_door(maml, tasks, 2, door).backward()
-        assert not maml.programs.found_none
-        found = {name: g.cpu() for name, g in gradients(module).items()}
-        assert relative_error(found, expected) < 1e-4
+    check_on_a_gpu(Words(FORWARDS[name][0]), _episodes(), 0.3, door)
 
 
 REFUSED: dict[str, tuple[Callable[[Words, Tensor], Tensor], dict[str, object], str]] = {

@@ -4,14 +4,13 @@ features, indices. In native programs it goes in with the input.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from doors import by_door, check_native
+from doors import by_door, check_native, check_on_a_gpu
 from networks import gradients
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -347,14 +346,4 @@ def test_refusals(name: str) -> None:
 @pytest.mark.parametrize(("door", "name"), [(1, "causal"), (3, "pooled")])
 def test_on_a_gpu(door: int, name: str) -> None:
     torch.manual_seed(1)
-    module = Words(SENTENCES[name])
-    _, expected = sequential_maml(copy.deepcopy(module).double(), _sentences(), 0.3, 2)
-    module, batch = module.cuda(), _sentences().to("cuda")
-    maml = fastmaml.MAML(module, 0.3, allow_unused=True)
-    for _ in range(2):
-        module.zero_grad()
-        with fastmaml.precision("ieee"):
-            by_door(maml, batch, 2, door).backward()
-        assert not maml.programs.found_none
-        found = {name: g.cpu().double() for name, g in gradients(module).items() if g is not None}
-        assert relative_error(found, {name: expected[name] for name in found}) < 1e-4
+    check_on_a_gpu(Words(SENTENCES[name]), _sentences(), 0.3, door)

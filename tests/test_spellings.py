@@ -4,14 +4,13 @@ loop over tasks.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from doors import by_door, check_native
+from doors import by_door, check_native, check_on_a_gpu
 from networks import gradients
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -204,15 +203,4 @@ ON_A_GPU = ["conv1d", "transposed conv1d", "max", "chosen", "matrix", "graph", "
 def test_on_a_gpu(name: str, door: int) -> None:
     shape = (CHANNELS, LENGTH) if name in LINES else (2, SIDE, SIDE)
     torch.manual_seed(1)
-    module = Spelled((LINES | IMAGES)[name], shape)
-    _, expected = sequential_maml(copy.deepcopy(module).double(), _episodes(shape), 0.1, 2)
-    batch = TaskBatch(*(t.float() if t.is_floating_point() else t for t in _episodes(shape)))
-    module, batch = module.cuda(), batch.to("cuda")
-    maml = fastmaml.MAML(module, 0.1, allow_unused=True)
-    for _ in range(2):
-        module.zero_grad()
-        with fastmaml.precision("ieee"):
-            by_door(maml, batch, 2, door).backward()
-        assert not maml.programs.found_none
-        found = {name: g.cpu().double() for name, g in gradients(module).items() if g is not None}
-        assert relative_error(found, {name: expected[name] for name in found}) < 1e-4
+    check_on_a_gpu(Spelled((LINES | IMAGES)[name], shape), _episodes(shape), 0.1, door)
