@@ -16,6 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -35,6 +36,9 @@ from fastmaml.program.shared import unchanged
 from fastmaml.program.statistics import RunningStatistics, Tracked
 from fastmaml.program.substitute import LOCK, Modes, call_with, copy_with, modes_set
 from fastmaml.program.trace import NotCovered
+
+_NUMBERS = (bool, int, float, complex)
+_VALUES = (type(None), *_NUMBERS, str, bytes, Enum, torch.dtype, torch.device, torch.layout)
 
 
 class _PastTheCopy(Exception):
@@ -170,8 +174,30 @@ def _tasks(inputs: Any) -> int:
 
 
 def _stacked(*parts: Any) -> Any:
-    """What all tasks have, along a new axis; of what is no tensor the first task's."""
-    return torch.stack(parts) if isinstance(parts[0], Tensor) else parts[0]
+    """What all tasks have, along a new axis; what is no tensor must be the same for all of them.
+
+    Raises:
+        UnbatchableError: it is not, or may hold tensors.
+    """
+    if isinstance(parts[0], Tensor):
+        return torch.stack(parts)
+    kind = next((type(p) for p in parts if not isinstance(p, _VALUES)), None)
+    if kind is not None:
+        raise UnbatchableError(
+            "model must return tensors, or lists, tuples and dictionaries of them, where tasks are "
+            f"batched, got {kind.__module__}.{kind.__qualname__}; return its tensors (of a "
+            "distribution loc and scale) and build the object from learner(x)"
+        )
+    if not all(_same(parts[0], part) for part in parts):
+        raise UnbatchableError(
+            "model must return the same for all tasks, or tensors, where tasks are batched, got "
+            f"{', '.join(dict.fromkeys(map(repr, parts)))}; return a tensor"
+        )
+    return parts[0]
+
+
+def _same(one: Any, other: Any) -> bool:
+    return bool(one == other) or (one != one and other != other)  # NaN
 
 
 class FunctionalProgram:
