@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 
 from fastmaml.backends.select import FallbackWarning, users_level
 from fastmaml.errors import UnbatchableError, first_line
-from fastmaml.program.attributes import Attributes
+from fastmaml.program.attributes import Attributes, _generators, _put_back, _states
 from fastmaml.program.settings import twice_differentiable
 from fastmaml.program.shared import unchanged
 from fastmaml.program.statistics import RunningStatistics, Tracked
@@ -169,8 +169,12 @@ def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + _channels(bias, y)
 
 
+def _first(inputs: Any) -> Tensor:
+    return next(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))
+
+
 def _tasks(inputs: Any) -> int:
-    return len(next(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)))
+    return len(_first(inputs))
 
 
 def _stacked(*parts: Any) -> Any:
@@ -226,6 +230,7 @@ class FunctionalProgram:
             None,
         )
         self._in_place = False  # runs in the module itself
+        self._settled = False  # has run, with or without vmap
         self._refusal: str | None = None  # why tasks run one after the other
         self._warned = False
 
@@ -248,7 +253,8 @@ class FunctionalProgram:
         with twice_differentiable(self._module):
             if not self._in_place:
                 try:
-                    return self._run(parameters, args, kwargs)
+                    with self._undrawn(parameters, args, kwargs):
+                        return self._run(parameters, args, kwargs)
                 except _PastTheCopy:
                     self._in_place = True
             with modes_set(self._module, self._modes):
@@ -258,16 +264,37 @@ class FunctionalProgram:
         refusal = self._refusal
         if refusal is None:
             try:
-                with unchanged(self._module), self._attributes_kept():
-                    return self._run_vmap(*inputs)
+                with self._undrawn(inputs), unchanged(self._module), self._attributes_kept():
+                    result = self._run_vmap(*inputs)
+                self._settled = True
+                return result
             except NotCovered as error:
                 refusal = f"torch.func.vmap cannot stand for {error}"
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 refusal = f"torch.func.vmap refuses it ({first_line(error)})"
         result = self._run_loop(*inputs)
         self._refusal = refusal  # only now: an error of the module's own is none
+        self._settled = True
         self._warn_of_loop(_tasks(inputs), refusal)
         return result
+
+    @contextmanager
+    def _undrawn(self, *inputs: Any) -> Iterator[None]:
+        """After an error random numbers go on as before it: another attempt is to draw them.
+
+        Once it is known how the module runs, an error is rare, and PyTorch's are all that is kept.
+        """
+        generators = [
+            generator
+            for generator in _generators(_first(inputs).device)
+            if not self._settled or generator.owner == "PyTorch"
+        ]
+        before = _states(generators)
+        try:
+            yield
+        except BaseException:
+            _put_back(generators, before, _states(generators))
+            raise
 
     @contextmanager
     def _attributes_kept(self) -> Iterator[None]:
