@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmaml
+from fastmaml.program.settings import twice_differentiable
 
 
 class WholeThetas(TorchDispatchMode):
@@ -58,3 +59,20 @@ def test_one_task_has_no_theta() -> None:
         learner.adapt(learner(x).square().sum())
         learner.clone()(x).square().sum().backward()
     assert found.count == 0
+
+
+def test_no_call_looks_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may take the driver 0.1 ms: a GPU in use is known without."""
+
+    def look() -> bool:
+        raise AssertionError("looked for a GPU")
+
+    monkeypatch.setattr(torch.cuda, "is_available", look)
+    module, cudnn = nn.LSTM(3, 2), torch.backends.cudnn
+    with twice_differentiable(module):
+        assert cudnn.enabled or torch.cuda.is_initialized()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with twice_differentiable(module):
+        assert not cudnn.enabled
+    with twice_differentiable(nn.Linear(3, 2)):
+        assert cudnn.enabled

@@ -60,7 +60,8 @@ _NO_CUDNN = Settings(
 
 def twice_differentiable(module: nn.Module) -> AbstractContextManager[None]:
     """Kernels that autograd can differentiate twice, where PyTorch has a choice."""
-    if torch.cuda.is_available() and any(isinstance(m, nn.RNNBase) for m in module.modules()):
+    # is_available() may ask the driver each time; before CUDA is initialised no tensor is there
+    if torch.cuda.is_initialized() and any(isinstance(m, nn.RNNBase) for m in module.modules()):
         return _math_attention_without_cudnn()
     return _MATH_ATTENTION
 
