@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -35,6 +36,16 @@ from fastmaml.program.transforms import (
 
 Data = TypeVar("Data", Tensor, Tensor | None)
 Wanted = tuple[Tensor | None, Tensor | None, Tensor | None]  # gradients: gtheta, gphi, gx
+_THRICE_BY_INPUT: WeakSet[Executor] = WeakSet()  # of which third derivatives were asked for
+
+
+def thrice_by_input(executor: Executor) -> bool:
+    """Whether an output that hangs on an input with a gradient was differentiated three times.
+
+    In an inner loss with derivatives by the input they all are, and the module itself has them
+    sooner than the rules.
+    """
+    return executor in _THRICE_BY_INPUT or executor.packed in _THRICE_BY_INPUT
 
 
 @dataclass
@@ -208,6 +219,8 @@ class ProgramBackward(Function):
             )
             return None, None, gtheta, gphi, run.as_given(gx), ggy, None
         # a third derivative was asked for: the rules are differentiable themselves
+        if want_x:
+            _THRICE_BY_INPUT.add(run.executor)
         executor, v = run.reference, run.unpacked(v)
         state, gradient = _recompute(run, run.unpacked(theta), phi, x, gy)
         dy, tangent = executor.tangent(state, v, u, w)

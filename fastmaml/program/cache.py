@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmaml.backends.base import Executor
 from fastmaml.backends.select import forced_backend, make_executor, report_fallback
+from fastmaml.program.autograd import thrice_by_input
 from fastmaml.program.capture import FAILS_ON_A_SAMPLE, capture, dtype_of_program, fails
 from fastmaml.program.functional import FunctionalProgram
 from fastmaml.program.ir import Graph
@@ -153,9 +154,13 @@ class ProgramCache:
         if refused is not None:
             task = _one_task(x, example_axes)
             return self._functional((*key, refused), refused, modes, task)
-        if program.graph.cuts_input and x.requires_grad and torch.is_grad_enabled():
-            cut = "a derivative by inputs of which forward makes what no op is for"
-            return self._functional((*key, cut), cut, modes, None)
+        if x.requires_grad and torch.is_grad_enabled():
+            if program.graph.cuts_input:
+                cut = "a derivative by inputs of which forward makes what no op is for"
+                return self._functional((*key, cut), cut, modes, None)
+            if thrice_by_input(program.executor):
+                thrice = "third derivatives by its inputs, which are sooner found without one"
+                return self._unlowered((*key, thrice), thrice, modes)
         self._latest = program
         return program
 
