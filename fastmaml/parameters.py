@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastmaml.clone import CloneState, LazyClone, ModuleClone, detach_tensors
+from fastmaml.errors import UnbatchableError
 from fastmaml.late import own_parts
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.theta import Theta
@@ -34,6 +36,101 @@ class ParametersState:
     start: Flat | Parts
     used: frozenset[str]
     clone: CloneState | None
+    own: Parts
+
+
+class TaskParameters(dict[str, Tensor]):
+    """Each parameter for all tasks, ``[T, *shape]``, until the next step.
+
+    At first tasks have one memory in common. ``own``: those of the ``frozen`` ones that ``forward``
+    has written to, in a place for each task, from step to step.
+    """
+
+    def __init__(self, frozen: Container[str] = ()) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.own: dict[str, Tensor] = {}
+
+    def take_apart(self, names: Iterable[str]) -> None:
+        """Give each task its own of the frozen parameters ``names``."""
+        for name in names:
+            if name not in self.own and len(self[name]) > 1:
+                self.put_own(name, self[name])
+
+    def put_own(self, name: str, values: Tensor) -> Tensor:
+        """Give each task its own of ``values [T, *shape]``, which is returned."""
+        with torch.inference_mode(False), torch.no_grad():
+            whole = values.detach().clone(memory_format=torch.contiguous_format)
+        self.own[name] = self[name] = whole
+        return whole
+
+    def in_common(self) -> InCommon:
+        """What tasks have in common now."""
+        return InCommon(self)
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """After an error the frozen ones are as before, where tasks have them to themselves."""
+        apart = [p for n, p in self.items() if n in self.own or (len(p) == 1 and n in self.frozen)]
+        before = [p.detach().clone() for p in apart]
+        try:
+            yield
+        except BaseException:
+            for parameter, value in zip(apart, before, strict=True):
+                parameter.data.copy_(value)
+            raise
+
+
+class InCommon:
+    """What tasks have in common of their parameters, as it was before the first one ran."""
+
+    def __init__(self, parameters: TaskParameters) -> None:
+        self._parameters = parameters
+        self._before = {
+            name: (p[0].detach().clone(), _version(p))
+            for name, p in parameters.items()
+            if len(p) > 1 and p.stride(0) == 0
+        }
+
+    def written(self, task: int, rows: Parts) -> list[str]:
+        """Those that ``task``, which ran with ``rows``, has written to; they are taken apart.
+
+        Raises:
+            UnbatchableError: one of them is not frozen.
+        """
+        names = [name for name in self._before if self._is_written(name, task, rows[name])]
+        for name in names:
+            value, _ = self._before.pop(name)
+            if name not in self._parameters.frozen:
+                rows[name].data.copy_(value)
+                raise UnbatchableError(
+                    "model must not write to parameters that learn where tasks are batched, got "
+                    f"{name!r} written to in forward: tasks share it at first; use clone() for "
+                    "each task"
+                )
+            whole = self._parameters.put_own(name, value.expand_as(self._parameters[name]))
+            whole.data[task].copy_(rows[name])
+        return names
+
+    def _is_written(self, name: str, task: int, row: Tensor) -> bool:
+        value, version = self._before[name]
+        now = self._parameters[name]
+        moved = _version(now) != version or row.data_ptr() != now.data_ptr()
+        return (moved or task == 0) and not torch.equal(
+            row, value
+        )  # by row.data: not seen as moved
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class _TasksClone(LazyClone):
+    def why_not(self) -> str | None:
+        parameters = self._of()
+        if parameters is not None and parameters.views.own:
+            return "frozen parameters that forward has written to, of which each task has its own"
+        return super().why_not()
 
 
 class LearnerParameters:
@@ -48,8 +145,10 @@ class LearnerParameters:
         self.layout = layout
         self.tasks = tasks
         self.used: set[str] = set()  # by native programs, as they are now
-        self.views: dict[str, Tensor] = {}  # that others have run all tasks with since
-        self.clone = LazyClone(self)
+        pairs = zip(layout.slots, layout.parameters, strict=True)
+        frozen = frozenset(name for name, p in pairs if not p.requires_grad)
+        self.views = TaskParameters(frozen)  # that others have run all tasks with since
+        self.clone = LazyClone(self) if tasks is None else _TasksClone(self)
         self._flat: Flat | None = None
         self._packing = None
         if isinstance(start, Flat):
@@ -97,7 +196,7 @@ class LearnerParameters:
         with outside(), torch.inference_mode(False), torch.enable_grad():
             return self._as_views(self.flat)
 
-    def views_of_tasks(self) -> dict[str, Tensor]:
+    def views_of_tasks(self) -> TaskParameters:
         """The same tensors until the next step, which looks for their gradients."""
         if not self.views:
             self.views.update(self.connected())
@@ -106,7 +205,8 @@ class LearnerParameters:
     def _as_views(self, flat: Flat) -> dict[str, Tensor]:
         if self.tasks is None:
             return self.layout.views(flat.theta.rows[0], flat.phi)
-        return self.layout.views(flat.theta.rows, flat.phi.expand(self.tasks, -1))
+        views = self.layout.views(flat.theta.rows, flat.phi.expand(self.tasks, -1))
+        return {**views, **self.views.own}
 
     # --- changes ------------------------------------------------------------------------------
 
@@ -172,6 +272,7 @@ class LearnerParameters:
             self.used.update(self.layout.slots)  # a loss of the other learner uses them all
             start = Flat(theta.moved(theta.root.clone()), phi.clone())
         twin = LearnerParameters(self.layout, self.tasks, start)
+        twin.views.own.update({name: own.clone() for name, own in self.views.own.items()})
         if built is not None:
             twin.clone.build().set_state(built.state())
         return twin
@@ -188,13 +289,15 @@ class LearnerParameters:
             root = _leaf_as(self._flat.theta.root, now.theta.root)
             start = Flat(now.theta.moved(root).unpacked(), _leaf_as(self._flat.phi, now.phi))
         clone = None if built is None else built.state()
-        return ParametersState(self.layout, self.tasks, start, frozenset(self.used), clone)
+        used, own = frozenset(self.used), dict(self.views.own)
+        return ParametersState(self.layout, self.tasks, start, used, clone, own)
 
     @classmethod
     def of_state(cls, state: ParametersState) -> LearnerParameters:
         """The copy."""
         made = cls(state.layout, state.tasks, state.start)
         made.used.update(state.used)
+        made.views.own.update(state.own)
         if state.clone is not None:
             made.clone.build().set_state(state.clone)
         return made

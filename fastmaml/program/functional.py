@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from enum import Enum
 from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,9 @@ from fastmaml.program.shared import unchanged
 from fastmaml.program.statistics import RunningStatistics, Tracked
 from fastmaml.program.substitute import LOCK, Modes, call_with, copy_with, modes_set
 from fastmaml.program.trace import NotCovered
+
+if TYPE_CHECKING:
+    from fastmaml.parameters import TaskParameters
 
 _NUMBERS = (bool, int, float, complex)
 _VALUES = (type(None), *_NUMBERS, str, bytes, Enum, torch.dtype, torch.device, torch.layout)
@@ -232,11 +235,10 @@ class FunctionalProgram:
         self._in_place = False  # runs in the module itself
         self._settled = False  # has run, with or without vmap
         self._refusal: str | None = None  # why tasks run one after the other
+        self._written: set[str] = set()  # frozen parameters, by forward
         self._warned = False
 
-    def run(
-        self, parameters: Mapping[str, Tensor], args: Any, kwargs: Any
-    ) -> tuple[Any, Tensor | None]:
+    def run(self, parameters: TaskParameters, args: Any, kwargs: Any) -> tuple[Any, Tensor | None]:
         """``(outputs, statistics [T, S])``; parameters ``[T, *shape]``, arguments ``[T, N, ...]``.
 
         Differentiable any number of times. ``statistics`` is what ``self.running`` folds.
@@ -244,7 +246,8 @@ class FunctionalProgram:
         Raises:
             UnbatchableError: there are several tasks, and an embedding has a ``max_norm``.
         """
-        if self._renormed is not None and _tasks((parameters, args)) > 1:
+        inputs = dict(parameters), args, kwargs
+        if self._renormed is not None and _tasks(inputs) > 1:
             raise UnbatchableError(
                 f"model must have no embedding with max_norm where tasks are batched, got "
                 f"{self._renormed!r}: reading one writes to its weights, which tasks share at "
@@ -253,18 +256,20 @@ class FunctionalProgram:
         with twice_differentiable(self._module):
             if not self._in_place:
                 try:
-                    with self._undrawn(parameters, args, kwargs):
+                    with self._undrawn(inputs):
                         return self._run(parameters, args, kwargs)
                 except _PastTheCopy:
                     self._in_place = True
             with modes_set(self._module, self._modes):
                 return self._run(parameters, args, kwargs)
 
-    def _run(self, *inputs: Any) -> tuple[Any, Tensor | None]:
+    def _run(self, parameters: TaskParameters, args: Any, kwargs: Any) -> tuple[Any, Tensor | None]:
+        parameters.take_apart(self._written)
+        inputs = dict(parameters), args, kwargs
         refusal = self._refusal
         if refusal is None:
             try:
-                with self._undrawn(inputs), unchanged(self._module), self._attributes_kept():
+                with self._undrawn(inputs), parameters.put_back(), self._module_unchanged():
                     result = self._run_vmap(*inputs)
                 self._settled = True
                 return result
@@ -272,14 +277,17 @@ class FunctionalProgram:
                 refusal = f"torch.func.vmap cannot stand for {error}"
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 refusal = f"torch.func.vmap refuses it ({first_line(error)})"
-        result = self._run_loop(*inputs)
+        result, written = self._run_loop(parameters, args, kwargs)
+        if written:  # which may be why vmap refused it
+            self._written.update(written)
+            return result
         self._refusal = refusal  # only now: an error of the module's own is none
         self._settled = True
         self._warn_of_loop(_tasks(inputs), refusal)
         return result
 
     @contextmanager
-    def _undrawn(self, *inputs: Any) -> Iterator[None]:
+    def _undrawn(self, inputs: Any) -> Iterator[None]:
         """After an error random numbers go on as before it: another attempt is to draw them.
 
         Once it is known how the module runs, an error is rare, and PyTorch's are all that is kept.
@@ -297,14 +305,15 @@ class FunctionalProgram:
             raise
 
     @contextmanager
-    def _attributes_kept(self) -> Iterator[None]:
-        """Raise NotCovered where the module's own attributes are set."""
-        if not self._in_place:
-            yield
-            return
-        with Attributes(self._module) as attributes:
-            yield
-            attributes.check()
+    def _module_unchanged(self) -> Iterator[None]:
+        """Raise NotCovered where what tasks share is changed, or the module's own attributes."""
+        with unchanged(self._module):
+            if not self._in_place:
+                yield
+                return
+            with Attributes(self._module) as attributes:
+                yield
+                attributes.check()
 
     def _warn_of_loop(self, tasks: int, refusal: str) -> None:
         if tasks == 1 or self._warned:
@@ -344,14 +353,19 @@ class FunctionalProgram:
         outputs, statistics = run(*inputs)
         return self._report(outputs, statistics, met)
 
-    def _run_loop(self, *inputs: Any) -> tuple[Any, Tensor | None]:
+    def _run_loop(
+        self, parameters: TaskParameters, *arguments: Any
+    ) -> tuple[tuple[Any, Tensor | None], list[str]]:
+        """What :meth:`run` returns, and the parameters in common that tasks have written to."""
         met: list[Tracked] = []
-        found = [
-            self._one_task(met, *pytree.tree_map_only(Tensor, itemgetter(t), inputs))
-            for t in range(_tasks(inputs))
-        ]
+        found, written, common = [], [], parameters.in_common()
+        for t in range(_tasks((dict(parameters), arguments))):
+            task = {name: p[t] for name, p in parameters.items()}
+            of_task = pytree.tree_map_only(Tensor, itemgetter(t), arguments)
+            found.append(self._one_task(met, task, *of_task))
+            written += common.written(t, task)
         outputs, statistics = pytree.tree_map(_stacked, *found)
-        return self._report(outputs, statistics, met)
+        return self._report(outputs, statistics, met), written
 
     def _report(
         self, outputs: Any, statistics: list[Tensor], met: list[Tracked]
