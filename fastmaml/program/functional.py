@@ -14,10 +14,11 @@ Each task's call is that of a copy of the module, as in a clone of learn2learn's
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from functools import partial
+from inspect import BoundArguments, signature
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ from fastmaml.program.trace import NotCovered
 if TYPE_CHECKING:
     from fastmaml.parameters import TaskParameters
 
+_BATCH_NORM, _INSTANCE_NORM = signature(F.batch_norm), signature(F.instance_norm)
 _NUMBERS = (bool, int, float, complex)
 _VALUES = (type(None), *_NUMBERS, str, bytes, Enum, torch.dtype, torch.device, torch.layout)
 
@@ -144,13 +146,50 @@ class PrimitiveNorm(TorchFunctionMode):
         if running_mean is None or running_var is None:
             return
         statistics = [mean.detach(), variance.detach() * (count / (count - 1))]
-        names = [self._names.get(id(running)) for running in (running_mean, running_var)]
-        if names[0] is None or names[1] is None:  # no buffers of the module; vmap refuses this
-            for running, met in zip((running_mean, running_var), statistics, strict=True):
-                running.copy_((1 - momentum) * running + momentum * met)
-            return
-        self.tracked.append(Tracked(names[0], names[1], len(running_mean), momentum))
+        if not self._report(running_mean, running_var, momentum, statistics):
+            with torch.no_grad():
+                for running, met in zip((running_mean, running_var), statistics, strict=True):
+                    running.copy_((1 - momentum) * running + momentum * met)
+
+    def _report(
+        self, mean: Tensor, variance: Tensor, momentum: float, statistics: list[Tensor]
+    ) -> bool:
+        """Keep what buffers are to be updated with; False where they are none of the module's."""
+        names = self._names.get(id(mean)), self._names.get(id(variance))
+        if names[0] is None or names[1] is None:
+            return False
+        self.tracked.append(Tracked(names[0], names[1], len(mean), momentum))
         self.statistics += statistics
+        return True
+
+
+class FusedNorm(PrimitiveNorm):
+    """The same by PyTorch's own norms, which are faster, where no vmap is at work."""
+
+    def _batch_norm(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._fused(F.batch_norm, _BATCH_NORM.bind(*args, **kwargs))
+
+    def _instance_norm(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._fused(F.instance_norm, _INSTANCE_NORM.bind(*args, **kwargs))
+
+    def _fused(self, norm: Callable[..., Tensor], call: BoundArguments) -> Tensor:
+        call.apply_defaults()
+        _, mean, variance, _, _, training, momentum, _ = call.arguments.values()
+        if not training or mean is None or variance is None:
+            return norm(*call.args, **call.kwargs)
+        running = [
+            mean.detach().clone(),
+            variance.detach().clone(),
+        ]  # a graph holds what it is given
+        reported = self._report(mean, variance, momentum, running)
+        momentum = 1.0 if reported else momentum  # of which nothing but the batch's is left
+        running_mean, running_var = running
+        call.arguments.update(running_mean=running_mean, running_var=running_var, momentum=momentum)
+        y = norm(*call.args, **call.kwargs)
+        if not reported:
+            with torch.no_grad():
+                torch._foreach_copy_([mean, variance], running)
+        return y
 
 
 def _embedding(
@@ -327,7 +366,12 @@ class FunctionalProgram:
         )
 
     def _one_task(
-        self, met: list[Tracked], parameters: Mapping[str, Tensor], args: Any, kwargs: Any
+        self,
+        norm: type[PrimitiveNorm],
+        met: list[Tracked],
+        parameters: Mapping[str, Tensor],
+        args: Any,
+        kwargs: Any,
     ) -> Any:
         """One task's outputs and the batch statistics it met, in order; ``met``: whose they are."""
         module = self._module
@@ -339,7 +383,7 @@ class FunctionalProgram:
         names = {id(b): name for name, b in module.named_buffers(remove_duplicate=False)}
         foreign = () if self._in_place else self._foreign
         tensors = {**parameters, **buffers}
-        with PrimitiveNorm(names | {id(b): name for name, b in buffers.items()}, foreign) as mode:
+        with norm(names | {id(b): name for name, b in buffers.items()}, foreign) as mode:
             if self._in_place:
                 output = call_with(module, tensors, args, kwargs)
             else:
@@ -349,7 +393,7 @@ class FunctionalProgram:
 
     def _run_vmap(self, *inputs: Any) -> tuple[Any, Tensor | None]:
         met: list[Tracked] = []
-        run = vmap(partial(self._one_task, met), randomness="different")
+        run = vmap(partial(self._one_task, PrimitiveNorm, met), randomness="different")
         outputs, statistics = run(*inputs)
         return self._report(outputs, statistics, met)
 
@@ -362,7 +406,7 @@ class FunctionalProgram:
         for t in range(_tasks((dict(parameters), arguments))):
             task = {name: p[t] for name, p in parameters.items()}
             of_task = pytree.tree_map_only(Tensor, itemgetter(t), arguments)
-            found.append(self._one_task(met, task, *of_task))
+            found.append(self._one_task(FusedNorm, met, task, *of_task))
             written += common.written(t, task)
         outputs, statistics = pytree.tree_map(_stacked, *found)
         return self._report(outputs, statistics, met), written
