@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +58,23 @@ class Variants:
 
 
 class ProgramCache:
-    """The programs of one module, by its state and the input's per-example shape."""
+    """The programs of one module, by its state and the input's per-example shape.
+
+    One for all wrappers of the module, while any of them lives: where a training loop wraps it anew
+    in each step, the new wrapper is made before the last one goes.
+    """
+
+    _by_module: ClassVar[WeakValueDictionary[int, ProgramCache]] = WeakValueDictionary()
+    _module: nn.Module  # held, so that the id by which its programs are found stays its own
+
+    def __new__(cls, module: nn.Module | None = None) -> ProgramCache:
+        """The module's, if it has one; without a module, as for a copy, a new one."""
+        kept = None if module is None else cls._by_module.get(id(module))
+        return super().__new__(cls) if kept is None else kept
 
     def __init__(self, module: nn.Module) -> None:
+        if "_module" in vars(self):
+            return
         self._module = module
         self._programs: OrderedDict[Key, tuple[FunctionalProgram | Variants, object]]
         self._programs = OrderedDict()
@@ -67,6 +83,7 @@ class ProgramCache:
         self._latest: NativeProgram | None = None
         self.found_none = False  # native, when one was last looked for
         self._start: Start | None = None
+        self._by_module.setdefault(id(module), self)
 
     def __getstate__(self) -> dict[str, nn.Module]:
         return {"module": self._module}  # copies of the module find their programs themselves
@@ -244,7 +261,7 @@ class ProgramCache:
     ) -> FunctionalProgram:
         """The module without a program, which the user is told of."""
         known = key in self._programs or reason in self._warned
-        if not known and not self._fails(task, reason, modes):
+        if forced_backend() or (not known and not self._fails(task, reason, modes)):
             report_fallback(self._module, reason)
             self._warned.add(reason)
         return self._unlowered(key, reason, modes)
