@@ -167,24 +167,22 @@ class FusedNorm(PrimitiveNorm):
     """The same by PyTorch's own norms, which are faster, where no vmap is at work."""
 
     def _batch_norm(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self._fused(F.batch_norm, _BATCH_NORM.bind(*args, **kwargs))
+        return self._fused(F.batch_norm, "training", _BATCH_NORM.bind(*args, **kwargs))
 
     def _instance_norm(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self._fused(F.instance_norm, _INSTANCE_NORM.bind(*args, **kwargs))
+        call = _INSTANCE_NORM.bind(*args, **kwargs)
+        return self._fused(F.instance_norm, "use_input_stats", call)
 
-    def _fused(self, norm: Callable[..., Tensor], call: BoundArguments) -> Tensor:
+    def _fused(self, norm: Callable[..., Tensor], of_batch: str, call: BoundArguments) -> Tensor:
         call.apply_defaults()
-        _, mean, variance, _, _, training, momentum, _ = call.arguments.values()
-        if not training or mean is None or variance is None:
+        given = call.arguments
+        mean, variance, momentum = given["running_mean"], given["running_var"], given["momentum"]
+        if not given[of_batch] or mean is None or variance is None:
             return norm(*call.args, **call.kwargs)
-        running = [
-            mean.detach().clone(),
-            variance.detach().clone(),
-        ]  # a graph holds what it is given
+        running = [t.detach().clone() for t in (mean, variance)]  # a graph holds what it is given
         reported = self._report(mean, variance, momentum, running)
         momentum = 1.0 if reported else momentum  # of which nothing but the batch's is left
-        running_mean, running_var = running
-        call.arguments.update(running_mean=running_mean, running_var=running_var, momentum=momentum)
+        given.update(running_mean=running[0], running_var=running[1], momentum=momentum)
         y = norm(*call.args, **call.kwargs)
         if not reported:
             with torch.no_grad():
@@ -283,7 +281,9 @@ class FunctionalProgram:
         Differentiable any number of times. ``statistics`` is what ``self.running`` folds.
 
         Raises:
-            UnbatchableError: there are several tasks, and an embedding has a ``max_norm``.
+            UnbatchableError: an output is no tensor, nor the same for all tasks; or there are
+                several, and an embedding has a ``max_norm``, or ``forward`` writes to a parameter
+                that learns.
         """
         inputs = dict(parameters), args, kwargs
         if self._renormed is not None and _tasks(inputs) > 1:
