@@ -341,6 +341,14 @@ def test_an_iterator_without_end() -> None:
         next(InfiniteIterator([]))
 
 
+def test_an_infinite_iterator_goes_through_all_fixed_tasks(numbers: MetaDataset) -> None:
+    taskset = Taskset(numbers, recipe("fused", numbers), num_tasks=3)
+    forever = InfiniteIterator(taskset)
+    drawn = [next(forever)[0].tolist() for _ in range(7)]
+    assert drawn == [taskset[i % 3][0].tolist() for i in range(7)]
+    assert drawn[0] != drawn[1]
+
+
 def test_a_data_set_as_one_tensor() -> None:
     base = TensorDataset(torch.randn(5, 2), torch.arange(5))
     base._bookkeeping_path = "somewhere"

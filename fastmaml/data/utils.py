@@ -73,11 +73,13 @@ class InfiniteIterator:
         return self
 
     def __next__(self) -> Any:
-        for item in self.iterator:
-            return item
-        self.iterator = iter(self.dataloader)
-        for item in self.iterator:
-            return item
+        # never "for item in self.iterator": that asks for another iterator, and a Taskset, which
+        # is its own, then starts again at its first task
+        for _ in range(2):
+            try:
+                return next(self.iterator)
+            except StopIteration:
+                self.iterator = iter(self.dataloader)
         raise ValueError("dataloader must have at least one item, got an empty one")
 
 
