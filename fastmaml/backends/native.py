@@ -20,7 +20,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor on the CPU. A large one lies in memory of those no longer in use."""
     nbytes = prod(shape) * dtype.itemsize
     if nbytes < _LARGE_BYTES:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")  # whatever torch's default device is
     return torch.frombuffer(_core.TensorMemory(nbytes), dtype=dtype).view(shape)
 
 

@@ -153,7 +153,7 @@ def affine(
 
 
 def _per_channel(name: str, value: float | Sequence[float], images: Tensor) -> Tensor:
-    numbers = torch.as_tensor(value, dtype=torch.float64)
+    numbers = torch.as_tensor(value, dtype=torch.float64, device="cpu")
     if not bool(numbers.isfinite().all()):
         raise ValueError(f"{name} must be finite, got {value}")
     if numbers.ndim == 0:

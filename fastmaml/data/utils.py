@@ -123,7 +123,8 @@ class OnDeviceDataset(TensorDataset):
                     f"{example_name(dataset, i)} must have a number as its label to be held as a "
                     f"tensor, got {y!r}; number the classes with the dataset's target_transform"
                 )
-        data, labels = torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
+        data = torch.stack([x for x, _ in pairs])
+        labels = torch.tensor([y for _, y in pairs], device="cpu")
         if device is not None:
             data, labels = data.to(device), labels.to(device)
         if data.is_cpu and torch.cuda.is_available():
