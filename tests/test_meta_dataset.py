@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fastmaml.data import FilteredMetaDataset, MetaDataset, UnionMetaDataset
+from fastmaml.data import FilteredMetaDataset, MetaDataset, Taskset, UnionMetaDataset
+from fastmaml.data.transforms import FusedNWaysKShots, LoadData, RemapLabels
 
 
 class Listed(Dataset):
@@ -185,3 +186,72 @@ def test_parts_of_a_union_are_data_sets_again() -> None:
     union = UnionMetaDataset([Listed(["b", "a"]), FilteredMetaDataset(Listed([5, 6, 5]), [5])])
     part = FilteredMetaDataset(union, [1, 2])
     assert [part[i] for i in range(len(part))] == [(10, 1), (0, 2), (20, 2)]
+
+
+class Numbers(Dataset):
+    def __init__(self, targets: Sequence[object]) -> None:
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, object]:
+        return torch.full((1, 2, 2), float(i)), self.targets[i]
+
+
+class Itself(Numbers, MetaDataset):
+    """The data set and the index of its classes in one, as public code has it."""
+
+    def __init__(self, targets: Sequence[object]) -> None:
+        Numbers.__init__(self, targets)
+        MetaDataset.__init__(self, self)
+
+
+def test_a_data_set_may_be_its_own_meta_dataset() -> None:
+    meta = Itself([0, 0, 1, 1, 2, 2])
+    assert meta.dataset is meta
+    assert meta.labels_to_indices == {0: [0, 1], 1: [2, 3], 2: [4, 5]}
+    assert meta.example_name(3) == "image 3"
+    taskset = Taskset(meta, [FusedNWaysKShots(meta, 2, 2), LoadData(meta), RemapLabels(meta)])
+    assert taskset.sample()[1].unique().tolist() == [0, 1]
+    assert taskset.explain().startswith("the native sampler: 2 of 3 classes")
+    assert next(taskset.batches(tasks=2)).support_x.shape == (2, 2, 1, 2, 2)
+    with pytest.raises(ValueError, match=r"image 1 must have a single label"):
+        Itself([0, [1, 2]])
+
+
+class Coarse(MetaDataset):
+    """Sets only what learn2learn's own classes set."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self.create_bookkeeping()
+
+    def create_bookkeeping(self) -> None:
+        coarse = {i: label // 2 for i, label in enumerate(self.dataset.labels)}
+        self.indices_to_labels = coarse
+        self.labels_to_indices = defaultdict(list)
+        for i, label in coarse.items():
+            self.labels_to_indices[label].append(i)
+        self.labels = list(self.labels_to_indices)
+
+
+class Late(MetaDataset):
+    """Sets only the data set, and leaves the rest to the base class."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self.create_bookkeeping()
+
+
+@pytest.mark.parametrize(("kind", "classes"), [(Coarse, 2), (Late, 4)])
+def test_a_subclass_may_leave_out_the_constructor(kind: type, classes: int) -> None:
+    meta = kind(Listed([i // 3 for i in range(12)]))
+    for data, ways in (
+        (meta, classes),
+        (FilteredMetaDataset(meta, meta.labels[1:]), classes - 1),
+        (UnionMetaDataset([meta, meta]), 2 * classes),
+    ):
+        x, _ = Taskset(data, [FusedNWaysKShots(data, ways, 3), LoadData(data)]).sample()
+        assert len(x) == 3 * ways
+    assert not MetaDataset.shapes

@@ -382,3 +382,13 @@ def test_out_of_range_and_added_tasksets_are_refused(numbers) -> None:
         taskset[2]
     with pytest.raises(NotImplementedError, match="UnionMetaDataset"):
         taskset + taskset
+
+
+def test_a_fused_transform_holds_the_ones_it_is_made_of(numbers: MetaDataset) -> None:
+    fused = FusedNWaysKShots(numbers, n=2, k=3, filter_labels=numbers.labels[:4])
+    assert (fused.filter.labels, fused.nways.n, fused.kshots.k) == (numbers.labels[:4], 2, 3)
+    random.seed(0)
+    one = [d.index for d in fused(NWays(numbers, 6)(None))]
+    random.seed(0)
+    task = NWays(numbers, 6)(None)
+    assert one == [d.index for d in fused.kshots(fused.nways(fused.filter(task)))]

@@ -25,6 +25,11 @@ def example_name(dataset: Dataset, i: int) -> str:
         which = bisect.bisect_right(dataset.cumulative_sizes, i)
         part = dataset.datasets[which]
         return example_name(part, i - dataset.cumulative_sizes[which] + len(part))  # type: ignore[arg-type]
+    return name_by_files(dataset, i)
+
+
+def name_by_files(dataset: Dataset, i: int) -> str:
+    """The name of an example of a data set that holds its files, or nothing but tensors."""
     for attribute in ("samples", "_samples", "_image_files", "_images"):
         files = getattr(dataset, attribute, None)
         if isinstance(files, list) and len(files) > i:

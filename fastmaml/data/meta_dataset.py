@@ -9,6 +9,7 @@ import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from torch.utils.data import Dataset
@@ -18,6 +19,7 @@ from fastmaml.data.examples import (
     check_finite,
     check_sized,
     example_name,
+    name_by_files,
     plain,
     plain_labels,
     read_labelled,
@@ -25,7 +27,7 @@ from fastmaml.data.examples import (
 )
 from fastmaml.files import write_atomically
 
-Shapes = dict[Label, dict[str, str]]
+Shapes = Mapping[Label, Mapping[str, str]]
 
 
 class MetaDataset(Dataset):
@@ -54,6 +56,8 @@ class MetaDataset(Dataset):
             infinity.
     """
 
+    shapes: Shapes = MappingProxyType({})  # also where a subclass has an __init__ of its own
+
     def __init__(
         self,
         dataset: Dataset,
@@ -65,7 +69,6 @@ class MetaDataset(Dataset):
                 f"dataset must be a torch.utils.data.Dataset, got {type(dataset).__name__}"
             )
         self.dataset = dataset
-        self.shapes: Shapes = {}
         path = getattr(dataset, "_bookkeeping_path", None)
         if path is not None and labels_to_indices is None and indices_to_labels is None:
             self.load_bookkeeping(path)
@@ -101,19 +104,23 @@ class MetaDataset(Dataset):
         if known is not None:
             return dict(enumerate(known()))
         check_sized(self.dataset)
-        return {i: self._read_label(i) for i in range(len(self))}
+        shapes: dict[Label, dict[str, str]] = defaultdict(dict)
+        labels = {i: self._read_label(i, shapes) for i in range(len(self))}
+        self.shapes = dict(shapes)
+        return labels
 
-    def _read_label(self, i: int) -> Label:
+    def _read_label(self, i: int, shapes: dict[Label, dict[str, str]]) -> Label:
         x, label = read_labelled(self.dataset, i)
         check_finite(self.dataset, i, x, label)
-        shape, seen = shape_of(x), self.shapes.setdefault(label, {})
+        shape, seen = shape_of(x), shapes[label]
         if shape is not None and shape not in seen:
             seen[shape] = self.example_name(i)
         return label
 
     def example_name(self, i: int) -> str:
         """What messages call an example."""
-        return example_name(self.dataset, i)
+        itself = self.dataset is self  # a class that is both, the data set and the index
+        return name_by_files(self, i) if itself else example_name(self.dataset, i)
 
     def load_bookkeeping(self, path: str | os.PathLike[str]) -> None:
         """Fill the attributes from a file, or create them and, where possible, the file."""
@@ -165,15 +172,16 @@ class UnionMetaDataset(MetaDataset):
         self.datasets = [as_meta_dataset(dataset) for dataset in datasets]
         self._ends = list(itertools.accumulate(len(dataset) for dataset in self.datasets))
         indices_to_labels: dict[int, int] = {}
-        self.shapes = {}
+        shapes: dict[Label, Mapping[str, str]] = {}
         classes = examples = 0
         for dataset in self.datasets:
             position = {label: classes + i for i, label in enumerate(dataset.labels)}
             for index, label in dataset.indices_to_labels.items():
                 indices_to_labels[examples + index] = position[label]
-            self.shapes |= {position[label]: shapes for label, shapes in dataset.shapes.items()}
+            shapes |= {position[label]: seen for label, seen in dataset.shapes.items()}
             classes += len(position)
             examples += len(dataset)
+        self.shapes = shapes
         self._set(group_by_label(indices_to_labels.items()), indices_to_labels)
 
     def __getitem__(self, item: int) -> Any:

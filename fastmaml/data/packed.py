@@ -185,6 +185,8 @@ def _part(dataset: Dataset) -> _Part:
         elif isinstance(dataset, Subset):
             chosen.append(list(dataset.indices))
             indices.append(chosen[-1])
+        if dataset.dataset is dataset:
+            break
         dataset = dataset.dataset
     return _Part(dataset, chosen, indices)
 

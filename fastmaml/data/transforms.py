@@ -244,6 +244,9 @@ class FusedNWaysKShots(ClassTransform):
     Args:
         filter_labels: the classes to draw from; None: all.
 
+    Attributes:
+        filter, nways, kshots: the transforms that this one is, where it is given a task.
+
     Raises:
         ValueError: there are fewer than ``n`` classes, an unknown one, or, when called, one with
             fewer than ``k`` examples.
@@ -264,8 +267,10 @@ class FusedNWaysKShots(ClassTransform):
         self.filter_labels = (
             self.dataset.labels if filter_labels is None else plain_labels(filter_labels)
         )
-        _check_known(self.dataset, self.filter_labels)
+        self.filter = FilterLabels(self.dataset, self.filter_labels)
         _check_ways(n, len(self.filter_labels))
+        self.nways = NWays(self.dataset, n)
+        self.kshots = KShots(self.dataset, k, replacement)
 
     def new_task(self) -> TaskDescription:
         classes = random.sample(self.filter_labels, k=self.n)
@@ -281,10 +286,7 @@ class FusedNWaysKShots(ClassTransform):
     def __call__(self, task: TaskDescription | None) -> TaskDescription:
         if task is None:
             return self.new_task()
-        kept = frozenset(self.filter_labels)
-        task = [d for d in task if self.label(d) in kept]
-        task = NWays(self.dataset, self.n)(task)
-        return KShots(self.dataset, self.k, self.replacement)(task)
+        return self.kshots(self.nways(self.filter(task)))
 
     def possible(self, sizes: ClassSizes) -> ClassSizes:
         kept = FilterLabels(self.dataset, self.filter_labels).possible(sizes)
