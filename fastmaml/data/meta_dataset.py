@@ -6,6 +6,7 @@ import bisect
 import itertools
 import os
 import pickle
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 
 from torch.utils.data import Dataset
 
+from fastmaml.data.changes import Watch
 from fastmaml.data.examples import (
     Label,
     check_finite,
@@ -249,9 +251,44 @@ class FilteredMetaDataset(MetaDataset):
         return len(self.indices)
 
 
+_scanned: weakref.WeakValueDictionary[int, MetaDataset] = weakref.WeakValueDictionary()
+_watches: weakref.WeakKeyDictionary[MetaDataset, Watch] = weakref.WeakKeyDictionary()
+
+
 def as_meta_dataset(dataset: Dataset) -> MetaDataset:
-    """The data set itself where it is a MetaDataset, and a MetaDataset of it otherwise."""
-    return dataset if isinstance(dataset, MetaDataset) else MetaDataset(dataset)
+    """The data set itself where it is a MetaDataset, and a MetaDataset of it otherwise: with the
+    classes it knows, or else the labels of its examples, which are read once for all who ask.
+    """
+    if isinstance(dataset, MetaDataset):
+        return dataset
+    if knows_classes(dataset):
+        own: Any = dataset
+        meta = MetaDataset(dataset, labels_to_indices=own.labels_to_indices)
+        meta.indices_to_labels, meta.labels = own.indices_to_labels, list(own.labels)
+        return meta
+    known = _scanned.get(id(dataset))
+    if known is None or known.dataset is not dataset or _watches[known].changed(dataset):
+        watch = Watch(dataset)
+        known = MetaDataset(dataset)
+        watch.was_read(dataset)
+        _scanned[id(dataset)], _watches[known] = known, watch
+    return known
+
+
+def knows_classes(dataset: object) -> bool:
+    """Whether a data set has the mappings of a :class:`MetaDataset`, and ``labels`` that are its
+    classes; data sets often have the label of every example under that name.
+    """
+    labels, indices, classes = (
+        getattr(dataset, name, None)
+        for name in ("labels", "labels_to_indices", "indices_to_labels")
+    )
+    if not isinstance(labels, Sequence) or not isinstance(indices, Mapping) or classes is None:
+        return False
+    try:
+        return len(set(labels)) == len(labels) and all(label in indices for label in labels)
+    except TypeError:  # labels without a hash
+        return False
 
 
 def group_by_label(labelled: Iterable[tuple[int, Any]]) -> dict[Any, list[int]]:

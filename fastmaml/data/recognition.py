@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
@@ -16,11 +17,12 @@ from fastmaml.data.episodes import EpisodeSampler
 from fastmaml.data.examples import check_finite, read_labelled, unlike
 from fastmaml.data.fixed_tasks import FixedTasks
 from fastmaml.data.meta_dataset import MetaDataset
-from fastmaml.data.packed import PackedImages, pack
+from fastmaml.data.packed import ClassIndex, PackedImages, pack
 from fastmaml.data.rotation import RandomClassRotation
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.data.transforms import (
     ClassSizes,
+    ClassTransform,
     ConsecutiveLabels,
     FilterLabels,
     FusedNWaysKShots,
@@ -145,9 +147,9 @@ def check_possible(transforms: Sequence[Any], dataset: MetaDataset, stacked: boo
         ValueError: a class that may be drawn has too few examples, or there are too few classes; or
             the examples have different shapes, as far as the data set has seen them.
     """
-    sizes: ClassSizes = {c: len(indices) for c, indices in dataset.labels_to_indices.items()}
+    sizes: ClassSizes = {c: len(dataset.labels_to_indices[c]) for c in dataset.labels}
     for transform in transforms:
-        if type(transform) not in _KNOWN or not _same_data(transform.dataset, dataset):
+        if type(transform) not in _KNOWN or not _same_data(transform, dataset):
             return
         sizes = transform.possible(sizes)
     if stacked and any(type(transform) is LoadData for transform in transforms):
@@ -163,8 +165,26 @@ def _check_shapes(dataset: MetaDataset, classes: Iterable[Any]) -> None:
                 raise unlike(name, shape, first[1], first[0])
 
 
-def _same_data(one: Dataset, other: MetaDataset) -> bool:
-    return one is other or _examples(one) is _examples(other)
+def _same_data(transform: TaskTransform, dataset: MetaDataset) -> bool:
+    own = transform.dataset
+    if own is dataset:
+        return True
+    if _examples(own) is not _examples(dataset):
+        return False
+    of_classes = isinstance(transform, ClassTransform)
+    return not of_classes or _same_classes(own.labels_to_indices, dataset.labels_to_indices)
+
+
+def _same_classes(one: ClassIndex, other: ClassIndex) -> bool:
+    return one is other or (
+        one.keys() == other.keys() and all(_same_indices(one[c], other[c]) for c in one)
+    )
+
+
+def _same_indices(one: Sequence[int], other: Sequence[int]) -> bool:
+    if isinstance(one, (list, range)) and type(one) is type(other):
+        return one == other  # of ranges, at once
+    return np.array_equal(one, other)
 
 
 def _examples(dataset: Dataset) -> Dataset:
@@ -176,7 +196,7 @@ def _unknown(transform: object, dataset: MetaDataset) -> str | None:
     if type(transform) not in _KNOWN:
         return f"{name} is not a known transform"
     assert isinstance(transform, TaskTransform)
-    if not _same_data(transform.dataset, dataset):
+    if not _same_data(transform, dataset):
         return f"{name} has another data set"
     if getattr(transform, "replacement", False):
         return f"{name} draws with replacement"

@@ -31,7 +31,8 @@ class Taskset(Dataset):
     y [M])``. :meth:`batches` gives them as :class:`TaskBatch`, many at once.
 
     Args:
-        dataset: a torch data set of ``(x, label)``; made a :class:`MetaDataset` if it is none.
+        dataset: a torch data set of ``(x, label)``; made a :class:`MetaDataset` if it is none, with
+            its own ``labels``, ``labels_to_indices`` and ``indices_to_labels`` where it has these.
         task_transforms: see :mod:`fastmaml.data.transforms`; a list, applied in order, or one
             callable. None: every task is the whole data set.
         num_tasks: how many different tasks there are, each drawn when it is first asked for and

@@ -18,7 +18,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from fastmaml.data.examples import plain, plain_labels, read_example
-from fastmaml.data.meta_dataset import MetaDataset, as_meta_dataset
+from fastmaml.data.meta_dataset import MetaDataset, as_meta_dataset, knows_classes
 
 TaskDescription = list["DataDescription"]
 ClassSizes = Mapping[Any, int]
@@ -90,13 +90,14 @@ class ClassTransform(TaskTransform):
     """The base of the transforms that look at the examples' classes.
 
     Args:
-        dataset: a torch data set; made a :class:`fastmaml.data.MetaDataset` if it is none.
+        dataset: a :class:`fastmaml.data.MetaDataset`, or anything with its ``labels``,
+            ``labels_to_indices`` and ``indices_to_labels``; another torch data set is made one.
     """
 
     dataset: MetaDataset
 
     def __init__(self, dataset: Dataset) -> None:
-        super().__init__(as_meta_dataset(dataset))
+        super().__init__(dataset if knows_classes(dataset) else as_meta_dataset(dataset))
 
 
 class LoadData(TaskTransform):
