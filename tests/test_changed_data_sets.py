@@ -100,6 +100,34 @@ def test_a_watch_keeps_no_data_alive() -> None:
     assert tensor() is None
 
 
+def episodes(data: MetaDataset) -> Taskset:
+    return Taskset(data, [FusedNWaysKShots(data, 2, 2), LoadData(data), RemapLabels(data)])
+
+
+def test_batches_are_of_the_data_as_they_are() -> None:
+    base = Pictures()
+    data = MetaDataset(base)
+    taskset = episodes(data)
+    first = taskset.batches(tasks=4)
+    assert next(first).support_x.min() >= 0
+    base.steps = torch.negative
+    assert taskset.explain().startswith("the native sampler")
+    assert next(taskset.batches(tasks=4)).support_x.max() <= 0
+    base.x.fill_(7)
+    assert next(taskset.batches(tasks=4)).support_x.unique().tolist() == [-7]
+    assert next(first).support_x.min() >= 0  # an iterator goes on with what it has
+
+
+def test_data_that_stay_are_packed_once() -> None:
+    base = Pictures()
+    taskset = episodes(MetaDataset(base))
+    next(taskset.batches(tasks=1))
+    before = base.reads
+    next(taskset.batches(tasks=1))
+    looked_at = 2 * len(base)  # each example twice, for random transforms
+    assert base.reads - before <= looked_at + 2
+
+
 class Coarse(Dataset):
     """Two classes of its own, while the examples carry eight labels."""
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from fastmaml.data.changes import Watch
 from fastmaml.data.episodes import EpisodeSampler
 from fastmaml.data.examples import check_finite, read_labelled, unlike
 from fastmaml.data.fixed_tasks import FixedTasks
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
 
 _READ_TWICE = 20  # examples: a mere coin flip each would go unnoticed once in a million times
 _QUARTER_TURNS = [0, 90, 180, 270]
-_packed: weakref.WeakKeyDictionary[MetaDataset, PackedImages] = weakref.WeakKeyDictionary()
+_packed: weakref.WeakKeyDictionary[MetaDataset, tuple[PackedImages, Watch]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,8 @@ class Episodes:
         self, tasks: int, shots: int | None, device: torch.device | str | None, seed: int
     ) -> EpisodeSampler:
         shots = support_shots(shots, self.images)
-        if self.dataset not in _packed:
-            _packed[self.dataset] = pack(self.dataset)
         return EpisodeSampler(
-            _packed[self.dataset],
+            _images(self.dataset),
             self.ways,
             shots,
             self.images - shots,
@@ -89,6 +90,15 @@ class Episodes:
             f"{self.ways} of {len(self.classes)} classes, {self.images} examples of each{turned}"
             f"{fixed}"
         )
+
+
+def _images(dataset: MetaDataset) -> PackedImages:
+    """All examples, read again where the data set is no longer what it was."""
+    if dataset not in _packed or _packed[dataset][1].changed(dataset):
+        watch = Watch(dataset)
+        _packed[dataset] = pack(dataset), watch
+        watch.was_read(dataset)
+    return _packed[dataset][0]
 
 
 def support_shots(shots: int | None, images: int) -> int:

@@ -160,7 +160,8 @@ class Taskset(Dataset):
         Where the transforms are known ones, the native sampler draws the tasks (the same
         distribution, other random numbers; of a fixed number of tasks, as many others than
         ``self[i]``, and the same at each call); otherwise they are drawn as written and put side
-        by side. :meth:`explain` says which.
+        by side. :meth:`explain` says which. The native sampler draws from examples that it has
+        read; each call looks whether the data set has changed since (``fastmaml/data/README.md``).
 
         Args:
             tasks: T, the tasks of a batch.
