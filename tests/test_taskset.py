@@ -327,6 +327,8 @@ def test_a_task_is_partitioned_by_class() -> None:
         (torch.zeros(4), torch.tensor([0, 0, 1]), 1, "labels must be as many as data, 4, got 3"),
         (torch.zeros(3), torch.tensor([0, 0, 1]), 1, r"equally often, got \[2, 1\] examples"),
         (torch.zeros(4), torch.tensor([0, 0, 1, 1]), 3, "shots must be from 0 to 2"),
+        (torch.zeros(4), torch.zeros(4, 1), 1, r"labels must have shape \[N\], .* got \[4, 1\]"),
+        (torch.zeros(1, 2), torch.zeros(1, 2), 1, r"must have shape \[N\], .* got \[1, 2\]"),
     ],
 )
 def test_uneven_tasks_are_refused(x, y, shots, message) -> None:

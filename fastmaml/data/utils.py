@@ -35,9 +35,14 @@ def partition_task(
         ``((support_x, support_y), (query_x, query_y))``, classes in ascending order.
 
     Raises:
-        ValueError: ``data`` and ``labels`` differ in length, the classes are not of one size, or
-            ``shots`` is more than that.
+        ValueError: ``labels`` is no vector or of another length than ``data``, the classes are not
+            of one size, or ``shots`` is more than that.
     """
+    if labels.ndim != 1:
+        raise ValueError(
+            f"labels must have shape [N], one for each of the data, got {list(labels.shape)}; pass "
+            "one task, and labels.flatten() where each is in a row of its own"
+        )
     if len(data) != len(labels):
         raise ValueError(
             f"labels must be as many as data, {len(data)}, got {len(labels)}; pass one task"
