@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
+import numpy as np
 import pytest
 import torch
 from episode_images import pictures
@@ -394,3 +395,31 @@ def test_a_fused_transform_holds_the_ones_it_is_made_of(numbers: MetaDataset) ->
     random.seed(0)
     task = NWays(numbers, 6)(None)
     assert one == [d.index for d in fused.kshots(fused.nways(fused.filter(task)))]
+
+
+@pytest.mark.parametrize("two", [2.0, 2.9, np.int64(2), torch.tensor(2)], ids=repr)
+def test_counts_are_cut_off_after_the_point(numbers: MetaDataset, two: float) -> None:
+    steps = [NWays(numbers, two), KShots(numbers, two), LoadData(numbers)]
+    taskset = Taskset(numbers, steps, num_tasks=two)
+    assert (len(taskset), type(taskset.num_tasks)) == (2, int)
+    fused = Taskset(numbers, [FusedNWaysKShots(numbers, two, two), LoadData(numbers)])
+    for drawn in (taskset[1], fused.sample()):
+        assert len(drawn[1]) == 4
+        assert len(drawn[1].unique()) == 2
+
+
+@pytest.mark.parametrize("bad", ["2", None, [2], float("nan"), float("inf"), torch.ones(2)])
+def test_counts_are_numbers(numbers: MetaDataset, bad: object) -> None:
+    for name, make in {
+        "n": lambda: NWays(numbers, bad),
+        "k": lambda: KShots(numbers, bad),
+        "num_tasks": lambda: Taskset(numbers, num_tasks=bad),
+    }.items():
+        with pytest.raises(TypeError, match=f"^{name} must be a whole number, got "):
+            make()
+    with pytest.raises(TypeError, match=r"^n must be a whole number"):
+        FusedNWaysKShots(numbers, bad, 1)
+    with pytest.raises(TypeError, match=r"^k must be a whole number"):
+        FusedNWaysKShots(numbers, 1, bad)
+    with pytest.raises(ValueError, match="num_tasks must be -1"):
+        Taskset(numbers, num_tasks=0.5)

@@ -16,7 +16,7 @@ from fastmaml.data.examples import check_alike, shape_of
 from fastmaml.data.meta_dataset import MetaDataset, as_meta_dataset
 from fastmaml.data.recognition import Episodes, check_possible, recognise, support_shots
 from fastmaml.data.task_batch import TaskBatch
-from fastmaml.data.transforms import DataDescription, LoadData, TaskDescription
+from fastmaml.data.transforms import DataDescription, LoadData, TaskDescription, as_count
 from fastmaml.data.utils import partition_task
 from fastmaml.utils.config import warn_once
 
@@ -43,6 +43,7 @@ class Taskset(Dataset):
         sampled_descriptions: the tasks drawn so far, by index.
 
     Raises:
+        TypeError: ``num_tasks`` is no number.
         ValueError: ``num_tasks`` is neither -1 nor positive; the transforms ask for more classes or
             examples than there are, or would stack examples that were read with different shapes
             (transforms of one's own are not looked into).
@@ -55,6 +56,7 @@ class Taskset(Dataset):
         num_tasks: int = -1,
         task_collate: Collate | None = None,
     ) -> None:
+        num_tasks = as_count("num_tasks", num_tasks)
         if num_tasks != -1 and num_tasks < 1:
             raise ValueError(f"num_tasks must be -1 (without end) or 1 or more, got {num_tasks}")
         self.dataset: MetaDataset = as_meta_dataset(dataset)

@@ -184,8 +184,8 @@ class NWays(ClassTransform):
 
     def __init__(self, dataset: Dataset, n: int = 2) -> None:
         super().__init__(dataset)
-        self.n = n
-        _check_ways(n, len(self.dataset.labels))
+        self.n = as_count("n", n)
+        _check_ways(self.n, len(self.dataset.labels))
 
     def new_task(self) -> TaskDescription:
         classes = random.sample(self.dataset.labels, k=self.n)
@@ -216,7 +216,7 @@ class KShots(ClassTransform):
 
     def __init__(self, dataset: Dataset, k: int = 1, replacement: bool = False) -> None:
         super().__init__(dataset)
-        self.k = k
+        self.k = as_count("k", k)
         self.replacement = replacement
 
     def __call__(self, task: TaskDescription | None) -> TaskDescription:
@@ -262,16 +262,16 @@ class FusedNWaysKShots(ClassTransform):
         filter_labels: Iterable[Any] | None = None,
     ) -> None:
         super().__init__(dataset)
-        self.n = n
-        self.k = k
+        self.n = as_count("n", n)
+        self.k = as_count("k", k)
         self.replacement = replacement
         self.filter_labels = (
             self.dataset.labels if filter_labels is None else plain_labels(filter_labels)
         )
         self.filter = FilterLabels(self.dataset, self.filter_labels)
-        _check_ways(n, len(self.filter_labels))
-        self.nways = NWays(self.dataset, n)
-        self.kshots = KShots(self.dataset, k, replacement)
+        _check_ways(self.n, len(self.filter_labels))
+        self.nways = NWays(self.dataset, self.n)
+        self.kshots = KShots(self.dataset, self.k, replacement)
 
     def new_task(self) -> TaskDescription:
         classes = random.sample(self.filter_labels, k=self.n)
@@ -293,6 +293,16 @@ class FusedNWaysKShots(ClassTransform):
         kept = FilterLabels(self.dataset, self.filter_labels).possible(sizes)
         drawn = NWays(self.dataset, self.n).possible(kept)
         return KShots(self.dataset, self.k, self.replacement).possible(drawn)
+
+
+def as_count(name: str, value: Any) -> int:
+    """A number as an int, cut off after the point as in learn2learn: people divide lengths."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError("a text")
+        return int(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from error
 
 
 def distinct_labels(labels: Iterable[Any]) -> list[Any]:
