@@ -423,3 +423,23 @@ def test_counts_are_numbers(numbers: MetaDataset, bad: object) -> None:
         FusedNWaysKShots(numbers, 1, bad)
     with pytest.raises(ValueError, match="num_tasks must be -1"):
         Taskset(numbers, num_tasks=0.5)
+
+
+class Hundreds(RemapLabels):
+    def remap(self, data, mapping):
+        x, label = data
+        return x, 100 + mapping(label)
+
+
+def test_subclasses_say_how_labels_are_replaced(numbers: MetaDataset) -> None:
+    taskset = Taskset(numbers, [NWays(numbers, 2), LoadData(numbers), Hundreds(numbers)])
+    assert taskset.sample()[1].unique().tolist() == [100, 101]
+    assert taskset.explain().endswith("Hundreds is not a known transform")
+
+
+def test_labels_that_are_no_class_of_the_task() -> None:
+    examples = TensorDataset(torch.arange(6.0), torch.arange(6))
+    halves = MetaDataset(examples, labels_to_indices={0: [0, 1, 2], 7: [3, 4, 5]})
+    taskset = Taskset(halves, [NWays(halves, 2), LoadData(halves), RemapLabels(halves, False)])
+    with pytest.raises(ValueError, match=r"must be one of the task's classes, \[0, 7\], got [1-5]"):
+        taskset.sample()

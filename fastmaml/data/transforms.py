@@ -147,6 +147,8 @@ class RemapLabels(ClassTransform):
 
     Args:
         shuffle: number them in random order.
+
+    Subclasses may override :meth:`remap`.
     """
 
     def __init__(self, dataset: Dataset, shuffle: bool = True) -> None:
@@ -158,21 +160,32 @@ class RemapLabels(ClassTransform):
         labels = distinct_labels(self.label(d) for d in task)
         if self.shuffle:
             random.shuffle(labels)
-        remap = _Remap({label: i for i, label in enumerate(labels)})
+        remap = partial(self.remap, mapping=_Positions(labels))
         for description in task:
             description.transforms.append(remap)
         return task
 
-
-class _Remap:
-    """Replaces the label of a loaded example; a class, so that workers can be sent it."""
-
-    def __init__(self, positions: dict[Any, int]) -> None:
-        self._positions = positions
-
-    def __call__(self, data: Sequence[Any]) -> list[Any]:
+    def remap(self, data: Sequence[Any], mapping: Callable[[Any], int]) -> Any:
+        """A loaded example with ``mapping`` of its label."""
         x, label, *rest = data
-        return [x, self._positions[plain(label)], *rest]
+        return [x, mapping(label), *rest]
+
+
+class _Positions:
+    """Numbers labels; a class, so that workers can be sent it."""
+
+    def __init__(self, labels: Iterable[Any]) -> None:
+        self._positions = {label: i for i, label in enumerate(labels)}
+
+    def __call__(self, label: Any) -> int:
+        label = plain(label)
+        if label not in self._positions:
+            raise ValueError(
+                "the label of an example must be one of the task's classes, "
+                f"{list(self._positions)!r:.60}, got {label!r}; RemapLabels numbers the labels of "
+                "examples, which must be the classes of its dataset"
+            )
+        return self._positions[label]
 
 
 class NWays(ClassTransform):
