@@ -285,6 +285,35 @@ def test_omniglot_is_read_once_for_a_device(tmp_path, monkeypatch) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (benchmarks.omniglot_tasksets, "omniglot"),
+        (benchmarks.mini_imagenet_tasksets, "mini-imagenet"),
+        (benchmarks.tiered_imagenet_tasksets, "tiered-imagenet"),
+        (benchmarks.fc100_tasksets, "fc100"),
+        (benchmarks.cifarfs_tasksets, "cifarfs"),
+    ],
+)
+def test_benchmarks_as_data_and_transforms(make, name, tmp_path, monkeypatch) -> None:
+    for writer in (write_omniglot, write_mini_imagenet, write_tiered_imagenet):
+        writer(tmp_path)
+    write_cifarfs(tmp_path)
+    write_fc100(tmp_path)
+    monkeypatch.setattr(parts_of_benchmarks, "SPLIT", (3, 1, 2))
+    random.seed(0)
+    data, transforms = make(2, 2, 1, 2, root=str(tmp_path))
+    assert len(data) == len(transforms) == 3
+    drawn = [Taskset(*part).sample() for part in zip(data, transforms, strict=True)]
+    random.seed(0)
+    expected = benchmarks.get_tasksets(name, 2, 2, 1, 2, root=str(tmp_path))
+    for task, part in zip(drawn, expected, strict=True):
+        for a, b in zip(task, part.sample(), strict=True):
+            assert torch.equal(a, b)
+    with pytest.raises(TypeError, match="anything"):
+        make(root=str(tmp_path), anything=1)
+
+
 def test_unknown_benchmarks_are_refused(tmp_path) -> None:
     assert list(benchmarks.list_tasksets()) == [
         "omniglot", "mini-imagenet", "tiered-imagenet", "fc100", "cifarfs"

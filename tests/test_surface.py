@@ -105,6 +105,15 @@ LEARN2LEARN = {  # version 0.2.1
         list_tasksets()
         get_tasksets(name, train_ways=5, train_samples=10, test_ways=5, test_samples=10,
                      num_tasks=-1, root='~/data', device=None)
+        omniglot_tasksets(train_ways, train_samples, test_ways, test_samples, root, device=None)
+        mini_imagenet_tasksets(train_ways=5, train_samples=10, test_ways=5, test_samples=10,
+                               root='~/data', data_augmentation=None, device=None)
+        tiered_imagenet_tasksets(train_ways=5, train_samples=10, test_ways=5, test_samples=10,
+                                 root='~/data', data_augmentation=None, device=None)
+        fc100_tasksets(train_ways=5, train_samples=10, test_ways=5, test_samples=10,
+                       root='~/data', device=None)
+        cifarfs_tasksets(train_ways=5, train_samples=10, test_ways=5, test_samples=10,
+                         root='~/data', device=None)
     """,
     ".vision.datasets": """
         CIFARFS(root, mode='train', transform=None, target_transform=None, download=False)

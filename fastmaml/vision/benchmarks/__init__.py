@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import KeysView
-from importlib import import_module
 from typing import NamedTuple
 
 import torch
 
-from fastmaml.data.meta_dataset import MetaDataset
 from fastmaml.data.taskset import Taskset
-from fastmaml.data.transforms import (
-    ConsecutiveLabels,
-    FusedNWaysKShots,
-    LoadData,
-    RemapLabels,
-    TaskTransform,
+from fastmaml.vision.benchmarks.tasksets import (
+    BENCHMARKS,
+    cifarfs_tasksets,
+    data_and_transforms,
+    fc100_tasksets,
+    mini_imagenet_tasksets,
+    omniglot_tasksets,
+    tiered_imagenet_tasksets,
 )
-from fastmaml.vision.transforms import RandomClassRotation
 
-__all__ = ["BenchmarkTasksets", "get_tasksets", "list_tasksets"]
-
-_BENCHMARKS = {  # functions of `parts`, which takes seconds to import
-    "omniglot": "omniglot",
-    "mini-imagenet": "mini_imagenet",
-    "tiered-imagenet": "tiered_imagenet",
-    "fc100": "fc100",
-    "cifarfs": "cifarfs",
-}
-_AUGMENTATIONS = (None, "normalize", "lee2019")
+__all__ = [
+    "BenchmarkTasksets",
+    "cifarfs_tasksets",
+    "fc100_tasksets",
+    "get_tasksets",
+    "list_tasksets",
+    "mini_imagenet_tasksets",
+    "omniglot_tasksets",
+    "tiered_imagenet_tasksets",
+]
 
 
 class BenchmarkTasksets(NamedTuple):
@@ -41,7 +40,7 @@ class BenchmarkTasksets(NamedTuple):
 
 def list_tasksets() -> KeysView[str]:
     """The names that :func:`get_tasksets` takes."""
-    return _BENCHMARKS.keys()
+    return BENCHMARKS.keys()
 
 
 def get_tasksets(
@@ -80,35 +79,16 @@ def get_tasksets(
         ValueError: there is no such benchmark or augmentation.
         FileNotFoundError: data are missing and ``download`` is off.
     """
-    if name not in _BENCHMARKS:
-        raise ValueError(f"name must be one of {', '.join(_BENCHMARKS)}, got {name!r}")
-    if data_augmentation not in _AUGMENTATIONS:
-        raise ValueError(
-            f"data_augmentation must be None, 'normalize' or 'lee2019', got {data_augmentation!r}"
-        )
-    open_parts = getattr(import_module("fastmaml.vision.benchmarks.parts"), _BENCHMARKS[name])
-    train, validation, test = open_parts(root, device, data_augmentation, download)
-    rotations = name == "omniglot"
-    in_order = not rotations  # learn2learn's validation tasks, which a seed numbers otherwise
-    return BenchmarkTasksets(
-        _taskset(train, train_ways, train_samples, num_tasks, rotations),
-        _taskset(validation, test_ways, test_samples, num_tasks, rotations, in_order),
-        _taskset(test, test_ways, test_samples, num_tasks, rotations),
+    parts, transforms = data_and_transforms(
+        name,
+        train_ways,
+        train_samples,
+        test_ways,
+        test_samples,
+        root,
+        device,
+        data_augmentation,
+        download,
     )
-
-
-def _taskset(
-    part: MetaDataset,
-    ways: int,
-    samples: int,
-    num_tasks: int,
-    rotations: bool,
-    in_order: bool = False,
-) -> Taskset:
-    """``in_order``: classes are sorted before they are numbered, and not after."""
-    steps: list[TaskTransform] = [FusedNWaysKShots(part, n=ways, k=samples), LoadData(part)]
-    numbering = [RemapLabels(part), ConsecutiveLabels(part)]
-    steps += reversed(numbering) if in_order else numbering
-    if rotations:
-        steps.append(RandomClassRotation(part, [0.0, 90.0, 180.0, 270.0]))
-    return Taskset(part, steps, num_tasks)
+    drawn = [Taskset(part, steps, num_tasks) for part, steps in zip(parts, transforms, strict=True)]
+    return BenchmarkTasksets(*drawn)
