@@ -3,6 +3,7 @@
 import io
 import os
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +35,18 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, trainer, monke
     monkeypatch.setattr(torch, "save", real)
     assert load_checkpoint(path).iteration == 0
     assert os.listdir(tmp_path) == ["run.pt"]
+
+
+def test_a_link_to_a_checkpoint_stays(tmp_path, trainer):
+    (tmp_path / "large").mkdir()
+    link, file = tmp_path / "run.pt", tmp_path / "large" / "run.pt"
+    link.symlink_to(Path("large") / "run.pt")
+    for iteration in (0, 1):
+        save_checkpoint(link, trainer)
+        assert link.is_symlink()
+        assert load_checkpoint(file).iteration == iteration
+        trainer.step()
+    assert os.listdir(file.parent) == ["run.pt"]
 
 
 def test_missing_checkpoint(tmp_path):

@@ -57,8 +57,9 @@ def accuracies(text):
     return re.findall(r"(\d+\.\d+) % ± (\d+\.\d+)", text)
 
 
-def test_the_module_is_the_command():
-    command = [sys.executable, "-m", "fastmaml", "info"]
+@pytest.mark.parametrize("module", ["fastmaml", "fastmaml.cli"])
+def test_the_module_is_the_command(module):
+    command = [sys.executable, "-m", module, "info"]
     folder = Path(fastmaml.__file__).parents[1]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     assert re.search(rf"^fastmaml +{re.escape(fastmaml.__version__)}$", run.stdout, re.MULTILINE)
@@ -67,10 +68,10 @@ def test_the_module_is_the_command():
 def test_a_result_is_printed_in_whatever_encoding_there_is(monkeypatch):
     printed = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
-    command = "train glyphs --model fc --meta-batch 1 --iterations 1 --test-tasks 1 --test-steps 1"
+    command = "train glyphs --model fc --meta-batch 1 --iterations 1 --test-tasks 2 --test-steps 1"
     assert main(command.split()) == 0
     sys.stdout.flush()
-    assert b" % ? 0.00\n" in printed.getvalue()
+    assert re.search(rb" % \? \d+\.\d\d\n", printed.getvalue())
 
 
 def test_info_tells_what_is_in_use(capsys, monkeypatch):
@@ -210,9 +211,16 @@ def test_an_old_checkpoint_is_not_overwritten(omniglot, capsys, options, message
         (["train", "glyphs", "--shots", "20"], "has 20 images, fewer than the 21 that"),
         (
             ["train", "glyphs", "--ways", "190"],
-            "validation classes: ways must be at most",
+            "validation classes: --ways must be at most",
         ),
-        (["train", "glyphs", "--inner-batch", "7"], "inner_batch must divide the 5 support"),
+        (
+            ["train", "glyphs", "--inner-batch", "7"],
+            "fastmaml: --inner-batch must divide the 5 support",
+        ),
+        (
+            ["train", "glyphs", "--algorithm", "meta-sgd", "--inner-optimizer", "adam"],
+            "fastmaml: --inner-optimizer must be 'sgd' with meta-sgd",
+        ),
         (["train", "glyphs", "--checkpoint", "."], "is a folder; name a file in it"),
         (["demo", "--out", "/dev/null/demo.png"], "got /dev/null/demo.png; make /dev/null first"),
         (["evaluate", "none.pt"], "none.pt does not exist"),
@@ -225,6 +233,21 @@ def test_mistakes_get_one_line(capsys, command, message):
     assert error.startswith("fastmaml: ")
     assert error.count("\n") == 1
     assert not list(Path().iterdir())
+
+
+def test_a_link_to_nowhere_is_told_at_once(capsys):
+    Path("run.pt").symlink_to("gone/run.pt")
+    assert main(["train", "glyphs", "--checkpoint", "run.pt"]) == 1
+    assert "gone/run.pt; make " in capsys.readouterr().err
+
+
+def test_one_test_task_gives_no_interval(capsys):
+    command = "train glyphs --model fc --meta-batch 1 --iterations 1 --test-tasks 1 --test-steps 1"
+    assert main(command.split()) == 0
+    printed = capsys.readouterr().out
+    assert "held-out classes, 1 task:\n" in printed
+    assert "±" not in printed
+    assert "confidence" not in printed
 
 
 def test_algorithms_have_checkpoints_of_their_own():

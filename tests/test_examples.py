@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -128,6 +129,20 @@ def test_a_parameter_without_gradient_does_no_harm() -> None:
 
 
 # --- one gradient -----------------------------------------------------------------------------
+
+
+def test_the_first_call_is_not_timed(capsys) -> None:
+    ran: list[float] = []
+
+    def slow_at_first() -> torch.Tensor:
+        ran.append(0.0 if ran else 0.5)
+        time.sleep(ran[-1])
+        return torch.zeros((), requires_grad=True)
+
+    loops.compare_times({"one way": slow_at_first}, rounds=1)
+    assert len(ran) == 2
+    (milliseconds,) = re.findall(r"one way +([\d.]+) ms", capsys.readouterr().out)
+    assert float(milliseconds) < 400
 
 
 @pytest.fixture

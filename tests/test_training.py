@@ -1,10 +1,12 @@
 """The meta-training loop: it learns, it resumes bit for bit, it never loses a run."""
 
 import contextlib
+import math
 import os
 import random
 import signal
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -146,7 +148,9 @@ def test_confidence_interval():
     assert accuracy.mean == 0.5
     assert accuracy.interval == pytest.approx(1.96 * (0.5 / 3) ** 0.5 / 2)
     assert str(accuracy) == "50.00 % ± 40.01"
-    assert summarise(values[:1]).interval == 0
+    one = summarise(values[1:2])
+    assert one.interval == math.inf
+    assert str(one) == "50.00 %"
 
 
 def test_evaluate_needs_a_task(trainer):
@@ -156,10 +160,12 @@ def test_evaluate_needs_a_task(trainer):
 
 @pytest.fixture
 def heeded():
-    """Ctrl-C as a terminal gives it: a process started in the background ignores it."""
+    """Ctrl-C as a terminal gives it, and its end: processes in the background may ignore them."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hung_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGHUP, hung_up)
 
 
 @pytest.mark.parametrize("signals", [1, 2])
@@ -179,7 +185,7 @@ def test_signals_wait_for_a_checkpoint_to_be_whole(tmp_path, trainer, signals):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.usefixtures("heeded")
 def test_a_signal_finishes_the_update_and_saves(tmp_path, trainer, number):
     path = tmp_path / "run.pt"
@@ -187,7 +193,8 @@ def test_a_signal_finishes_the_update_and_saves(tmp_path, trainer, number):
 
     def interrupted(measure):
         if trainer.iteration == 2:
-            os.kill(os.getpid(), number)
+            for _ in range(1 + (number == signal.SIGHUP)):  # from the shell and from the system
+                os.kill(os.getpid(), number)
         return step(measure)
 
     trainer.step = interrupted
@@ -306,8 +313,22 @@ def test_train_runs_outside_the_main_thread(trainer):
 
 
 def test_training_stops_after_the_seconds_given(trainer):
-    train(trainer, 10**9, seconds=0.0, progress=False)
+    train(trainer, None, seconds=0.0, progress=False)
     assert trainer.iteration == 0
+
+
+def test_a_run_without_a_last_iteration_shows_no_total(trainer, capsys):
+    step = trainer.step
+
+    def slow(measure):
+        time.sleep(0.1)
+        return step(measure)
+
+    trainer.step = slow
+    train(trainer, None, seconds=0.3)
+    shown = capsys.readouterr().err
+    assert f"{trainer.iteration}it [" in shown
+    assert "/" not in shown.split("[")[0]
 
 
 def test_tasks_that_evaluation_cannot_draw_are_refused_at_once():

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     trainer = Trainer(recipe, data, split)
     _introduce(trainer)
 
-    iterations = arguments.iterations if arguments.seconds is None else 10**9
+    iterations = arguments.iterations if arguments.seconds is None else None
     curve_tasks = min(100, arguments.tasks)
     trainer.validate(curve_tasks)
     stopped_by = train(

@@ -45,9 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
 def report(trainer: Trainer, result: Evaluation) -> None:
     """Print an evaluation on the test classes."""
     recipe = trainer.recipe
+    tasks = "1 task" if result.tasks == 1 else f"{result.tasks} tasks, 95 % confidence"
     print(
         f"{recipe.ways}-way {recipe.shots}-shot on {len(trainer.split.test)} held-out classes, "
-        f"{result.tasks} tasks, 95 % confidence:\n"
+        f"{tasks}:\n"
         f"  before adaptation  {result.before}\n"
         f"  after {recipe.test_steps} step{'s' * (recipe.test_steps != 1)}      {result.after}"
     )

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -60,11 +64,23 @@ def device(name: str) -> torch.device:
 
 def require_place(option: str, path: Path) -> None:
     """Raise an OSError now where a file could not be written later."""
-    if not path.parent.is_dir():
+    place = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if not place.parent.is_dir():
         raise FileNotFoundError(
-            f"{option} must be in a folder that is there, got {path}; make {path.parent} first"
+            f"{option} must be in a folder that is there, got {place}; make {place.parent} first"
         )
-    require_writable(path)
+    require_writable(place)
+
+
+@contextmanager
+def named_as_options(arguments: Iterable[str]) -> Iterator[None]:
+    """Arguments of functions that errors name, such as inner_batch, become --inner-batch."""
+    known = re.compile(rf"(?<![-\w])({'|'.join(arguments)})(?= must )")
+    try:
+        yield
+    except ValueError as error:
+        text = known.sub(lambda found: f"--{found[1].replace('_', '-')}", str(error))
+        raise ValueError(text) from error
 
 
 def check_data_options(dataset: str, data: Path | None, download: bool = False) -> None:

@@ -15,6 +15,7 @@ from fastmaml.cli.options import (
     add_test_tasks,
     add_threads,
     check_data_options,
+    named_as_options,
     not_negative,
     positive,
     positive_float,
@@ -31,9 +32,10 @@ from fastmaml.training.recipe import (
 )
 
 EPILOG = """\
-The defaults are the MAML paper's for Omniglot. Ctrl-C writes the checkpoint and stops; the same
-command with --resume goes on, bit for bit.
+The defaults are the MAML paper's for Omniglot. Ctrl-C writes the checkpoint and stops, as the end
+of the terminal does; the same command with --resume goes on, bit for bit.
 """
+_VALUES = {field.name for field in fields(Recipe)} - {"dataset", "first_order", "rotations"}
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -132,10 +134,11 @@ def run(arguments: argparse.Namespace) -> int:
         for field in fields(Recipe)
         if hasattr(arguments, field.name)
     }
-    recipe = Recipe(**given)
-    checkpoint = arguments.checkpoint or default_checkpoint(recipe)
-    require_place("--checkpoint", checkpoint)
-    current = _Run(_start(arguments, recipe, given, checkpoint), checkpoint)
+    with named_as_options(_VALUES):
+        recipe = Recipe(**given)
+        checkpoint = arguments.checkpoint or default_checkpoint(recipe)
+        require_place("--checkpoint", checkpoint)
+        current = _Run(_start(arguments, recipe, given, checkpoint), checkpoint)
     try:
         return current.train_and_test(arguments)
     except KeyboardInterrupt:

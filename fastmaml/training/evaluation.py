@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf, isfinite
 from typing import NamedTuple
 
 import torch
@@ -12,13 +13,16 @@ from fastmaml.maml import MAML
 
 
 class Accuracy(NamedTuple):
-    """Mean over tasks and the half-width of its 95 % confidence interval, both from 0 to 1."""
+    """Mean over tasks, from 0 to 1, and the half-width of its 95 % confidence interval, which is
+    infinite for a single task.
+    """
 
     mean: float
     interval: float
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:.2f} % ± {100 * self.interval:.2f}"
+        known = f" ± {100 * self.interval:.2f}" if isfinite(self.interval) else ""
+        return f"{100 * self.mean:.2f} %{known}"
 
 
 class Evaluation(NamedTuple):
@@ -56,6 +60,6 @@ def accuracies(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 def summarise(values: Tensor) -> Accuracy:
-    """Mean and 1.96 standard errors; the interval of a single value is 0."""
-    error = values.std().item() / len(values) ** 0.5 if len(values) > 1 else 0.0
+    """Mean and 1.96 standard errors."""
+    error = values.std().item() / len(values) ** 0.5 if len(values) > 1 else inf
     return Accuracy(values.mean().item(), 1.96 * error)

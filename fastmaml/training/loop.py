@@ -19,6 +19,7 @@ from fastmaml.training.trainer import DivergedError, Trainer
 
 MEASURE_EVERY = 20
 Handler = Any  # of a signal: a function or a number
+_HEEDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
@@ -29,7 +30,7 @@ class StopRequest:
 
 def train(
     trainer: Trainer,
-    iterations: int,
+    iterations: int | None,
     *,
     seconds: float | None = None,
     save: Callable[[], None] | None = None,
@@ -40,13 +41,14 @@ def train(
 ) -> int | None:
     """Advance `trainer` to `iterations` meta-updates in all.
 
-    `save` is called every `save_every` updates, at the end, on Ctrl-C, SIGTERM and on a crash that
-    leaves the trainer whole and further than it was. Ctrl-C and SIGTERM let the update in hand
-    finish; a second one stops at once and keeps the last checkpoint. Both wait while `save` runs.
+    `save` is called every `save_every` updates, at the end, on Ctrl-C, SIGTERM or SIGHUP, and on a
+    crash that leaves the trainer whole and further than it was. The signals let the update in hand
+    finish; a second Ctrl-C or SIGTERM stops at once and keeps the last checkpoint. All wait while
+    `save` runs.
 
     Args:
         trainer: the run; its history gets a point at each validation.
-        iterations: the number to reach, counted from the very start of the run.
+        iterations: the number to reach, counted from the very start of the run; None: no limit.
         seconds: stop after this long (results then depend on the machine's speed).
         save: writes a checkpoint.
         save_every: updates between checkpoints.
@@ -66,7 +68,7 @@ def train(
     deadline = time.monotonic() + seconds if seconds is not None else float("inf")
     with _catch_signals() as stop, _Bar(trainer, iterations, progress) as bar:
         try:
-            while trainer.iteration < iterations and time.monotonic() < deadline:
+            while not _reached(trainer, iterations) and time.monotonic() < deadline:
                 measure = trainer.iteration % MEASURE_EVERY == 0
                 bar.update(*trainer.step(measure))
                 if validate_every and trainer.iteration % validate_every == 0:
@@ -87,14 +89,19 @@ def train(
     return stop.signal
 
 
+def _reached(trainer: Trainer, iterations: int | None) -> bool:
+    return iterations is not None and trainer.iteration >= iterations
+
+
 @contextmanager
 def _catch_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request."""
+    """Turn the first signal into a request."""
     stop = StopRequest()
 
     def request(number: int, frame: FrameType | None) -> None:
         stop.signal = number
-        _set_handlers(previous)
+        # a terminal that goes sends SIGHUP more than once: the shell does, and the system
+        _set_handlers({n: old for n, old in previous.items() if n != signal.SIGHUP})
 
     previous = _heeded()
     _set_handlers(dict.fromkeys(previous, request))
@@ -122,10 +129,10 @@ def _undisturbed(save: Callable[[], None]) -> Callable[[], None]:
 
 
 def _heeded() -> dict[signal.Signals, Handler]:
-    """The handlers of SIGINT and SIGTERM, unless the process ignores them or a thread asks."""
+    """The handlers of these signals, unless the process ignores them or a thread asks."""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in _HEEDED}
     return {n: old for n, old in handlers.items() if old not in (None, signal.SIG_IGN)}
 
 
@@ -137,7 +144,7 @@ def _set_handlers(handlers: Mapping[signal.Signals, Handler]) -> None:
 class _Bar:
     """A progress bar with the smoothed meta-loss and query accuracy."""
 
-    def __init__(self, trainer: Trainer, iterations: int, show: bool) -> None:
+    def __init__(self, trainer: Trainer, iterations: int | None, show: bool) -> None:
         self._bar = tqdm(
             total=iterations,
             initial=trainer.iteration,
