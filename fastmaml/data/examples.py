@@ -11,6 +11,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from fastmaml.data.unreadable import unreadable
+
 Label = Hashable
 
 
@@ -97,12 +99,13 @@ def read_example(dataset: Dataset, index: int) -> Any:
     """``dataset[index]``.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read. Of what reading has raised this is a subclass too: where a
+            file is missing, say, it is a FileNotFoundError.
     """
     try:
         return dataset[index]
     except Exception as error:  # damaged files raise nearly anything
-        raise ValueError(f"{example_name(dataset, index)} cannot be read: {error!r}") from error
+        raise unreadable(example_name(dataset, index), error) from error
 
 
 def read_labelled(dataset: Dataset, index: int) -> tuple[Any, Label]:
