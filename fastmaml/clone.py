@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fastmaml.late import own_parts
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from fastmaml.parameters import LearnerParameters
     from fastmaml.program.layout import ParameterLayout
 
+_Kind = tuple[tuple[int, ...], torch.dtype, torch.device]
 _OF_THE_COPY = frozenset(
     {"_parameters", "_buffers", "_modules", "training", "_flat_weights", "_flat_weight_refs"}
 )
@@ -197,6 +199,28 @@ def _detached(tensor: Tensor, keep_requires_grad: bool, memo: dict[Tensor, Tenso
     return memo[tensor]
 
 
+def _inherits(module: nn.Module, method: str, *classes: type[nn.Module]) -> bool:
+    """Whether a method of ``module`` is that of one of ``classes``."""
+    own = getattr(type(module), method)
+    return method not in vars(module) and any(own is getattr(c, method) for c in classes)
+
+
+def _converts_nothing(fn: Callable[[Tensor], Tensor], kinds: Iterable[_Kind]) -> bool:
+    """Whether ``fn`` is a conversion of :class:`torch.nn.Module` to what tensors are already.
+
+    It is tried on others of their kinds: of any other function nobody knows what it does.
+    """
+    if getattr(fn, "__module__", None) != nn.Module.__module__:
+        return False
+    told_apart = {(s if len(s) in (4, 5) else (), dtype, device) for s, dtype, device in kinds}
+    return all(_stays(fn, torch.empty(s, dtype=d, device=where)) for s, d, where in told_apart)
+
+
+def _stays(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> bool:
+    shared = tensor.is_shared()  # which share_memory() makes it in place
+    return fn(tensor) is tensor and tensor.is_shared() == shared
+
+
 class LazyClone(dict[str, Any]):
     """A learner's ``_modules``: builds the clone when anything first looks inside.
 
@@ -208,18 +232,55 @@ class LazyClone(dict[str, Any]):
         super().__init__()
         self._of = weakref.ref(parameters)
         self.built: ModuleClone | None = None
+        self.asked: tuple[bool, ...] | None = None  # modes that it is to have once it is built
+
+    @property
+    def _parameters(self) -> LearnerParameters:
+        parameters = self._of()
+        assert parameters is not None  # whose attribute this is
+        return parameters
 
     def build(self, parts: Mapping[str, Tensor] | None = None) -> ModuleClone:
         """The clone; ``parts``: its parameters at first, None where the learner's are flat."""
         if self.built is None:
-            parameters = self._of()
-            assert parameters is not None  # whose attribute this is
+            parameters = self._parameters
             layout = parameters.layout
             with LOCK:
                 own = own_parts(parameters, layout.slots) if parts is None else parts
                 self.built = ModuleClone(layout, own)
+                if self.asked is not None:
+                    self.built.set_modes(self.asked)
             self["module"] = self.built.module
         return self.built
+
+    def modes(self) -> tuple[bool, ...]:
+        """``training`` of every part, in the order of the base's ``modules()``."""
+        if self.built is not None:
+            return self.built.modes()
+        return self._parameters.layout.modes if self.asked is None else self.asked
+
+    def train(self, mode: bool) -> bool:
+        """Set ``training`` of every part; False where that takes parts that are built."""
+        if not self._unseen("train", nn.Module):
+            return False
+        self.asked = (mode,) * len(self._parameters.layout.modules)
+        return True
+
+    def stays(self, fn: Callable[[Tensor], Tensor]) -> bool:
+        """Whether it is known, without parts, that ``nn.Module._apply(fn)`` changes none."""
+        if not self._unseen("_apply", nn.Module, nn.RNNBase):
+            return False
+        layout, device = self._parameters.layout, self._parameters.flat.theta.root.device
+        kinds = {(slot.shape, slot.dtype, device) for slot in layout.slots.values()}
+        for part in layout.modules:
+            buffers = [b for b in part.module._buffers.values() if b is not None]
+            kinds.update((tuple(b.shape), b.dtype, b.device) for b in buffers)
+        return _converts_nothing(fn, kinds)
+
+    def _unseen(self, method: str, *classes: type[nn.Module]) -> bool:
+        """Whether nothing is built, and no part has a ``method`` but that of ``classes``."""
+        parts = self._parameters.layout.modules
+        return self.built is None and all(_inherits(p.module, method, *classes) for p in parts)
 
     def why_not(self) -> str | None:
         """Why the base's programs cannot stand for the learner's module; None where they can."""

@@ -83,13 +83,16 @@ class Learner(BaseLearner):
             **self.__dict__,
             "_held": self._held.state(self._modules),
             "_modules": {},
+            "_asked": self._held.clone.asked,
             "moments": tuple(m if m is None else m.unpacked() for m in self.moments),
             "_recorders": {},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         held = LearnerParameters.of_state(state["_held"])
-        self.__dict__.update(state, _held=held, _modules=held.clone)
+        held.clone.asked = state["_asked"]
+        own = {name: value for name, value in state.items() if name != "_asked"}
+        self.__dict__.update(own, _held=held, _modules=held.clone)
 
     # --- running ------------------------------------------------------------------------------
 
@@ -101,8 +104,7 @@ class Learner(BaseLearner):
             return self._eagerly(args, kwargs)
         now = self._base.layout()
         held = self._held
-        in_a_copy = self._modules is not held.clone  # of a module that this is a part of
-        if in_a_copy or not held.layout.fits(now):
+        if not self._is_own or not held.layout.fits(now):
             cannot = "a base module that was given other parts, or a copy, cannot run"
             checks.one_task(self.tasks, cannot)
             return self._eagerly(args, kwargs)
@@ -139,7 +141,7 @@ class Learner(BaseLearner):
 
     def _program(self, x: Any, now: ParameterLayout) -> Program:
         held = self._held
-        modes = held.layout.modes if held.clone.built is None else held.clone.built.modes()
+        modes = held.clone.modes()
         return self._base.programs.find(
             held.layout,
             x,
@@ -275,6 +277,7 @@ class Learner(BaseLearner):
             allow_unused=self.allow_unused if allow_unused is None else allow_unused,
             allow_nograd=self.allow_nograd if allow_nograd is None else allow_nograd,
         )
+        learner._held.clone.asked = self._held.clone.asked
         learner.lr = self.lr
         learner.steps_taken = self.steps_taken
         learner.moments = self.moments
@@ -307,9 +310,23 @@ class Learner(BaseLearner):
         checks.one_task(self.tasks, "load_state_dict() cannot write")
         return super().load_state_dict(*args, **kwargs)
 
+    def train(self, mode: bool = True) -> Learner:
+        """As :meth:`torch.nn.Module.train`."""
+        if self._is_own and isinstance(mode, bool) and self._held.clone.train(mode):
+            self.__dict__["training"] = mode
+            return self
+        return super().train(mode)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Learner:
+        if self._is_own and self._held.clone.stays(fn):
+            return self
         if self.tasks is not None:
             root = self._held.flat.theta.root
             if fn(root) is not root:
                 checks.one_task(self.tasks, "to(), double() and the like cannot convert")
         return super()._apply(fn, recurse)
+
+    @property
+    def _is_own(self) -> bool:
+        """Whether its module is that of its own parameters; not in a copy that it is a part of."""
+        return self._modules is self._held.clone
