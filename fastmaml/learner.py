@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -179,8 +179,8 @@ class Learner(BaseLearner):
                 adapted here, whatever its value.
 
         Raises:
-            RuntimeError: ``loss`` has no gradient, depends on no parameter of this learner, or
-                leaves some unused without ``allow_unused``.
+            RuntimeError: ``loss`` has no gradient, or leaves some parameters of this learner
+                unused, or all of them, without ``allow_unused``.
             FloatingPointError: ``loss`` is not finite.
 
         After an error the learner is as it was.
@@ -190,7 +190,9 @@ class Learner(BaseLearner):
         second_order = not (self.first_order if first_order is None else first_order)
         lenient = self.allow_unused if allow_unused is None else allow_unused
         if self._held.parts is None:
-            self._step(self._gradient(loss, second_order, lenient))
+            gradient = self._gradient(loss, second_order, lenient)
+            if gradient is not None:
+                self._step(gradient)
         else:
             parts = self._held.parts.parameters(adapted=True)
             self._step_of_parts(parts, self._gradients(loss, parts, second_order, lenient))
@@ -201,17 +203,20 @@ class Learner(BaseLearner):
         theta = held.now(set(held.layout.adapted_names) - self.unused).theta
         held.move(theta.moved(self._base.update(self, theta, gradient)), self.unused)
 
-    def _gradient(self, loss: Tensor, second_order: bool, lenient: bool) -> Tensor:
+    def _gradient(self, loss: Tensor, second_order: bool, lenient: bool) -> Tensor | None:
+        """By the flat parameters; None where the loss depends on none."""
         held = self._held
         views = {n: held.views[n] for n in held.layout.adapted_names} if held.views else {}
         with twice_differentiable(self._base.module) if views else nullcontext():
             by = [held.flat.theta.root, *views.values()]
-            gradient, *parts = inner_gradients(loss, by, second_order)
+            gradient, *parts = gradients_by(loss, by, second_order, lenient)
         seen = {name for name, part in zip(views, parts, strict=True) if part is not None}
-        self._note_unused(seen | held.used, lenient)
+        self._note_unused(set() if gradient is None else seen | held.used, lenient)
         return gradient
 
     def _step_of_parts(self, parts: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
+        if not gradients:
+            return
         if self._base.moves_parts:
             moved = {n: part_step(parts[n], g, self.lr) for n, g in gradients.items()}
             self._held.move_parts(moved)
@@ -225,7 +230,7 @@ class Learner(BaseLearner):
         """Those of parts that the loss depends on."""
         learned = {n: p for n, p in parts.items() if p.requires_grad} or parts
         with twice_differentiable(self._base.module):
-            found = inner_gradients(loss, list(learned.values()), second_order)
+            found = gradients_by(loss, list(learned.values()), second_order, lenient)
         moves = {n: g for n, g in zip(learned, found, strict=True) if g is not None}
         self._note_unused(moves.keys(), lenient, frozen=parts.keys() - learned.keys())
         return moves
@@ -330,3 +335,12 @@ class Learner(BaseLearner):
     def _is_own(self) -> bool:
         """Whether its module is that of its own parameters; not in a copy that it is a part of."""
         return self._modules is self._held.clone
+
+
+def gradients_by(
+    loss: Tensor, by: Sequence[Tensor], second_order: bool, lenient: bool
+) -> tuple[Any, ...]:
+    """As :func:`inner_gradients`; ``lenient``: of a loss that depends on none of them too."""
+    if not lenient:
+        return inner_gradients(loss, by, second_order)
+    return inner_gradients(loss, [*by, loss], second_order)[:-1]  # a loss depends on itself

@@ -15,6 +15,7 @@ OPTIMIZERS = {
     "sgd": lambda: inner.SGD(0.1, momentum=0.9, weight_decay=0.1),
     "adamw": lambda: inner.AdamW(0.1, weight_decay=0.1),
 }
+ALLOWED = ("constructor", "clone", "adapt")
 
 
 class TwoHeads(nn.Module):
@@ -86,3 +87,44 @@ def test_neither_does_a_transform_move_it(tasks) -> None:
     for name, found in learner.adapted_parameters().items():
         stays = torch.equal(found, module.get_parameter(name).detach().expand_as(found))
         assert stays == name.startswith("other.")
+
+
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+@pytest.mark.parametrize("given", ["constructor", "clone", "adapt"])
+@pytest.mark.parametrize("looked", [False, True])
+@pytest.mark.parametrize("tasks", [None, 3])
+@pytest.mark.parametrize("hidden", [nn.Tanh, Cumulative])
+def test_a_loss_may_depend_on_no_parameter_at_all(hidden, tasks, looked, given) -> None:
+    """The step is taken, and moves none."""
+    module = TwoHeads(hidden()).double()
+    allowed = {where: {"allow_unused": True} if where == given else {} for where in ALLOWED}
+    maml = fastmaml.MAML(module, 0.1, **allowed["constructor"])
+    x = torch.randn(*(() if tasks is None else (tasks,)), 5, 3, dtype=torch.float64)
+    other = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):  # the second start is packed
+        learner = maml.clone(tasks=tasks, **allowed["clone"])
+        if looked and tasks is None:
+            list(learner.parameters())
+        learner.adapt(learner(x, True).square().sum())
+        before = learner(x, True)
+        learner.adapt(other.sum(), **allowed["adapt"])
+        torch.testing.assert_close(learner(x, True), before, rtol=0, atol=0)
+        assert learner.steps_taken == 2
+        assert learner.unused == dict(module.named_parameters()).keys()
+        learner.adapt(learner(x, True).square().sum())
+        assert learner.unused == frozenset()
+        assert not torch.equal(learner(x, True), before)
+    with pytest.raises(RuntimeError, match="none is in its graph"):
+        learner.adapt(other.sum(), allow_unused=False)
+    assert learner.steps_taken == 3
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_optimizer_takes_no_step_on_no_parameter(optimizer) -> None:
+    maml = fastmaml.MAML(TwoHeads(nn.Tanh()), inner=OPTIMIZERS[optimizer](), allow_unused=True)
+    learner, other = maml.clone(), torch.ones(3, requires_grad=True)
+    x = torch.randn(5, 3)
+    learner.adapt(learner(x).square().sum())
+    before = learner.theta
+    learner.adapt(other.sum())
+    assert torch.equal(learner.theta, before)
