@@ -294,6 +294,15 @@ def adapt_loss(loss: object, tasks: int | None) -> Tensor:
     return loss
 
 
+def all_used(missed: Sequence[str]) -> None:
+    """A loss depends on all parameters: on those ``missed`` as well."""
+    if missed:
+        raise RuntimeError(
+            f"loss does not depend on the parameters {', '.join(missed)}; "
+            "pass allow_unused=True to leave them as they are, or freeze them"
+        )
+
+
 def finite_loss(loss: Tensor) -> None:
     """The loss is a number; checked where that needs no device synchronisation."""
     if loss.device.type == "cpu" and not math.isfinite(

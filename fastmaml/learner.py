@@ -238,12 +238,8 @@ class Learner(BaseLearner):
     def _note_unused(self, used: Set[str], lenient: bool, frozen: Set[str] = frozenset()) -> None:
         unused = [name for name in self._held.layout.adapted_names if name not in used]
         self.__dict__["unused"] = frozenset(unused)
-        missed = [name for name in unused if name not in frozen]
-        if missed and not lenient:
-            raise RuntimeError(
-                f"loss does not depend on the parameters {', '.join(missed)}; "
-                "pass allow_unused=True to leave them as they are, or freeze them"
-            )
+        if not lenient:
+            checks.all_used([name for name in unused if name not in frozen])
 
     @property
     def layout(self) -> ParameterLayout:

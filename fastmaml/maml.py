@@ -9,7 +9,8 @@ Three doors to one engine, all with the same exact second-order gradients::
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -35,11 +36,13 @@ from fastmaml.program.cache import ProgramCache
 from fastmaml.program.gradient_step import NumberStep, gradient_step
 from fastmaml.program.layout import AdaptFilter, ParameterLayout
 from fastmaml.program.program import Program
+from fastmaml.program.settings import twice_differentiable
 from fastmaml.program.signature import Signature, module_signature
 from fastmaml.program.substitute import LOCK
 from fastmaml.program.theta import Theta
 from fastmaml.program.transforms import outside
 from fastmaml.program.updates import FusedUpdate
+from fastmaml.utils.modules import is_clone, module_gradients, move_module
 
 
 class MAML(BaseLearner):
@@ -160,16 +163,51 @@ class MAML(BaseLearner):
         """Whether inner steps move each parameter against its own gradient, and no more."""
         return self.inner is None and type(self).update is MAML.update
 
-    def adapt(self, *args: Any, **kwargs: Any) -> None:
-        """Not for the wrapper itself: it would overwrite the initialisation.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module itself; a clone so that it can be differentiated twice."""
+        with twice_differentiable(self.module) if is_clone(self.module) else nullcontext():
+            return super().forward(*args, **kwargs)
+
+    def adapt(
+        self,
+        loss: Tensor,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> None:
+        """One step of a wrapper around a clone, such as a subclass's own ``clone()`` may return:
+        ``Sub(clone_module(self.module), lr)``.
+
+        See :meth:`fastmaml.Learner.adapt`.
 
         Raises:
-            RuntimeError: always.
+            RuntimeError: the module is no clone: its parameters, which the step would overwrite,
+                are the initialisation.
         """
-        raise RuntimeError(
-            "adapt() must be called on a clone, got the un-cloned MAML wrapper, whose parameters "
-            "are the initialisation; use learner = maml.clone(); learner.adapt(loss)"
+        if not is_clone(self.module):
+            raise RuntimeError(
+                "adapt() must be called on a clone, got the un-cloned MAML wrapper, whose "
+                "parameters are the initialisation; use learner = maml.clone(); learner.adapt(loss)"
+            )
+        loss = checks.adapt_loss(loss, None)
+        second_order = not (self.first_order if first_order is None else first_order)
+        lenient = self.allow_unused if allow_unused is None else allow_unused
+        self.move_module(
+            module_gradients(self.module, loss, self.adapt_filter, second_order, lenient)
         )
+
+    def move_module(self, gradients: Sequence[Tensor | None]) -> None:
+        """One inner step of the module itself, a clone, given its parameters' gradients.
+
+        Raises:
+            RuntimeError: steps of this kind are those of a learner only.
+        """
+        if not self.moves_parts:
+            raise RuntimeError(
+                f"adapt() must be called on a learner where {type(self).__name__} takes its own "
+                "inner steps, got a wrapper around a clone of the module; use maml.clone()"
+            )
+        move_module(self.module, self.lr, gradients)
 
     def update(self, learner: Learner, theta: Theta, gradient: Tensor) -> Tensor:
         """One inner step: ``theta.root [T, K]`` moved against ``gradient [T, K]``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from fastmaml.optim import DifferentiableSGD, ParameterUpdate
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.theta import Theta
 from fastmaml.utils import clone_module, detach_module
+from fastmaml.utils.modules import move_module
 
 
 class GBMLearner(Learner):
@@ -153,6 +154,25 @@ class GBML(MAML):
         learner = super().clone(first_order, allow_unused, allow_nograd, tasks=tasks)
         learner.__dict__.update(_state(self.compute_update, adapt))
         return learner
+
+    def adapt(  # type: ignore[override]  # learn2learn's order, which differs from MAML's
+        self,
+        loss: Tensor,
+        first_order: bool | None = None,
+        allow_nograd: bool | None = None,
+        allow_unused: bool | None = None,
+    ) -> None:
+        """See :meth:`fastmaml.MAML.adapt`."""
+        super().adapt(loss, first_order, allow_unused, allow_nograd)
+
+    def move_module(self, gradients: Sequence[Tensor | None]) -> None:
+        """See :meth:`fastmaml.MAML.move_module`."""
+        if self.adapt_transform:
+            raise RuntimeError(
+                "adapt() must be called on a learner where adapt_transform is set, got a wrapper "
+                "around a clone of the module; use maml.clone()"
+            )
+        move_module(self.module, self.lr, self.compute_update.transformed(gradients))
 
     def update(self, learner: Learner, theta: Theta, gradient: Tensor) -> Tensor:
         """Theta <- theta - lr * transform(gradient), parameter by parameter and task by task."""

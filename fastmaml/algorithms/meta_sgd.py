@@ -15,6 +15,7 @@ from fastmaml.program.gradient_step import gradient_step
 from fastmaml.program.layout import AdaptFilter, ParameterLayout
 from fastmaml.program.theta import Theta
 from fastmaml.utils import update_module
+from fastmaml.utils.modules import move_module
 
 
 class MetaSGDLearner(Learner):
@@ -61,7 +62,7 @@ class MetaSGD(MAML):
         parameters = list(model.parameters())
         if lrs is None:
             lrs = [nn.Parameter(torch.full_like(p, float(lr))) for p in parameters]
-        self.lrs = lrs if isinstance(lrs, nn.ParameterList) else nn.ParameterList(lrs)
+        self.lrs = _rates_kept(lrs)
         shapes = [list(p.shape) for p in parameters]
         if [list(rate.shape) for rate in self.lrs] != shapes:
             raise ValueError(
@@ -74,6 +75,10 @@ class MetaSGD(MAML):
         rates = Theta.of_tensors(learner.layout, self._rates(learner.layout), theta.packing)
         return gradient_step(theta.root, gradient, rates.root)
 
+    def move_module(self, gradients: Sequence[Tensor | None]) -> None:
+        """See :meth:`fastmaml.MAML.move_module`."""
+        move_module(self.module, list(self.lrs), gradients)
+
     def fused_rates(self, layout: ParameterLayout, theta: Tensor, steps: int) -> FusedRates | None:
         """See :meth:`fastmaml.MAML.fused_rates`."""
         return 1.0, layout.flat(self._rates(layout))
@@ -83,6 +88,14 @@ class MetaSGD(MAML):
         return [
             rate.to(slot.dtype) for rate, slot in zip(self.lrs, slots, strict=True) if slot.adapted
         ]
+
+
+def _rates_kept(lrs: Iterable[Tensor]) -> Any:
+    """As parameters; those of a graph, such as ``clone_parameters`` makes, as they are."""
+    rates = lrs if isinstance(lrs, nn.ParameterList) else list(lrs)
+    if isinstance(rates, nn.ParameterList) or not all(rate.is_leaf for rate in rates):
+        return rates
+    return nn.ParameterList(rates)
 
 
 def meta_sgd_update(

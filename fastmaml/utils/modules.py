@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from fastmaml import checks
 from fastmaml.clone import detach_tensors
-from fastmaml.learner import Learner
+from fastmaml.learner import Learner, gradients_by
+from fastmaml.program.layout import AdaptFilter
 
 Module = TypeVar("Module")
 
@@ -144,3 +146,53 @@ def _updated(
         if tensor not in changes:
             tensor.update = None  # type: ignore[attr-defined]  # it holds a graph
     return memo[tensor]
+
+
+def is_clone(module: nn.Module) -> bool:
+    """Whether the parameters of ``module`` are tensors of a graph, or were, as those of
+    :func:`clone_module` are.
+    """
+    return any(not (isinstance(p, nn.Parameter) and p.is_leaf) for p in module.parameters())
+
+
+def module_gradients(
+    module: nn.Module,
+    loss: Tensor,
+    accepts: AdaptFilter | None,
+    second_order: bool,
+    lenient: bool,
+) -> list[Tensor | None]:
+    """Of ``loss``, one per parameter; None by those that are frozen, not accepted or unused.
+
+    Raises:
+        RuntimeError: some are unused, and not ``lenient``.
+    """
+    names: dict[Tensor, list[str]] = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
+    by = [
+        p
+        for p, own in names.items()
+        if p.requires_grad and (accepts is None or any(accepts(n, p) for n in own))  # type: ignore[arg-type]
+    ]
+    found = dict(zip(by, gradients_by(loss, by, second_order, lenient), strict=True))
+    missed = [names[p][0] for p, gradient in found.items() if gradient is None]
+    if not lenient:
+        checks.all_used(missed)
+    return [found.get(p) for p in names]
+
+
+def move_module(
+    module: nn.Module, rates: float | Tensor | Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> None:
+    """Replace every parameter p by p - rate * g, None leaves it; one rate, or one for each."""
+    each = rates if isinstance(rates, Sequence) else [rates] * len(gradients)
+    pairs = zip(each, gradients, strict=True)
+    update_module(module, [None if g is None else -_rate(r, g) * g for r, g in pairs])
+
+
+def _rate(rate: float | Tensor, gradient: Tensor) -> float | Tensor:
+    """``rate`` for a gradient; one of a single element has its axes no longer."""
+    if not isinstance(rate, Tensor):
+        return rate
+    return (rate.reshape(()) if rate.numel() == 1 else rate).to(gradient)
