@@ -173,3 +173,33 @@ def test_a_dictionary_says_which_parameters_are_transformed() -> None:
     assert gbml.compute_update.transforms_indices == [0, 1, None, None, None, 2]
     with pytest.raises(ValueError, match="must have modules or parameters as keys, got str"):
         TransformDictionary({"0.weight": Scale})
+
+
+def test_a_step_by_its_parts_is_a_step() -> None:
+    """learn2learn's attributes, of the wrapper and the clone."""
+    gbml = perturbed(l2l.algorithms.GBML(net(), TRANSFORMS["scale"], lr=LR))
+    sx, sy, qx, qy = (t[0] for t in batch())
+    found = []
+    for by_parts in (False, True):
+        learner = gbml.clone()
+        loss = F.cross_entropy(learner(sx), sy)
+        if by_parts:
+            parameters = learner.module.parameters()
+            learner.diff_sgd(learner.module, learner.compute_update(loss, parameters, True, True))
+        else:
+            learner.adapt(loss)
+        loss = F.cross_entropy(learner(qx), qy)
+        found.append(torch.autograd.grad(loss, list(gbml.parameters())))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    assert learner.transform is gbml.transform
+    assert (gbml.diff_sgd.lr, learner.diff_sgd.lr) == (LR, LR)
+
+
+def test_other_keywords_are_ignored() -> None:
+    model = net()
+    update = ParameterUpdate(model.parameters(), TRANSFORMS["scale"])
+    gbml = l2l.algorithms.GBML(
+        model, TRANSFORMS["none"], pass_param_names=True, compute_update=update
+    )
+    assert gbml.compute_update is update

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,10 @@ from fastmaml.fused_call import FusedRates
 from fastmaml.learner import Learner
 from fastmaml.maml import MAML
 from fastmaml.optim import DifferentiableSGD, ParameterUpdate
+from fastmaml.optim.parameter_update import Transform
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.theta import Theta
 from fastmaml.utils import clone_module, detach_module
-from fastmaml.utils.modules import move_module
 
 
 class GBMLearner(Learner):
@@ -25,6 +25,17 @@ class GBMLearner(Learner):
     compute_update: ParameterUpdate
     adapt_transform: bool
     _moved: bool
+
+    @property
+    def transform(self) -> Transform:
+        """The wrapper's, from parameters to modules."""
+        made: Transform = self._base.transform
+        return made
+
+    @property
+    def diff_sgd(self) -> DifferentiableSGD:
+        """A step of this learner's rate."""
+        return DifferentiableSGD(self.lr)
 
     def adapt(  # type: ignore[override]  # learn2learn's order, which differs from MAML's
         self,
@@ -78,7 +89,7 @@ class GBMLearner(Learner):
             allow_unused=True,
         )
         update: ParameterUpdate = clone_module(self.compute_update)
-        DifferentiableSGD(self.lr)(update, gradients)
+        self.diff_sgd(update, gradients)
         return update
 
 
@@ -109,9 +120,12 @@ class GBML(MAML):
         adapt_transform: adapt the transform too, in the inner loop.
         first_order: ignore second derivatives.
         allow_unused, allow_nograd: see :class:`fastmaml.MAML`.
+        compute_update: the transforms, instead of those that ``transform`` would make.
+        kwargs: ignored, as in learn2learn.
 
     Attributes:
         compute_update: the transforms; their parameters are among ``parameters()``.
+        diff_sgd: applies transformed gradients to a module.
     """
 
     learner_class = GBMLearner
@@ -119,17 +133,27 @@ class GBML(MAML):
     def __init__(
         self,
         module: nn.Module,
-        transform: Callable[[Tensor], nn.Module | None],
+        transform: Transform,
         lr: float = 1.0,
         adapt_transform: bool = False,
         first_order: bool = False,
         allow_unused: bool = False,
         allow_nograd: bool = False,
+        *,
+        compute_update: ParameterUpdate | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(module, lr, first_order, allow_unused, allow_nograd)
         self.transform = transform
         self.adapt_transform = adapt_transform
-        self.compute_update = ParameterUpdate(module.parameters(), transform)
+        if compute_update is None:
+            compute_update = ParameterUpdate(module.parameters(), transform)
+        self.compute_update = compute_update
+
+    @property
+    def diff_sgd(self) -> DifferentiableSGD:
+        """A step of the wrapper's rate."""
+        return DifferentiableSGD(self.lr)
 
     def clone(
         self,
@@ -172,7 +196,7 @@ class GBML(MAML):
                 "adapt() must be called on a learner where adapt_transform is set, got a wrapper "
                 "around a clone of the module; use maml.clone()"
             )
-        move_module(self.module, self.lr, self.compute_update.transformed(gradients))
+        self.diff_sgd(self.module, self.compute_update.transformed(gradients))
 
     def update(self, learner: Learner, theta: Theta, gradient: Tensor) -> Tensor:
         """Theta <- theta - lr * transform(gradient), parameter by parameter and task by task."""
