@@ -31,7 +31,8 @@ from fastmaml.vision.models import (
     get_pretrained_backbone,
     maml_init_,
 )
-from fastmaml.vision.models.resnet12 import DropBlock
+from fastmaml.vision.models.cnn4 import truncated_normal_
+from fastmaml.vision.models.resnet12 import BasicBlock, DropBlock, conv3x3
 
 State = Mapping[str, Tensor]
 
@@ -217,6 +218,28 @@ def test_resnet12_is_learn2learns(kind) -> None:
     with torch.no_grad():
         y = spread(make()).eval()(x)
     torch.testing.assert_close(y[0], torch.tensor(expected), rtol=1e-4, atol=1e-2)
+
+
+def test_a_block_of_ones_own() -> None:
+    """Without a downsampling the shortcut is the input, as in learn2learn."""
+    block, x = BasicBlock(4, 4).double(), torch.randn(2, 4, 5, 5).double()
+    assert block.conv1.weight.shape == conv3x3(4, 4).weight.shape
+    h = x
+    for conv, norm in ((block.conv1, block.bn1), (block.conv2, block.bn2)):
+        h = F.leaky_relu(norm(conv(h)), 0.1)
+    expected = F.leaky_relu(block.bn3(block.conv3(h)) + x, 0.1)
+    torch.testing.assert_close(block(x), expected)
+    halving = BasicBlock(4, 6, 2, downsample=nn.Conv2d(4, 6, 1), drop_rate=0.1)
+    assert halving(x.float()).shape == (2, 6, 2, 2)
+
+
+def test_a_normal_distribution_is_cut_off_at_two_deviations() -> None:
+    torch.manual_seed(0)
+    tensor = torch.empty(10_000)
+    assert truncated_normal_(tensor, mean=1.0, std=0.5) is tensor
+    assert (tensor - 1).abs().max() <= 1
+    assert abs(float(tensor.mean()) - 1) < 0.02
+    assert abs(float(tensor.std()) - 0.44) < 0.01  # which the cut leaves
 
 
 def test_residual_networks_start_and_are_named_as_in_learn2learn() -> None:

@@ -149,7 +149,16 @@ LEARN2LEARN = {  # version 0.2.1
         get_pretrained_backbone(model, dataset, spec='default', root='~/data', download=False)
         maml_init_(module)
     """,
-    ".vision.models.cnn4": "LinearBlock(input_size, output_size)",
+    ".vision.models.cnn4": """
+        LinearBlock(input_size, output_size)
+        truncated_normal_(tensor, mean=0.0, std=1.0)
+    """,
+    ".vision.models.resnet12": """
+        BasicBlock(inplanes, planes, stride=1, downsample=None, drop_rate=0.0, drop_block=False,
+                   block_size=1)
+        DropBlock(block_size)
+        conv3x3(in_planes, out_planes, stride=1)
+    """,
     ".vision.transforms": "RandomClassRotation(dataset, degrees)",
 }
 NAMES = [
@@ -204,6 +213,10 @@ def test_the_names_are_where_else_learn2learn_has_them(module: str) -> None:
     main = ".".join(module.split(".")[:depth])
     for name in ELSEWHERE[module].split():
         assert here(module, name) is here(main, name)
+
+
+def test_the_version_is_where_learn2learn_has_it() -> None:
+    assert here("._version", "__version__") == fastmaml.__version__
 
 
 def test_a_star_import_leaves_torchs_nn_and_optim_alone() -> None:

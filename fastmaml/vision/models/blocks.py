@@ -10,10 +10,15 @@ from torch import Tensor, nn
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
+def truncated_normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """Fill ``tensor`` from a normal distribution cut off at two deviations."""
+    return nn.init.trunc_normal_(tensor, mean, std, mean - 2 * std, mean + 2 * std)
+
+
 def fc_init_(module: Layer) -> Layer:
     """Weight from a normal of deviation 0.01 cut off at two deviations, bias zero."""
     if isinstance(weight := getattr(module, "weight", None), Tensor):
-        nn.init.trunc_normal_(weight, std=0.01, a=-0.02, b=0.02)
+        truncated_normal_(weight, std=0.01)
     if isinstance(bias := getattr(module, "bias", None), Tensor):
         nn.init.zeros_(bias)
     return module

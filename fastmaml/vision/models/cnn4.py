@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastmaml.vision.models.blocks import ConvBase, ConvBlock, LinearBlock, fc_init_, maml_init_
+from fastmaml.vision.models.blocks import (
+    ConvBase,
+    ConvBlock,
+    LinearBlock,
+    fc_init_,
+    maml_init_,
+    truncated_normal_,
+)
 from fastmaml.vision.models.omniglot import OmniglotCNN, OmniglotFC
 
 __all__ = [  # as in learn2learn's file of this name
@@ -18,6 +25,7 @@ __all__ = [  # as in learn2learn's file of this name
     "OmniglotFC",
     "fc_init_",
     "maml_init_",
+    "truncated_normal_",
 ]
 
 

@@ -30,40 +30,51 @@ class DropBlock(nn.Module):
         return min(self.block_size, *x.shape[2:])
 
 
-class ResNet12Block(nn.Module):
+def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
+    """A 3x3 convolution with padding 1 and no bias."""
+    return nn.Conv2d(in_planes, out_planes, 3, stride, padding=1, bias=False)
+
+
+class BasicBlock(nn.Module):
     """Three 3x3 convolutions with batch norm, a shortcut, and a max-pool by ``stride``.
 
-    DropBlock's rate grows with the calls of the block itself. Those of its clones are not among
-    them, as in learn2learn: within an inner loop the rate stays as it is.
+    The shortcut is ``downsample``, or the input itself. DropBlock's rate grows with the calls of
+    the block itself. Those of its clones are not among them, as in learn2learn: within an inner
+    loop the rate stays as it is.
     """
 
     counts_calls = ("batches",)
+    expansion = 1  # of its channels, from the last convolution to the output
 
     def __init__(
         self,
-        channels_in: int,
-        channels: int,
-        stride: int,
-        drop_rate: float,
-        drop_block: bool,
-        block_size: int,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        drop_rate: float = 0.0,
+        drop_block: bool = False,
+        block_size: int = 1,
     ) -> None:
         super().__init__()
-        self.conv1, self.bn1 = _conv(channels_in, channels, 3), nn.BatchNorm2d(channels)
+        self.conv1, self.bn1 = conv3x3(inplanes, planes), nn.BatchNorm2d(planes)
         self.relu = nn.LeakyReLU(0.1)
-        self.conv2, self.bn2 = _conv(channels, channels, 3), nn.BatchNorm2d(channels)
-        self.conv3, self.bn3 = _conv(channels, channels, 3), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = conv3x3(planes, planes), nn.BatchNorm2d(planes)
+        self.conv3, self.bn3 = conv3x3(planes, planes), nn.BatchNorm2d(planes)
         self.maxpool = nn.MaxPool2d(stride)
-        self.downsample = nn.Sequential(_conv(channels_in, channels, 1), nn.BatchNorm2d(channels))
+        self.downsample = downsample
+        self.stride = stride
         self.drop_rate = drop_rate
         self.drop_block = drop_block
+        self.block_size = block_size
         self.DropBlock = DropBlock(block_size)
         self.batches = 0  # in which blocks were dropped
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
-        out = self.relu(self.bn3(self.conv3(out)) + self.downsample(x))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn3(self.conv3(out)) + shortcut)
         out = self.maxpool(out)
         return self._drop(out) if self.training and self.drop_rate > 0 else out
 
@@ -101,8 +112,10 @@ class ResNet12Backbone(nn.Module):
         super().__init__()
         widths = [channels, 64, 160, 320, 640] if wider else [channels, 64, 128, 256, 512]
         for i in range(4):
-            block = ResNet12Block(
-                widths[i], widths[i + 1], 2, dropblock_dropout, i >= 2, dropblock_size
+            before, after = widths[i : i + 2]
+            shortcut = nn.Sequential(nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after))
+            block = BasicBlock(
+                before, after, 2, shortcut, dropblock_dropout, i >= 2, dropblock_size
             )
             setattr(self, f"layer{i + 1}", nn.Sequential(block))
         self.avgpool = nn.AvgPool2d(5, stride=1) if avg_pool else nn.Identity()
@@ -149,7 +162,3 @@ class ResNet12(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x))
-
-
-def _conv(channels_in: int, channels: int, kernel: int) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels, kernel, padding=kernel // 2, bias=False)
