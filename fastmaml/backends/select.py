@@ -25,7 +25,7 @@ BACKENDS = ("reference", "cpu", "gpu")
 
 
 class FallbackWarning(UserWarning):
-    """A module runs through the functional program; the gradients are the same, only slower."""
+    """A module runs without a native program; the gradients are the same, only slower."""
 
 
 def forced_backend() -> str | None:
@@ -110,7 +110,7 @@ def _plain(graph: Graph, layout: ParameterLayout, message: str) -> Executor:
 
 
 def report_fallback(module: nn.Module, reason: str) -> None:
-    """Warn once per reason that ``module`` runs functionally.
+    """Warn once per reason that ``module`` has no native program.
 
     Raises:
         RuntimeError: a backend was asked for by name, so falling back is not allowed.
@@ -120,11 +120,12 @@ def report_fallback(module: nn.Module, reason: str) -> None:
     if forced is not None:
         raise RuntimeError(
             f"{ENVIRONMENT_VARIABLE}={forced} was asked for, but {message}; "
-            "unset it to run through torch.func"
+            "unset it to run in plain PyTorch"
         )
     warnings.warn(
-        f"{message}. It runs through torch.func instead: the same gradients, slower. "
-        "fastmaml.explain(model, x) shows the plan.",
+        f"{message}. Instead, a learner of one task runs the module itself, and tasks side by side "
+        "run through torch.func: the same gradients, slower. fastmaml.explain(model, x) shows the "
+        "plan.",
         FallbackWarning,
         stacklevel=users_level(),
     )
