@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from fastmaml.data.task_batch import TaskBatch
@@ -47,6 +47,31 @@ def memory_budget(value: object) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"memory_budget must be an int of 0 or more bytes, or None, got {value!r}")
     return value
+
+
+def adaptable(model: object, accepts: Callable[[str, nn.Parameter], bool] | None) -> None:
+    """``model`` is a module whose parameters, where ``accepts`` has them, can be replaced."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    for path, part in model.named_modules():
+        if isinstance(part, torch.jit.ScriptModule) and _keeps_parameters(path, part, accepts):
+            where = f" as its part {path}" if path else ""
+            raise TypeError(
+                f"model must be an nn.Module before torch.jit.script or torch.jit.trace, got a "
+                f"{type(part).__name__}{where}, which runs with its own parameters only; pass the "
+                "module that it was made of"
+            )
+
+
+def _keeps_parameters(
+    path: str, part: nn.Module, accepts: Callable[[str, nn.Parameter], bool] | None
+) -> bool:
+    """Whether TorchScript has parameters of ``part`` that are to be adapted, or hides its own."""
+    lead = f"{path}." if path else ""
+    return "_parameters" not in vars(part) or any(
+        p.requires_grad and (accepts is None or accepts(lead + name, p))
+        for name, p in part.named_parameters()
+    )
 
 
 def one_of_lr_and_inner(lr: object, inner: object) -> None:

@@ -67,8 +67,8 @@ class MAML(BaseLearner):
             first: 96 MiB for each thread.
 
     Raises:
-        TypeError: ``model`` is not a module; ``lr`` is not a number or a tensor; ``inner`` is not
-            an inner optimizer.
+        TypeError: ``model`` is not a module, or is one of TorchScript; ``lr`` is not a number or a
+            tensor; ``inner`` is not an inner optimizer.
         ValueError: neither or both of ``lr`` and ``inner`` are given; ``lr`` is not finite, or
             has more than one element; ``adapt`` matches no parameter.
     """
@@ -90,8 +90,8 @@ class MAML(BaseLearner):
         inner: InnerOptimizer | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        self.adapt_filter = as_filter(adapt)
+        checks.adaptable(model, self.adapt_filter)
         checks.one_of_lr_and_inner(lr, inner)
         self.module = model
         self.inner = inner
@@ -100,7 +100,6 @@ class MAML(BaseLearner):
         self.first_order = first_order
         self.allow_nograd = allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
-        self.adapt_filter = as_filter(adapt)
         if isinstance(self.adapt_filter, _ByName):
             self.adapt_filter.require_in(model)
         self.programs = ProgramCache(model)

@@ -24,6 +24,13 @@ def maml() -> MAML:
     return MAML(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), lr=0.1)
 
 
+_OF_TORCHSCRIPT = pytest.mark.filterwarnings("ignore:.torch.jit")
+
+
+def _features() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+
 def good_batch() -> dict[str, torch.Tensor]:
     return {
         "support_x": torch.randn(2, 5, 3),
@@ -31,6 +38,29 @@ def good_batch() -> dict[str, torch.Tensor]:
         "query_x": torch.randn(2, 4, 3),
         "query_y": torch.randint(2, (2, 4)),
     }
+
+
+@_OF_TORCHSCRIPT
+@pytest.mark.parametrize("compile", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(4))])
+def test_modules_of_torchscript(compile) -> None:
+    compiled = compile(_features())
+    for model, where in ((compiled, ""), (nn.Sequential(compiled), " as its part 0")):
+        came = rf"model must be an nn\.Module before torch\.jit\.script .* got a \w+Module{where}, "
+        for call in (MAML, MetaSGD, fastmaml.explain):
+            with pytest.raises(TypeError, match=f"{came}.* pass the module that it was made of"):
+                call(model, torch.ones(1))
+
+
+@_OF_TORCHSCRIPT
+@pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")
+@pytest.mark.parametrize("features", [nn.Tanh(), _features(), _features().requires_grad_(False)])
+def test_scripted_parts_that_are_not_adapted(features: nn.Module) -> None:
+    scripted = nn.Sequential(torch.jit.script(features), nn.Linear(4, 2))
+    learner, x = MAML(scripted, 0.1, adapt="1").clone(), torch.randn(5, 4)
+    other = MAML(nn.Sequential(features, scripted[1]), 0.1, adapt="1").clone()
+    for one in (learner, other):
+        one.adapt(one(x).square().mean())
+    torch.testing.assert_close(learner(x), other(x))
 
 
 def test_model_and_rate() -> None:
