@@ -1,22 +1,16 @@
-"""What a module's ``forward`` leaves behind: attributes that it sets, random numbers drawn.
+"""What a module's ``forward`` leaves behind: attributes that it sets.
 
 A program, which does not run it, would leave nothing.
 """
 
 from __future__ import annotations
 
-import pickle
-import random
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from fastmaml.program.tracked import NotCovered
@@ -176,79 +170,3 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, _Written):
         return a.tensor is b.tensor and a.version == b.version
     return a is b or (isinstance(a, _PLAIN) and bool(a == b))
-
-
-@contextmanager
-def random_states(
-    device: torch.device, repeatable: Callable[[], bool | None] = lambda: None
-) -> Iterator[None]:
-    """Those of Python, NumPy and PyTorch, put back.
-
-    NotCovered where they have moved, but by draws that are ``repeatable``: it makes them again, and
-    says whether they are the same, or None where there are none.
-    """
-    generators = _generators(device)
-    before = _states(generators)
-    try:
-        yield
-    finally:
-        after = _states(generators)
-        _put_back(generators, before, after)
-    same = repeatable()
-    if same is not None:
-        again = _states(generators)
-        _put_back(generators, before, again)
-        if not same:
-            raise NotCovered("random numbers or constants that cannot be made again")
-        after = [a if a != b else c for a, b, c in zip(after, again, before, strict=True)]
-    moved = [g.owner for g, a, b in zip(generators, before, after, strict=True) if a != b]
-    if moved:
-        raise NotCovered(f"random numbers of {' and '.join(moved)}")
-
-
-def _states(generators: Sequence[_Generator]) -> list[Any]:
-    return [generator.read() for generator in generators]
-
-
-def _put_back(generators: Sequence[_Generator], before: list[Any], now: list[Any]) -> None:
-    for generator, state, moved in zip(generators, before, now, strict=True):
-        if moved != state:
-            generator.write(state)
-
-
-@dataclass(frozen=True)
-class _Generator:
-    owner: str
-    read: Callable[[], Any]
-    write: Callable[[Any], None]
-
-
-def _generators(device: torch.device) -> list[_Generator]:
-    generators = [
-        _Generator("Python", random.getstate, random.setstate),
-        _Generator("NumPy", _numpy_state, lambda state: np.random.set_state(pickle.loads(state))),
-        _Generator("PyTorch", lambda: _bytes(torch.get_rng_state()), _set_torch_state),
-    ]
-    if device.type == "cuda":
-        read = partial(torch.cuda.get_rng_state, device)
-        write = partial(torch.cuda.set_rng_state, device=device)
-        generators.append(
-            _Generator("CUDA", lambda: _bytes(read()), lambda state: write(_tensor(state)))
-        )
-    return generators
-
-
-def _numpy_state() -> bytes:
-    return pickle.dumps(np.random.get_state(legacy=False))
-
-
-def _set_torch_state(state: bytes) -> None:
-    torch.set_rng_state(_tensor(state))
-
-
-def _bytes(state: Tensor) -> bytes:
-    return state.numpy().tobytes()
-
-
-def _tensor(state: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(state), dtype=torch.uint8)

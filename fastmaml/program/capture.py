@@ -14,11 +14,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as torch_module
 
 from fastmaml.backends.native import DTYPES
-from fastmaml.program.attributes import Attributes, random_states
+from fastmaml.program.attributes import Attributes
 from fastmaml.program.draws import Tape
 from fastmaml.program.examples_in_front import ExamplesInFront
 from fastmaml.program.ir import Graph, Op, freeze
 from fastmaml.program.lowering import TABLE
+from fastmaml.program.random_states import random_states
 from fastmaml.program.substitute import call_with
 from fastmaml.program.trace import NotCovered, Trace
 
