@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmaml.late import own_parts
+from fastmaml.conversions import converts_nothing, inherits
+from fastmaml.late import LatePart, Made, OwnParts, are_still, make_late, own_parts
 from fastmaml.program.substitute import LOCK
 
 if TYPE_CHECKING:
-    from fastmaml.parameters import LearnerParameters
+    from fastmaml.parameters import Flat, LearnerParameters
     from fastmaml.program.layout import ParameterLayout
 
-_Kind = tuple[tuple[int, ...], torch.dtype, torch.device]
 _OF_THE_COPY = frozenset(
     {"_parameters", "_buffers", "_modules", "training", "_flat_weights", "_flat_weight_refs"}
 )
@@ -52,6 +52,7 @@ class ModuleClone:
         ]
         self._first = {name: (key, leaf) for key, leaf, name in reversed(self._places)}
         self._made: dict[str, Tensor] = {}  # the parameters that were put there
+        self._made_of: dict[str, Made] = {}  # those that were made of flat ones
         self.module = self._copy(self._layout.modules[0].module)
         self.set_modes(self._layout.modes)
         self.put(parts)
@@ -74,6 +75,8 @@ class ModuleClone:
     def put(self, parts: Mapping[str, Tensor]) -> None:
         """Replace parameters, by their slots' names."""
         self._made.update(parts)
+        if isinstance(parts, OwnParts):
+            self._made_of.update(parts.made)
         for key, leaf, name in self._places:
             if name not in parts:
                 continue
@@ -81,6 +84,14 @@ class ModuleClone:
             copy.__dict__["_parameters"][leaf] = parts[name]
             if isinstance(copy, nn.RNNBase):
                 copy._flat_weights[copy._flat_weights_names.index(leaf)] = parts[name]
+
+    def is_still(self, flat: Flat) -> bool:
+        """Whether the parameters are ``flat``, and nothing was done to them that counts."""
+        for key, leaf, name in self._places:
+            made, part = self._made_of.get(name), self._copies[key]._parameters.get(leaf)
+            if made is None or part is not made.part or part is not self._made[name]:
+                return False
+        return are_still(self._made_of, flat, self._layout)
 
     def all(self) -> dict[str, Tensor]:
         """Every parameter as it is now, whatever was done to it."""
@@ -97,6 +108,8 @@ class ModuleClone:
 
     def strangers(self, module: nn.Module) -> list[str]:
         """The parameters of ``module`` that could be adapted but are none of this clone's."""
+        if module is self.module and self.replaced() is None:
+            return []
         now = {name: self._now(name) for name in self._made}
         own = {id(p) for name, p in now.items() if _alike(p, self._made[name])}
         found = module.named_parameters()
@@ -147,6 +160,8 @@ class ModuleClone:
             copy = self._copies[own]
             if copy._modules.keys() != part.children.keys():
                 return "a part of the clone was added or removed"
+            if len(copy._parameters) != len(part.parameters):
+                return "a parameter of the clone was added or removed"
             for name, child in part.children.items():
                 if child is not None and copy._modules[name] is not self._copies.get(id(child)):
                     return f"the clone's {name} was replaced"
@@ -178,6 +193,8 @@ def _changed(copy: nn.Module, module: nn.Module) -> str | None:
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
     return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
 
 
@@ -199,28 +216,6 @@ def _detached(tensor: Tensor, keep_requires_grad: bool, memo: dict[Tensor, Tenso
     return memo[tensor]
 
 
-def _inherits(module: nn.Module, method: str, *classes: type[nn.Module]) -> bool:
-    """Whether a method of ``module`` is that of one of ``classes``."""
-    own = getattr(type(module), method)
-    return method not in vars(module) and any(own is getattr(c, method) for c in classes)
-
-
-def _converts_nothing(fn: Callable[[Tensor], Tensor], kinds: Iterable[_Kind]) -> bool:
-    """Whether ``fn`` is a conversion of :class:`torch.nn.Module` to what tensors are already.
-
-    It is tried on others of their kinds: of any other function nobody knows what it does.
-    """
-    if getattr(fn, "__module__", None) != nn.Module.__module__:
-        return False
-    told_apart = {(s if len(s) in (4, 5) else (), dtype, device) for s, dtype, device in kinds}
-    return all(_stays(fn, torch.empty(s, dtype=d, device=where)) for s, d, where in told_apart)
-
-
-def _stays(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> bool:
-    shared = tensor.is_shared()  # which share_memory() makes it in place
-    return fn(tensor) is tensor and tensor.is_shared() == shared
-
-
 class LazyClone(dict[str, Any]):
     """A learner's ``_modules``: builds the clone when anything first looks inside.
 
@@ -231,7 +226,8 @@ class LazyClone(dict[str, Any]):
     def __init__(self, parameters: LearnerParameters) -> None:
         super().__init__()
         self._of = weakref.ref(parameters)
-        self.built: ModuleClone | None = None
+        self._built: ModuleClone | None = None
+        self._lent: OwnParts | None = None  # without modules around them
         self.asked: tuple[bool, ...] | None = None  # modes that it is to have once it is built
 
     @property
@@ -242,21 +238,79 @@ class LazyClone(dict[str, Any]):
 
     def build(self, parts: Mapping[str, Tensor] | None = None) -> ModuleClone:
         """The clone; ``parts``: its parameters at first, None where the learner's are flat."""
-        if self.built is None:
+        if self._built is None:
             parameters = self._parameters
             layout = parameters.layout
             with LOCK:
-                own = own_parts(parameters, layout.slots) if parts is None else parts
-                self.built = ModuleClone(layout, own)
+                if parts is None:
+                    parts = self._lent_now() or own_parts(parameters, layout.slots)
+                self._built, self._lent = ModuleClone(layout, parts), None
                 if self.asked is not None:
-                    self.built.set_modes(self.asked)
-            self["module"] = self.built.module
-        return self.built
+                    self._built.set_modes(self.asked)
+            self["module"] = self._built.module
+        return self._built
+
+    @property
+    def is_built(self) -> bool:
+        """Whether there is a clone already."""
+        return self._built is not None
+
+    @property
+    def built(self) -> ModuleClone | None:
+        """The clone, if anything was handed out that may have been changed."""
+        if self._built is None and self._lent_now() is not None:
+            self.build()
+        return self._built
+
+    def lend(self) -> Mapping[str, Tensor]:
+        """The parameters, for somebody who looks at no module; not of several tasks."""
+        if self._lent_now() is None:
+            parameters = self._parameters
+            own = own_parts(parameters, parameters.layout.slots)
+            assert isinstance(own, OwnParts)
+            self._lent = own
+        assert self._lent is not None
+        return self._lent
+
+    def _lent_now(self) -> OwnParts | None:
+        """What was lent of the parameters as they are flat now."""
+        if self._lent is None:
+            return None
+        lent, now = self._lent.flat, self._parameters.flat
+        if lent.theta.root is not now.theta.root or lent.phi is not now.phi:
+            self._lent = None
+        return self._lent
+
+    def is_flat(self) -> bool:
+        """Whether the learner's parameters are what they are flat, as far as anybody can tell."""
+        parameters = self._parameters
+        if parameters.tasks is not None:
+            return True
+        with torch._C.DisableTorchFunctionSubclass():  # which would make looking slow
+            if self._built is not None:
+                return parameters._flat is not None and self._built.is_still(parameters.flat)
+            lent = self._lent_now()
+            if lent is None or are_still(lent.made, parameters.flat, parameters.layout):
+                return True
+        self.build()
+        return False
+
+    def handed_out(self) -> Mapping[str, Tensor]:
+        """The parameters that were, or none."""
+        if self._parameters.tasks is not None:
+            return {}
+        return (self._lent_now() or {}) if self._built is None else self._built.all()
+
+    def use(self, names: Container[str]) -> None:
+        """Prepare those handed out for a program that reads the parameters ``names`` flat."""
+        out = self.handed_out().items()
+        new = {n: p for n, p in out if n in names and not isinstance(p, LatePart)}
+        make_late(self._parameters, new)
 
     def modes(self) -> tuple[bool, ...]:
         """``training`` of every part, in the order of the base's ``modules()``."""
-        if self.built is not None:
-            return self.built.modes()
+        if self._built is not None:
+            return self._built.modes()
         return self._parameters.layout.modes if self.asked is None else self.asked
 
     def train(self, mode: bool) -> bool:
@@ -275,19 +329,19 @@ class LazyClone(dict[str, Any]):
         for part in layout.modules:
             buffers = [b for b in part.module._buffers.values() if b is not None]
             kinds.update((tuple(b.shape), b.dtype, b.device) for b in buffers)
-        return _converts_nothing(fn, kinds)
+        return converts_nothing(fn, kinds)
 
     def _unseen(self, method: str, *classes: type[nn.Module]) -> bool:
         """Whether nothing is built, and no part has a ``method`` but that of ``classes``."""
         parts = self._parameters.layout.modules
-        return self.built is None and all(_inherits(p.module, method, *classes) for p in parts)
+        return self._built is None and all(inherits(p.module, method, *classes) for p in parts)
 
     def why_not(self) -> str | None:
         """Why the base's programs cannot stand for the learner's module; None where they can."""
-        if self.built is None:
+        if self._built is None:
             return None
         with LOCK:
-            return self._replaced(self.built) or self.built.why_not()
+            return self._replaced(self._built) or self._built.why_not()
 
     def to_copy(self, modules: object) -> ModuleClone | None:
         """The clone, for a copy of the learner, which has ``modules``; None: not yet built.
@@ -322,7 +376,7 @@ class LazyClone(dict[str, Any]):
     def _strangers(self, modules: object) -> str | None:
         if modules is not self:
             return "those in a copy of a module that it is a part of are others"
-        names = [] if self.built is None else self.built.strangers(self["module"])
+        names = [] if self._built is None else self._built.strangers(self["module"])
         return f"{', '.join(names)} were put into it" if names else None
 
     def _replaced(self, built: ModuleClone) -> str | None:

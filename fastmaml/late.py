@@ -6,7 +6,8 @@ later. Code such as ``torch.autograd.grad(loss, learner.parameters())`` needs su
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from fastmaml._core import same_bytes
+from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.theta import Theta
 from fastmaml.program.transforms import outside
 
 if TYPE_CHECKING:
-    from fastmaml.parameters import LearnerParameters
+    from fastmaml.parameters import Flat, LearnerParameters
 
 
 class Whole:
@@ -58,6 +61,52 @@ class LatePart(Tensor):
             return run(*args, **(kwargs or {}))
 
 
+class OwnParts(dict[str, Tensor]):
+    """Parts by their names, and what they were made of."""
+
+    def __init__(self, parts: Mapping[str, Tensor], flat: Flat, layout: ParameterLayout) -> None:
+        super().__init__(parts)
+        self.flat = flat
+        wholes = flat.phi, flat.theta.root
+        slots = layout.slots
+        self.made = {n: Made(part, wholes[slots[n].adapted]) for n, part in parts.items()}
+
+
+class Made:
+    """A part as it was made, which shows what was done to it since, but for its values."""
+
+    def __init__(self, part: Tensor, whole: Tensor) -> None:
+        self.part = part
+        self._whole = whole
+        self._grad_fn, self._requires_grad = part.grad_fn, part.requires_grad
+
+    def stands_for(self, whole: Tensor) -> bool:
+        """Whether a gradient of ``whole`` says all that is asked of the part."""
+        part = self.part
+        return (
+            self._whole is whole
+            and part.grad_fn is self._grad_fn
+            and part.requires_grad == self._requires_grad
+            and not (part._backward_hooks or part.retains_grad)
+        )
+
+
+def are_still(made: Mapping[str, Made], flat: Flat, layout: ParameterLayout) -> bool:
+    """Whether nothing was done to parts that their learner's gradient by ``flat`` would miss."""
+    rows = flat.theta.rows
+    if not rows.is_cpu or layout.several_dtypes or not rows.is_contiguous():
+        return False
+    wholes, places = (flat.phi, flat.theta.root), (flat.phi.data_ptr(), rows.data_ptr())
+    for name, slot in layout.slots.items():
+        if name not in made or not made[name].stands_for(wholes[slot.adapted]):
+            return False
+        part = made[name].part
+        place = places[slot.adapted] + slot.offset * part.itemsize
+        if not (part.is_contiguous() and same_bytes(place, part.data_ptr(), part.nbytes)):
+            return False  # it was written to, maybe by .data, of which nothing else tells
+    return True
+
+
 def own_parts(flat: LearnerParameters, names: Iterable[str]) -> dict[str, Tensor]:
     """The parameters ``names`` as they are flat, each a tensor of its own.
 
@@ -67,16 +116,20 @@ def own_parts(flat: LearnerParameters, names: Iterable[str]) -> dict[str, Tensor
     views = flat.connected()
     if flat.tasks is not None:  # whose parameters are values, to be looked at
         return {name: views[name] for name in names}
-    used, wholes, parts = flat.used, _wholes(flat), {}
     with outside(), torch.inference_mode(False), torch.enable_grad():  # in any mode with its graph
-        for name in names:
-            parts[name] = part = views[name].clone()
-            if name in used:  # as_subclass() would make a view
-                part.__class__ = LatePart
-                part.whole = wholes[flat.layout.slots[name].adapted]  # type: ignore[attr-defined]
-                part.parameter = name  # type: ignore[attr-defined]
-                part.made_by = part.grad_fn  # type: ignore[attr-defined]
-    return parts
+        parts = {name: views[name].clone() for name in names}
+    make_late(flat, {name: part for name, part in parts.items() if name in flat.used})
+    return OwnParts(parts, flat.flat, flat.layout)
+
+
+def make_late(flat: LearnerParameters, parts: Mapping[str, Tensor]) -> None:
+    """Have ``parts``, which were made of what the parameters are flat, be :class:`LatePart`."""
+    wholes = _wholes(flat) if parts else {}
+    for name, part in parts.items():
+        part.__class__ = LatePart  # as_subclass() would make a view
+        part.whole = wholes[flat.layout.slots[name].adapted]  # type: ignore[attr-defined]
+        part.parameter = name  # type: ignore[attr-defined]
+        part.made_by = part.grad_fn  # type: ignore[attr-defined]
 
 
 def _wholes(parameters: LearnerParameters) -> dict[bool, Whole]:
@@ -127,9 +180,28 @@ def _register_hook(part: LatePart, hook: Callable[[Tensor], Tensor | None]) -> R
     return part.whole.tensor.register_hook(hook_of_whole)
 
 
+def _retain_grad(part: LatePart) -> None:
+    if not _is_late(part):
+        return part.retain_grad()
+    reference = weakref.ref(part)
+
+    def keep(gradient: Tensor) -> None:
+        own = reference()
+        if own is not None:
+            before = kept.get("gradient")
+            own.grad = kept["gradient"] = gradient if before is None else before + gradient
+
+    kept: dict[str, Tensor] = {}
+    _register_hook(part, keep)
+
+
 def _own(x: Any, gradient: Any) -> Tensor | None:
     own: Tensor | None = gradient[x.parameter] if isinstance(gradient, dict) else gradient
     return own
 
 
-_INSTEAD = {torch.autograd.grad: _gradients, Tensor.register_hook: _register_hook}
+_INSTEAD = {
+    torch.autograd.grad: _gradients,
+    Tensor.register_hook: _register_hook,
+    Tensor.retain_grad: _retain_grad,
+}

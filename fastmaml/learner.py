@@ -114,7 +114,11 @@ class Learner(BaseLearner):
         program = self._program(x, now)
         if isinstance(program, NativeProgram):
             assert isinstance(x, Tensor)
-            flat = held.now(program.used)
+            if held.clone.is_flat():
+                held.clone.use(program.used)
+                flat = held.flat
+            else:
+                flat = held.now(program.used)
             held.used.update(program.used)
             y, statistics = program.run(flat.theta, flat.phi, x, one_task=self.tasks is None)
             self._record(program, statistics)
@@ -189,29 +193,45 @@ class Learner(BaseLearner):
         loss = checks.adapt_loss(loss, self.tasks)
         second_order = not (self.first_order if first_order is None else first_order)
         lenient = self.allow_unused if allow_unused is None else allow_unused
-        if self._held.parts is None:
+        held = self._held
+        if self._steps_flat:
             gradient = self._gradient(loss, second_order, lenient)
             if gradient is not None:
-                self._step(gradient)
+                self._step(held.flat.theta, gradient)
         else:
-            parts = self._held.parts.parameters(adapted=True)
+            assert held.parts is not None  # else they would be flat
+            parts = held.parts.parameters(adapted=True)
             self._step_of_parts(parts, self._gradients(loss, parts, second_order, lenient))
         self.__dict__["steps_taken"] += 1
 
-    def _step(self, gradient: Tensor) -> None:
+    @property
+    def _steps_flat(self) -> bool:
+        """Whether the next step is that of the flat parameters, which programs have read."""
         held = self._held
-        theta = held.now(set(held.layout.adapted_names) - self.unused).theta
-        held.move(theta.moved(self._base.update(self, theta, gradient)), self.unused)
+        looked = self.tasks is None and held.clone.is_built
+        if looked and held.used.isdisjoint(held.layout.adapted_names):
+            return False  # the module ran by itself
+        return held.clone.is_flat()
+
+    def _step(self, theta: Theta, gradient: Tensor) -> None:
+        self._held.move(theta.moved(self._base.update(self, theta, gradient)), self.unused)
 
     def _gradient(self, loss: Tensor, second_order: bool, lenient: bool) -> Tensor | None:
         """By the flat parameters; None where the loss depends on none."""
         held = self._held
-        views = {n: held.views[n] for n in held.layout.adapted_names} if held.views else {}
-        with twice_differentiable(self._base.module) if views else nullcontext():
+        views = dict(held.views)
+        for name, part in held.clone.handed_out().items():
+            if name not in held.used:  # by programs, which have the flat one in their graph
+                views[name] = part
+        views = {n: views[n] for n in held.layout.adapted_names if n in views}
+        looked = self.tasks is None and held.clone.is_built
+        with twice_differentiable(self._base.module) if looked or views else nullcontext():
             by = [held.flat.theta.root, *views.values()]
             gradient, *parts = gradients_by(loss, by, second_order, lenient)
         seen = {name for name, part in zip(views, parts, strict=True) if part is not None}
         self._note_unused(set() if gradient is None else seen | held.used, lenient)
+        if self.unused and held.clone.handed_out():
+            held.clone.build()  # where those that this step leaves alone are kept
         return gradient
 
     def _step_of_parts(self, parts: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
@@ -222,7 +242,9 @@ class Learner(BaseLearner):
             self._held.move_parts(moved)
             return
         rows = [gradients.get(n, torch.zeros_like(p)) for n, p in parts.items()]
-        self._step(self._held.ordered(self._held.layout.flat(rows)[None]))
+        held = self._held
+        theta = held.now(set(held.layout.adapted_names) - self.unused).theta
+        self._step(theta, held.ordered(held.layout.flat(rows)[None]))
 
     def _gradients(
         self, loss: Tensor, parts: dict[str, Tensor], second_order: bool, lenient: bool
@@ -296,7 +318,10 @@ class Learner(BaseLearner):
     ) -> Iterator[tuple[str, Any]]:
         """The learner's parameters under learn2learn's names, ``module.<name>``."""
         lead = f"{prefix}." if prefix else ""
-        if self.tasks is None:
+        if self.tasks is None and recurse and remove_duplicate and self._is_unseen:
+            for name, tensor in self._held.clone.lend().items():
+                yield f"{lead}module.{name}", tensor
+        elif self.tasks is None:
             yield from super().named_parameters(prefix, recurse, remove_duplicate)
         elif recurse:
             for name, tensor in self.adapted_parameters().items():
@@ -326,6 +351,11 @@ class Learner(BaseLearner):
             if fn(root) is not root:
                 checks.one_task(self.tasks, "to(), double() and the like cannot convert")
         return super()._apply(fn, recurse)
+
+    @property
+    def _is_unseen(self) -> bool:
+        """Whether nobody has looked at its module, to which things might be done."""
+        return self._is_own and not self._held.clone.is_built
 
     @property
     def _is_own(self) -> bool:

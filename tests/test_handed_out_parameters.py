@@ -157,3 +157,113 @@ def test_hooked_ones_need_no_garbage_collector(net: Net, data: tuple[Tensor, Ten
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_looking_at_them_leaves_steps_flat(net: Net, data: tuple[Tensor, Tensor]) -> None:
+    x, y = data
+    twin = copy.deepcopy(net)
+    for module, look in ((net, True), (twin, False)):
+        maml = l2l.MAML(module, lr=0.2)
+        for _ in range(2):  # the second start is packed
+            learner = maml.clone()
+            for _ in range(2):
+                if look:
+                    assert all(p.requires_grad_(True).norm() >= 0 for p in learner.parameters())
+                learner.adapt(F.cross_entropy(learner(x), y))
+            assert not learner._held.clone.is_built
+            if look:
+                learner.module.train()
+            learner.adapt(F.cross_entropy(learner(x), y))
+            assert learner._held._flat is not None
+            F.cross_entropy(learner(x), y).backward()
+    assert relative_error(gradients(net), gradients(twin)) < 1e-12
+
+
+def test_parameters_are_those_of_the_module(net: Net, data: tuple[Tensor, Tensor]) -> None:
+    x, y = data
+    learner = l2l.MAML(net, lr=0.2).clone()
+    for _ in range(2):
+        kept = dict(learner.named_parameters())
+        assert [n.removeprefix("module.") for n in kept] == [n for n, _ in net.named_parameters()]
+        learner(x)
+        assert all(p is kept[n] for n, p in learner.named_parameters())
+        learner.adapt(F.cross_entropy(learner(x), y))
+    kept = dict(learner.named_parameters("lead"))
+    for name, p in learner.module.named_parameters():
+        assert p is kept[f"lead.module.{name}"]
+
+
+@pytest.mark.parametrize("how", ["data", "no_grad", "set_data"])
+@pytest.mark.parametrize("then", ["theta", "clone", "copy", "call", "adapt", "values", "detach"])
+def test_what_is_written_to_them_is_read_by_all(how: str, then: str, net: Net, data) -> None:
+    x, y = data
+    net.eval()
+    learner = l2l.MAML(net, lr=0.2).clone()
+    if then == "copy":
+        learner.detach_parameters(keep_requires_grad=True)
+    loss = F.cross_entropy(learner(x), y)
+    for p in learner.parameters():
+        if how == "data":
+            p.data.mul_(0.5)
+        elif how == "set_data":
+            p.data = p.data * 0.5
+        else:
+            with torch.no_grad():
+                p.mul_(0.5)
+    half = {name: p.detach() * 0.5 for name, p in net.named_parameters()}
+    if then == "adapt":
+        learner.adapt(loss)
+        by = list(net.parameters())
+        grads = torch.autograd.grad(F.cross_entropy(net(x), y), by)
+        half = {n: p - 0.2 * g for (n, p), g in zip(half.items(), grads, strict=True)}
+    elif then == "clone":
+        learner = learner.clone()
+    elif then == "copy":
+        learner = copy.deepcopy(learner)
+    elif then == "detach":
+        learner.detach_parameters()
+    if then == "theta":
+        flat = torch.cat([p.flatten() for p in half.values()])
+        torch.testing.assert_close(learner.theta[0], flat)
+    elif then == "values":
+        for name, p in learner.adapted_parameters().items():
+            torch.testing.assert_close(p, half[name])
+    else:
+        torch.testing.assert_close(learner(x), torch.func.functional_call(net, half, (x,)))
+
+
+def test_a_penalty_on_them_counts_in_a_step(net: Net, data: tuple[Tensor, Tensor]) -> None:
+    """Also one that was worked out before a step that left its parameter alone."""
+    x, y = data
+    twin = copy.deepcopy(net)
+    learner = l2l.MAML(net, lr=0.2).clone()
+    kept = dict(learner.named_parameters())
+    penalty = kept["module.features.0.weight"].square().sum()
+    bias = kept["module.classifier.bias"]
+    learner.adapt(bias.square().sum(), allow_unused=True)
+    learner.adapt(F.cross_entropy(learner(x), y) + penalty)
+    F.cross_entropy(learner(x), y).backward()
+
+    params = dict(twin.named_parameters())
+    penalty = params["features.0.weight"].square().sum()
+    head = {"classifier.bias": params["classifier.bias"]}
+    params |= plain_step(head, head["classifier.bias"].square().sum(), 0.2)
+    loss = F.cross_entropy(torch.func.functional_call(twin, params, (x,)), y) + penalty
+    params = plain_step(params, loss, 0.2)
+    F.cross_entropy(torch.func.functional_call(twin, params, (x,)), y).backward()
+    assert relative_error(gradients(net), gradients(twin)) < 1e-10
+
+
+@MOMENTS
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_their_gradients_can_be_retained(asked: str, net: Net, data) -> None:
+    x, y = data
+    learner = l2l.MAML(net, lr=0.2).clone()
+    weight = dict(learner.named_parameters())["module.classifier.weight"]
+    if asked == "before the call":
+        weight.retain_grad()
+    loss = F.cross_entropy(learner(x), y)
+    if asked == "after it":
+        weight.retain_grad()
+    loss.backward()
+    torch.testing.assert_close(weight.grad, net.classifier.weight.grad)
