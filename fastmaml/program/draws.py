@@ -79,14 +79,14 @@ class Tape:
         if self.input is None:
             return True
         tasks = torch.stack([x, (x * 0.5).to(x.dtype)])
-        alone = torch.stack([torch.cat(self.play(buffer, task), 1) for task in tasks])
-        together = torch.empty_like(alone)
         try:
+            alone = torch.stack([torch.cat(self.play(buffer, task), 1) for task in tasks])
+            together = torch.empty_like(alone)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that vmap goes through an op's tasks one by one
                 self.play_for_all(together, buffer, tasks)
-        except RuntimeError:  # an op, or one that writes in place, that vmap has no rule for
-            return False
+        except (RuntimeError, IndexError, ValueError):
+            return False  # an op that vmap has no rule for, or that refuses other numbers
         return torch.allclose(alone, together, equal_nan=True)
 
     def _played(self, buffer: Buffers, x: Tensor) -> list[Tensor]:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Plan:
     """How a module runs. ``reason``: why there is no native program, or None; ``meta_steps``: how
-    meta-steps run on a GPU, or None; ``drawn``: how many random numbers and constants of forward
-    go in with each example.
+    meta-steps run on a GPU, or None; ``drawn``: how many values that forward makes without its
+    parameters go in with each example.
     """
 
     module: str
@@ -44,7 +44,7 @@ class Plan:
         if self.meta_steps is not None:
             lines.append(f"  meta-steps: {self.meta_steps}")
         if self.drawn:
-            lines.append(f"  drawn by forward: {self.drawn} values per example")
+            lines.append(f"  drawn by forward, or made of the input: {self.drawn} values per example")
         lines += [f"  {i:3d}  {op}" for i, op in enumerate(self.ops)]
         return "\n".join(lines)
 
