@@ -44,7 +44,7 @@ class Plan:
         if self.meta_steps is not None:
             lines.append(f"  meta-steps: {self.meta_steps}")
         if self.drawn:
-            lines.append(f"  drawn by forward, or made of the input: {self.drawn} values per example")
+            lines.append(f"  drawn, or made of the input: {self.drawn} values per example")
         lines += [f"  {i:3d}  {op}" for i, op in enumerate(self.ops)]
         return "\n".join(lines)
 
