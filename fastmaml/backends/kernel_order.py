@@ -33,9 +33,9 @@ class KernelOrder:
         self._offsets: dict[Slot, int] = {}
         self._inside: set[Slot] = set()
         self._size, self._padded = layout.theta_size, 0
-        there = torch.empty(0, dtype=torch.int64)
+        there = torch.empty(0, dtype=torch.int64, device="cpu")
         for slot in layout.group(adapted=True):
-            places = torch.arange(slot.offset, slot.offset + slot.size)
+            places = torch.arange(slot.offset, slot.offset + slot.size, device="cpu")
             if slot.name in names:
                 self._inside.add(slot)
                 places = places.view(slot.shape).movedim(1, -1).flatten()
@@ -44,9 +44,9 @@ class KernelOrder:
             self._padded += len(places) + len(padding)
             there = torch.cat([there, places, padding])
         self._there = there
-        self._back = torch.empty(self._size, dtype=torch.int64)
+        self._back = torch.empty(self._size, dtype=torch.int64, device="cpu")
         for slot, offset in self._offsets.items():
-            own = torch.arange(offset, offset + slot.size)
+            own = torch.arange(offset, offset + slot.size, device="cpu")
             self._back[there[own]] = own
         self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._zeros: dict[tuple[int, torch.device], Tensor] = {}
@@ -54,7 +54,7 @@ class KernelOrder:
     @property
     def differs(self) -> bool:
         """Whether it is another order than torch's."""
-        return not torch.equal(self._there, torch.arange(self._size))
+        return not torch.equal(self._there, torch.arange(self._size, device="cpu"))
 
     def view(self, slot: Slot, theta: Tensor) -> Tensor:
         """The parameter ``[T, *shape]`` in ``theta [T, K]``."""

@@ -46,7 +46,7 @@ class WholeNumbers:
 def _looked_up(graph: Graph, size: int) -> list[tuple[Tensor, int]]:
     """Places of an input of so many values, not counting what is drawn, that tables are read by."""
     found = []
-    whole = torch.arange(prod(graph.values[0])).view(1, 1, *graph.values[0])
+    whole = torch.arange(prod(graph.values[0]), device="cpu").view(1, 1, *graph.values[0])
     moved = {0: whole}
     for op in graph.ops:
         inputs = [moved[v] for v in op.inputs if v in moved]

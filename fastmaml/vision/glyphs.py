@@ -96,7 +96,7 @@ def draw_glyphs() -> ImageClasses:
     for script, character in _distinct(_candidates()):
         names.append(f"{script}/{character}")
         images.append(_draw_class(character))
-    labels = torch.arange(len(names)).repeat_interleave(INSTANCES)
+    labels = torch.arange(len(names), device="cpu").repeat_interleave(INSTANCES)
     return ImageClasses(torch.from_numpy(np.concatenate(images)), labels, names)
 
 

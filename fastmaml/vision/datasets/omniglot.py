@@ -191,7 +191,9 @@ def _read_all(folder: Path) -> ImageClasses:
                     names.append(character)
                 labels.append(len(names) - 1)
                 images.append(_shrink(f"{folder / part}/{name}", files[name]()))
-    return ImageClasses(torch.from_numpy(np.stack(images)), torch.tensor(labels), names)
+    return ImageClasses(
+        torch.from_numpy(np.stack(images)), torch.tensor(labels, device="cpu"), names
+    )
 
 
 def _shrink(name: str, png: bytes) -> np.ndarray:
