@@ -384,10 +384,11 @@ struct Kernels {
   // out[i] = in[map[i]] per example, or 0 where map[i] < 0.
   void (*gather)(Index examples, Index in_size, Index out_size, const std::int32_t* map,
                  const T* in, T* out, bool accumulate, Share share);
-  // out[i] = (accumulate ? out[i] : 0) + the sum of in at places[starts[i]] to places[starts[i + 1]],
-  // for each example.
+  // out[i] = (accumulate ? out[i] : 0) + the sum of in at places[starts[i]] to places[starts[i +
+  // 1]], for each example.
   void (*gather_sums)(Index examples, Index in_size, Index out_size, const std::int32_t* starts,
-                      const std::int32_t* places, const T* in, T* out, bool accumulate, Share share);
+                      const std::int32_t* places, const T* in, T* out, bool accumulate,
+                      Share share);
 
   // --- a task in each lane; values are [rows][columns][lanes] -----------------------------------
   void (*lane_products)(const LaneProducts<T>& job);

@@ -135,7 +135,7 @@ void update(Index count, T a, const T* rate, const T* x, const T* g, T* out, Sha
 #define FASTMAML_INSTANTIATE(T)                                                                 \
   template void transpose<T>(Index, Index, Index, const T*, T*, Share);                         \
   template void gather<T>(Index, Index, Index, const std::int32_t*, const T*, T*, bool, Share); \
-  template void gather_sums<T>(Index, Index, Index, const std::int32_t*, const std::int32_t*,    \
+  template void gather_sums<T>(Index, Index, Index, const std::int32_t*, const std::int32_t*,   \
                                const T*, T*, bool, Share);                                      \
   template void axpby<T>(Index, T, const T*, T, const T*, T*, bool, Share);                     \
   template void update<T>(Index, T, const T*, const T*, const T*, T*, Share);

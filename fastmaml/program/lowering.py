@@ -20,7 +20,7 @@ from fastmaml.program.lowering_convolution import lower_convolution, pair
 from fastmaml.program.lowering_masks import MASKS_TABLE
 from fastmaml.program.lowering_moves import MOVES_TABLE, lower_move, unless_of_values
 from fastmaml.program.lowering_pointwise import POINTWISE_TABLE, lower_add, lower_multiply
-from fastmaml.program.lowering_products import PRODUCTS_TABLE, is_plain
+from fastmaml.program.lowering_products import PRODUCTS_TABLE
 from fastmaml.program.lowering_reductions import REDUCTIONS_TABLE
 from fastmaml.program.lowering_rows import ROWS_TABLE
 from fastmaml.program.lowering_shape import SHAPE_TABLE, Arguments, lower_view
@@ -47,7 +47,7 @@ def _with_computed_affine(lowering: Lowering) -> Lowering:
     def lowered(trace: Trace, a: Arguments, result: Any) -> None:
         given = {name: a[name] for name in ("weight", "bias") if a[name] is not None}
         computed = [t for t in given.values() if trace.is_of_parameters(t)]
-        if all(is_plain(trace.lookup(t)) for t in computed):
+        if all(isinstance(trace.lookup(t), Read) for t in computed):
             return lowering(trace, a, result)
         value, *others = result
         x = torch.empty_like(value, device="meta")

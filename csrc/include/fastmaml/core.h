@@ -34,8 +34,8 @@ struct OpSpec {
 };
 
 // A parameter: a piece of theta (one copy per task) where `adapted`, else of phi (one for all).
-// `swapped`: a weight that lies there as its transpose does, [in][out] and its taps from the last to
-// the first.
+// `swapped`: a weight that lies there as its transpose does, [in][out] and its taps from the last
+// to the first.
 struct SlotSpec {
   Shape shape;
   bool adapted = true;
