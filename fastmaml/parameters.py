@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastmaml.clone import CloneState, LazyClone, ModuleClone, detach_tensors
+from fastmaml.clone import CloneState, ModuleClone, detach_tensors
 from fastmaml.errors import UnbatchableError
 from fastmaml.late import own_parts
+from fastmaml.lazy_clone import LazyClone
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.theta import Theta
 from fastmaml.program.transforms import outside
