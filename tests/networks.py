@@ -69,10 +69,10 @@ class Dense(nn.Module):
 
 
 class Cumulative(nn.Module):
-    """Of the features up to each the log of their exponentials' sum: what has no native program."""
+    """Products of the features up to each: what has no native program."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.logcumsumexp(-1)
+        return x.cumprod(-1)
 
 
 class Padded(nn.Module):
