@@ -138,14 +138,14 @@ IMAGES: dict[str, Callable[[Spelled, Tensor], Tensor]] = {
     "transposed without bias": lambda m, h: m.turned(h),
     "upsampled": lambda m, h: F.interpolate(h, scale_factor=(2, 1.5), mode="nearest"),
     "upsampled exactly": lambda m, h: F.interpolate(h, size=(4, 9), mode="nearest-exact"),
-    "shuffled": lambda m, h: F.pixel_unshuffle(h, 3) + F.channel_shuffle(h, 2).mean(),
+    "pixels to channels": lambda m, h: F.pixel_unshuffle(h, 3),
+    "shuffled channels": lambda m, h: F.channel_shuffle(h, 2),
     "pixel shuffle": lambda m, h: F.pixel_shuffle(h.repeat(1, 4, 1, 1), 2),
     "patches": lambda m, h: F.unfold(h, 3, stride=2, padding=1),
     "maxima": lambda m, h: torch.cat([h.amax((2, 3)), F.adaptive_max_pool2d(h, 2).flatten(1)], 1),
     "turned": lambda m, h: h.rot90(1, (2, 3)) * F.pad(h, (2, 1, 0, 0), mode="replicate")[..., 3:],
     "deviations": lambda m, h: h.std((2, 3)),
 }  # fmt: skip
-IMAGES["shuffled"] = lambda m, h: F.pixel_unshuffle(h, 3)
 
 
 def _episodes(shape: tuple[int, ...]) -> TaskBatch:

@@ -168,7 +168,8 @@ def _cumulative_sum(trace: Trace, a: Arguments, result: Tensor) -> None:
     length, before, behind = x.shape[axis], prod(x.shape[:axis]), prod(x.shape[axis + 1 :])
     if length > _LONGEST_SUMS:
         raise NotCovered(f"sums of more than {_LONGEST_SUMS} values")
-    ones = trace.draw(torch.ops.aten.ones.default, [length, length], dtype=trace.dtype)
+    like = {"dtype": trace.dtype, "device": a["self"].device}
+    ones = trace.draw(torch.ops.aten.ones.default, [length, length], **like)
     triangle = trace.draw(torch.ops.aten.tril.default, ones)
     shape = (before, length, behind)
     matrix = trace.operand(triangle, trace.rows((length, length)))

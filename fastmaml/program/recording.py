@@ -106,11 +106,13 @@ class Recording:
         self._input = x
         self._placed(x, self._followed)
 
-    def take(self, tensor: Tensor, dtype: torch.dtype) -> None:
-        """Let ``tensor``, whose first axis is the examples, go in as it is now."""
-        rows = _copied_rows(tensor, self._examples, dtype)
+    def take(self, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        """Let ``tensor``, whose first axis is the examples, go in as it is now: numbers of Python's
+        may be on the CPU.
+        """
+        rows = _copied_rows(tensor, self._examples, dtype, device)
         self._taken.append(_Taken(len(self._calls), tensor, tensor._version))
-        self.add(_copied_rows, (tensor, self._examples, dtype), {}, rows)
+        self.add(_copied_rows, (tensor, self._examples, dtype, device), {}, rows)
         self.values.append(rows)
 
     def tape(self) -> Tape:
@@ -118,7 +120,8 @@ class Recording:
         calls, taken = self._calls.copy(), []
         for take, rows in zip(self._taken, self.values, strict=True):
             call = calls[take.call]
-            if take.tensor._version == take.version and take.tensor.dtype == rows.dtype:
+            alike = (take.tensor.dtype, take.tensor.device) == (rows.dtype, rows.device)
+            if alike and take.tensor._version == take.version:
                 calls[take.call] = replace(call, func=_rows)
             taken.append(self._places[id(rows)])
         x, followed = self._input, None
@@ -161,13 +164,13 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _rows(tensor: Tensor, examples: int, dtype: torch.dtype) -> Tensor:
+def _rows(tensor: Tensor, examples: int, *_: Any) -> Tensor:
     plain = tensor.ndim == 2 and len(tensor) == examples
     return tensor if plain else tensor.reshape(examples, -1)
 
 
-def _copied_rows(tensor: Tensor, examples: int, dtype: torch.dtype) -> Tensor:
-    return _rows(tensor.detach().to(dtype, copy=True), examples, dtype)
+def _copied_rows(tensor: Tensor, examples: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _rows(tensor.detach().to(device, dtype, copy=True), examples)
 
 
 def _tensors(items: Iterable[Any]) -> bool:

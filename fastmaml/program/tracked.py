@@ -217,7 +217,7 @@ class Tracked:
                 raise NotCovered(f"an operand of {tensor.dtype}")
             value = self._new_value(tensor)
             self.cuts_input |= self._drawn_from(tensor).learned
-            self.draws.take(tensor, self.dtype)
+            self.draws.take(tensor, self.dtype, self.device)
             self.sources.append(value.id)
             self._taken[key] = value
         return self._taken[key]
@@ -262,7 +262,7 @@ class Tracked:
         """``dtype``: that of the program, in which whole numbers go in as well."""
         self._know(tensor, self._new_value(tensor))
         self.sources.append(0)
-        self.dtype = dtype
+        self.dtype, self.device = dtype, tensor.device
 
     def _new_value(self, tensor: Tensor) -> Value:
         rows = tensor.shape[0] if tensor.ndim else 0
