@@ -9,7 +9,7 @@ Three doors to one engine, all with the same exact second-order gradients::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -161,6 +161,12 @@ class MAML(BaseLearner):
     def moves_parts(self) -> bool:
         """Whether inner steps move each parameter against its own gradient, and no more."""
         return self.inner is None and type(self).update is MAML.update
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module; not while another thread captures it with others in their place."""
+        with LOCK:
+            found = list(super().named_parameters(*args, **kwargs))
+        return iter(found)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module itself; a clone so that it can be differentiated twice."""
