@@ -78,12 +78,16 @@ def _emit_rows(trace: Trace, x: Value, weight: Tensor, result: Tensor, *, swappe
         turned = trace.rows(weight.shape[::-1])
         trace.emit("permute", turned, (matrix,), dims=(1, 0))
         matrix = trace.value(turned)
+    product = torch.empty_like(result, device="meta")
+    trace.reshape(product, _rows_times(trace, x, matrix))
+    return product
+
+
+def _rows_times(trace: Trace, x: Value, matrix: Value) -> Value:
+    """The rows of ``x`` times each example's matrix ``[in, out]``."""
     inner, columns = matrix.shape
     count = prod(x.shape) // inner
-    found, product = trace.rows((count, columns)), torch.empty_like(result, device="meta")
-    trace.emit("bmm", found, (trace.viewed(x, (count, inner)), matrix))
-    trace.reshape(product, trace.value(found))
-    return product
+    return trace.emitted("bmm", (trace.viewed(x, (count, inner)), matrix), (count, columns))
 
 
 def add_bias(trace: Trace, product: Tensor, bias: Tensor | None, result: Tensor) -> None:
@@ -96,12 +100,8 @@ def add_bias(trace: Trace, product: Tensor, bias: Tensor | None, result: Tensor)
 
 def _matrix_vector(trace: Trace, a: Arguments, result: Tensor) -> None:
     x, vector = trace.value(a["self"]), a["vec"]
-    column = trace.operand(vector, trace.rows(vector.shape))
-    inner = len(vector)
-    rows = trace.rows((prod(x.shape) // inner, 1))
-    pair = (trace.viewed(x, (prod(x.shape) // inner, inner)), trace.viewed(column, (inner, 1)))
-    trace.emit("bmm", rows, pair)
-    trace.reshape(result, trace.value(rows))
+    column = trace.viewed(trace.operand(vector, trace.rows(vector.shape)), (len(vector), 1))
+    trace.reshape(result, _rows_times(trace, x, column))
 
 
 def _batched(trace: Trace, a: Arguments, result: Tensor) -> None:

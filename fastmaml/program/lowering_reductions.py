@@ -17,21 +17,12 @@ from fastmaml.program.trace import Lowering, NotCovered, Trace
 _OVER_EXAMPLES = "a reduction over examples"
 
 
-def _emitted(
-    trace: Trace, kind: str, inputs: tuple[Value, ...], shape: Sequence[int], **attrs: Any
-) -> Value:
-    """An op whose result the module does not see; an example of it has this shape."""
-    rows = trace.rows(shape, merged=inputs[0].merged)
-    trace.emit(kind, rows, inputs, **attrs)
-    return trace.value(rows)
-
-
 def _function(trace: Trace, x: Value, name: str) -> Value:
-    return _emitted(trace, "activation", (x,), x.shape, function=name, alpha=0.0, beta=0.0)
+    return trace.emitted("activation", (x,), x.shape, function=name, alpha=0.0, beta=0.0)
 
 
 def _scaled(trace: Trace, x: Value, alpha: float, beta: float = 0.0) -> Value:
-    return _emitted(trace, "scale", (x,), x.shape, alpha=alpha, beta=beta)
+    return trace.emitted("scale", (x,), x.shape, alpha=alpha, beta=beta)
 
 
 def _axes(trace: Trace, a: Arguments) -> tuple[Value, tuple[int, ...]]:
@@ -49,16 +40,16 @@ def _kept(x: Value, axes: Sequence[int]) -> tuple[int, ...]:
 
 
 def _mean(trace: Trace, x: Value, axes: tuple[int, ...]) -> Value:
-    return _emitted(trace, "mean", (x,), _kept(x, axes), dims=axes, keepdim=True)
+    return trace.emitted("mean", (x,), _kept(x, axes), dims=axes, keepdim=True)
 
 
 def _repeated(trace: Trace, x: Value, shape: Sequence[int]) -> Value:
-    return x if x.shape == tuple(shape) else _emitted(trace, "expand", (x,), shape)
+    return x if x.shape == tuple(shape) else trace.emitted("expand", (x,), shape)
 
 
 def _difference(trace: Trace, x: Value, y: Value) -> Value:
     pair = (x, _repeated(trace, y, x.shape))
-    return _emitted(trace, "add", pair, x.shape, alpha=-1.0)
+    return trace.emitted("add", pair, x.shape, alpha=-1.0)
 
 
 # --- maxima ---------------------------------------------------------------------------------------
@@ -69,19 +60,12 @@ def _largest(trace: Trace, x: Value, axes: Sequence[int]) -> Value:
     for axis in axes:
         size, kept = x.shape[axis], _kept(x, (axis,))
         before, behind = prod(x.shape[:axis]), prod(x.shape[axis + 1 :])
-        image = _viewed(trace, x, (before, size, behind))
+        image = trace.viewed(x, (before, size, behind))
         window = {"kernel": (size, 1), "stride": (size, 1), "padding": (0, 0)}
         attrs: dict[str, Any] = {**window, "dilation": (1, 1), "ceil_mode": False}
-        pooled = _emitted(trace, "max_pool2d", (image,), (before, 1, behind), **attrs)
-        x = _viewed(trace, pooled, kept, merged=x.merged)
+        pooled = trace.emitted("max_pool2d", (image,), (before, 1, behind), **attrs)
+        x = trace.viewed(pooled, kept, merged=x.merged)
     return x
-
-
-def _viewed(trace: Trace, x: Value, shape: Sequence[int], *, merged: bool = False) -> Value:
-    """The same elements; of an example, unless they are to be ``merged`` again."""
-    rows = trace.rows(shape, merged=merged)
-    trace.reshape(rows, x)
-    return trace.value(rows)
 
 
 def _extremum(trace: Trace, a: Arguments, result: Any, *, sign: int = 1) -> None:
@@ -100,10 +84,10 @@ def _extrema(trace: Trace, a: Arguments, result: Tensor, *, sign: int = 1) -> No
     below = _difference(trace, signed, _largest(trace, signed, axes))
     equal = _function(trace, below, "is_zero")
     others = _scaled(trace, equal, -1.0, 1.0)
-    chosen = _emitted(trace, "masked_fill", (x, others), x.shape, value=0.0)
+    chosen = trace.emitted("masked_fill", (x, others), x.shape, value=0.0)
     share = _function(trace, _mean(trace, equal, axes), "reciprocal")
     mean = _mean(trace, chosen, axes)
-    trace.reshape(result, _emitted(trace, "mul", (mean, share), mean.shape))
+    trace.reshape(result, trace.emitted("mul", (mean, share), mean.shape))
 
 
 def _adaptive_max_pool(trace: Trace, a: Arguments, result: Any) -> None:
@@ -121,7 +105,7 @@ def _log_sum_exp(trace: Trace, a: Arguments, result: Tensor) -> None:
     terms = _function(trace, _difference(trace, x, largest), "exp")
     count = prod(x.shape[axis] for axis in axes)
     log = _function(trace, _scaled(trace, _mean(trace, terms, axes), float(count)), "log")
-    trace.reshape(result, _emitted(trace, "add", (largest, log), log.shape, alpha=1.0))
+    trace.reshape(result, trace.emitted("add", (largest, log), log.shape, alpha=1.0))
 
 
 def _vector_norm(trace: Trace, a: Arguments, result: Tensor) -> None:
@@ -151,8 +135,8 @@ def _weight_norm(trace: Trace, a: Arguments, result: Any) -> None:
     square = _mean(trace, _function(trace, x, "square"), axes)
     count = prod(x.shape[axis] for axis in axes)
     inverse = _function(trace, _scaled(trace, square, float(count)), "rsqrt")
-    length = _emitted(
-        trace, "mul", (trace.operand(a["g"], trace.rows(a["g"].shape)), inverse), inverse.shape
+    length = trace.emitted(
+        "mul", (trace.operand(a["g"], trace.rows(a["g"].shape)), inverse), inverse.shape
     )
     weight = trace.rows(v.shape)
     trace.emit("mul", weight, (x, _repeated(trace, length, x.shape)))
@@ -173,10 +157,8 @@ def _cumulative_sum(trace: Trace, a: Arguments, result: Tensor) -> None:
     triangle = trace.draw(torch.ops.aten.tril.default, ones)
     shape = (before, length, behind)
     matrix = trace.operand(triangle, trace.rows((length, length)))
-    matrices = _repeated(
-        trace, _viewed(trace, matrix, (1, length, length)), (before, length, length)
-    )
-    sums = _emitted(trace, "bmm", (matrices, _viewed(trace, x, shape)), shape)
+    matrices = _repeated(trace, trace.viewed(matrix, (1, length, length)), (before, length, length))
+    sums = trace.emitted("bmm", (matrices, trace.viewed(x, shape)), shape)
     trace.reshape(result, sums)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmaml.program.known import SideBySide, Value
+from fastmaml.program.known import SideBySide
 from fastmaml.program.lowering_reductions import along_axes
 from fastmaml.program.lowering_shape import Arguments, axis_of
 from fastmaml.program.trace import Lowering, NotCovered, Trace
@@ -58,10 +58,10 @@ def _attention(trace: Trace, a: Arguments, result: Any) -> None:
         raise NotCovered("attention with dropout, or of other axes")
     heads, places, width = query.shape
     scale = 1 / math.sqrt(width) if a["scale"] is None else float(a["scale"])
-    turned = _emitted(trace, "permute", (heads, width, key.shape[1]), (key,), dims=(0, 2, 1))
+    turned = trace.emitted("permute", (key,), (heads, width, key.shape[1]), dims=(0, 2, 1))
     shape = (heads, places, key.shape[1])
-    scores = _emitted(trace, "bmm", shape, (query, turned))
-    scores = _emitted(trace, "scale", shape, (scores,), alpha=scale, beta=0.0)
+    scores = trace.emitted("bmm", (query, turned), shape)
+    scores = trace.emitted("scale", (scores,), shape, alpha=scale, beta=0.0)
     mask = a.get("attn_mask", a.get("attn_bias"))
     if a["is_causal"]:
         mask = _causal(trace, a.get("like", a["query"]), shape[1:])
@@ -70,9 +70,9 @@ def _attention(trace: Trace, a: Arguments, result: Any) -> None:
         if len(other.shape) != len(shape):
             raise NotCovered("a mask of other axes")
         if other.shape != shape:
-            other = _emitted(trace, "expand", shape, (other,))
-        scores = _emitted(trace, "add", shape, (scores, other), alpha=1.0)
-    weights = _emitted(trace, "softmax", shape, (scores,), dim=2, log=False, safe=True)
+            other = trace.emitted("expand", (other,), shape)
+        scores = trace.emitted("add", (scores, other), shape, alpha=1.0)
+    weights = trace.emitted("softmax", (scores,), shape, dim=2, log=False, safe=True)
     trace.emit("bmm", result[0], (weights, value))
 
 
@@ -87,15 +87,6 @@ def _attention_side_by_side(trace: Trace, a: Arguments, result: Tensor) -> None:
     found = trace.rows((result.shape[1] // trace.examples, *result.shape[2:]))
     _attention(trace, {**a, **apart, "like": a["query"]}, (found,))
     trace.alias(result, SideBySide(trace.value(found)))
-
-
-def _emitted(
-    trace: Trace, kind: str, shape: tuple[int, ...], inputs: tuple[Value, ...], **attrs: Any
-) -> Value:
-    """An op whose result the module does not see, of an example's ``shape``."""
-    result = trace.rows(shape)
-    trace.emit(kind, result, inputs, **attrs)
-    return trace.value(result)
 
 
 def _causal(trace: Trace, query: Tensor, shape: tuple[int, ...]) -> Tensor:

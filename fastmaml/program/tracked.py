@@ -158,10 +158,18 @@ class Tracked:
             raise NotCovered("a parameter that differs between examples")
         return axes if len(like) == self.examples else [first, *axes]
 
-    def viewed(self, value: Value, axes: Sequence[int]) -> Value:
+    def viewed(self, value: Value, axes: Sequence[int], *, merged: bool = False) -> Value:
         """The elements of ``value`` in the same order, with other axes for each example."""
-        rows = self.rows(axes)
+        rows = self.rows(axes, merged=merged)
         self.reshape(rows, value)
+        return self.value(rows)
+
+    def emitted(
+        self, kind: str, inputs: tuple[Value, ...], shape: Sequence[int], **attrs: Any
+    ) -> Value:
+        """An op whose output, of this shape for each example, the module does not see."""
+        rows = self.rows(shape, merged=inputs[0].merged)
+        self.emit(kind, rows, inputs, **attrs)
         return self.value(rows)
 
     def is_of_parameters(self, tensor: Tensor) -> bool:
