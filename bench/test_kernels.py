@@ -85,7 +85,7 @@ def make_layers(name: str) -> list[Layer]:
     maml = fastmaml.MAML(module, lr=0.1)
     layout, theta, phi = maml.packed()
     x = torch.randn(TASKS, EXAMPLES, *shape)
-    program = ProgramCache(module).find(layout, x)
+    program = ProgramCache.of(module).find(layout, x)
     assert isinstance(program, NativeProgram)
     theta = theta.detach().expand(TASKS, -1).contiguous()
     phi, buffers = phi.detach(), program.buffers()

@@ -102,7 +102,7 @@ class MAML(BaseLearner):
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
         if isinstance(self.adapt_filter, _ByName):
             self.adapt_filter.require_in(model)
-        self.programs = ProgramCache(model)
+        self.programs = ProgramCache.of(model)
         self.recognised: fused.Recognised | None = None
         self._layout: tuple[Signature, ParameterLayout] | None = None
         if inner is not None:
@@ -340,7 +340,7 @@ class MAML(BaseLearner):
             if self._layout is None or self._layout[0].structure != signature.structure:
                 self._layout = (signature, ParameterLayout(self.module, self.adapt_filter))
                 if not self.programs.serves(self.module):
-                    self.programs = ProgramCache(self.module)
+                    self.programs = ProgramCache.of(self.module)
             self._layout = (signature, self._layout[1])
             return self._layout[1]
 

@@ -58,7 +58,7 @@ def by_input(module: Branching, x: Tensor) -> Tensor:
 
 def kind(module: nn.Module, *shape: int) -> str:
     maml = fastmaml.MAML(module, lr=0.1)
-    return ProgramCache(module).find(maml.layout(), torch.randn(*shape), example_axes=1).name
+    return ProgramCache.of(module).find(maml.layout(), torch.randn(*shape), example_axes=1).name
 
 
 @pytest.mark.filterwarnings("ignore::fastmaml.FallbackWarning")

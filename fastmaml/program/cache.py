@@ -67,14 +67,13 @@ class ProgramCache:
     _by_module: ClassVar[WeakValueDictionary[int, ProgramCache]] = WeakValueDictionary()
     _module: nn.Module  # held, so that the id by which its programs are found stays its own
 
-    def __new__(cls, module: nn.Module | None = None) -> ProgramCache:
-        """The module's, if it has one; without a module, as for a copy, a new one."""
-        kept = None if module is None else cls._by_module.get(id(module))
-        return super().__new__(cls) if kept is None else kept
+    @classmethod
+    def of(cls, module: nn.Module) -> ProgramCache:
+        """The module's, which is made if it has none."""
+        kept = cls._by_module.get(id(module))
+        return cls(module) if kept is None else kept
 
     def __init__(self, module: nn.Module) -> None:
-        if "_module" in vars(self):
-            return
         self._module = module
         self._programs: OrderedDict[Key, tuple[FunctionalProgram | Variants, object]]
         self._programs = OrderedDict()

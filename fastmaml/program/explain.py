@@ -67,7 +67,7 @@ def explain(model: nn.Module, x: Tensor | TaskBatch) -> Plan:
     x = x.support(0)[0][0] if isinstance(x, TaskBatch) else x
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FallbackWarning)
-        program = ProgramCache(maml.module).find(layout, x, example_axes=1)
+        program = ProgramCache.of(maml.module).find(layout, x, example_axes=1)
     plan = Plan(
         module=type(maml.module).__name__,
         backend=program.name,
