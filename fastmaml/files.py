@@ -15,9 +15,10 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
     """Replace `path` by what `write(file)` produces, or leave it exactly as it was.
 
     The bytes go to a temporary file in the same folder, reach the disk, and only then take the
-    name. A crash at any moment leaves either the old file or the new one.
+    name. A crash at any moment leaves either the old file or the new one. A link stays, and leads
+    to the new one.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:

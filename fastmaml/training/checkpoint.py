@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import zipfile
 from dataclasses import asdict
@@ -21,10 +20,7 @@ _OTHER_VERSION = "was not written by this version of fastmaml; go on with the on
 
 
 def save_checkpoint(path: str | Path, trainer: Trainer) -> None:
-    """Write the run to `path`: a crash leaves the old file or the new one, never half of one.
-
-    A link stays; the file that it leads to is written.
-    """
+    """Write the run to `path`: a crash leaves the old file or the new one, never half of one."""
     content = {
         "format": FORMAT,
         "recipe": asdict(trainer.recipe),
@@ -33,7 +29,7 @@ def save_checkpoint(path: str | Path, trainer: Trainer) -> None:
     }
     archive = io.BytesIO()  # torch's own writer reports a full disk as a position that is wrong
     torch.save(content, archive)
-    write_atomically(os.path.realpath(path), lambda file: file.write(archive.getbuffer()))
+    write_atomically(path, lambda file: file.write(archive.getbuffer()))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
