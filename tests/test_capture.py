@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import fastmaml
 from fastmaml.program.capture import capture
-from fastmaml.program.ir import Graph
 from fastmaml.program.signature import module_signature
 from fastmaml.program.substitute import call_with
 from fastmaml.program.trace import NotCovered
@@ -374,33 +373,3 @@ def test_what_a_forward_leaves_behind_is_refused(remember, name: str) -> None:
 def test_a_forward_may_set_what_is_the_same_each_time() -> None:
     module = Remembering(lambda m, y: setattr(m, "shape", y.shape[1:]))
     assert len(capture(module, torch.randn(4, 3)).ops) == 1
-
-
-class Pooled(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.linear(x)).mean(1)
-
-
-@pytest.mark.filterwarnings("error")
-def test_shapes_that_keep_changing_are_not_captured_each_time(monkeypatch) -> None:
-    monkeypatch.delenv("FASTMAML_BACKEND", raising=False)
-    met = []
-
-    def counted(module: nn.Module, x: Tensor) -> Graph:
-        met.append(x.shape[1])
-        return capture(module, x)
-
-    monkeypatch.setattr("fastmaml.program.cache.capture", counted)
-    module = Pooled()
-    maml = fastmaml.MAML(module, 0.1)
-    for length in [*range(1, 41)] * 2:
-        x = torch.randn(4, length, 3)
-        torch.testing.assert_close(maml.clone()(x), module(x))
-    assert met == [*range(1, 17)]
-    for _ in range(30):
-        maml.clone()(torch.randn(4, 40, 3))
-    assert met == [*range(1, 17), 40]

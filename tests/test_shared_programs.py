@@ -1,4 +1,6 @@
-"""Wrappers made anew around one module find its programs; copies and other modules do not."""
+"""Wrappers made anew around one module find its programs; copies and other modules do not. Shapes
+that are rare have none.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 import fastmaml
 from fastmaml import FallbackWarning, TaskBatch
 from fastmaml.program import cache
+from fastmaml.program.capture import capture
+from fastmaml.program.ir import Graph
 from fastmaml.testing import relative_error, sequential_maml
 
 
@@ -138,3 +142,33 @@ def test_one_warning_for_all_wrappers_but_a_backend_asked_for_by_name(
     monkeypatch.setenv("FASTMAML_BACKEND", "cpu")
     with pytest.raises(RuntimeError, match="was asked for"):
         fastmaml.MAML(module, 0.1).clone()(x)
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.linear(x)).mean(1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_shapes_that_keep_changing_are_not_captured_each_time(monkeypatch) -> None:
+    monkeypatch.delenv("FASTMAML_BACKEND", raising=False)
+    met = []
+
+    def counted(module: nn.Module, x: Tensor) -> Graph:
+        met.append(x.shape[1])
+        return capture(module, x)
+
+    monkeypatch.setattr("fastmaml.program.cache.capture", counted)
+    module = Pooled()
+    maml = fastmaml.MAML(module, 0.1)
+    for length in [*range(1, 41)] * 2:
+        x = torch.randn(4, length, 3)
+        torch.testing.assert_close(maml.clone()(x), module(x))
+    assert met == [*range(1, 17)]
+    for _ in range(30):
+        maml.clone()(torch.randn(4, 40, 3))
+    assert met == [*range(1, 17), 40]
