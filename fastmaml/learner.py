@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fastmaml import checks
 from fastmaml.base_learner import BaseLearner
+from fastmaml.compilation import left_alone
 from fastmaml.parameters import LearnerParameters
 from fastmaml.program.gradient_step import inner_gradients, part_step
 from fastmaml.program.layout import ParameterLayout
@@ -96,6 +97,7 @@ class Learner(BaseLearner):
 
     # --- running ------------------------------------------------------------------------------
 
+    @left_alone
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output with this learner's parameters."""
         x = args[0] if len(args) == 1 and not kwargs else None
@@ -163,6 +165,7 @@ class Learner(BaseLearner):
 
     # --- adapting -----------------------------------------------------------------------------
 
+    @left_alone
     def adapt(
         self,
         loss: Tensor,
@@ -282,6 +285,7 @@ class Learner(BaseLearner):
         self.moments = tuple(m if m is None else m.moved(m.root.detach()) for m in self.moments)
         self._held.detach(keep_requires_grad)
 
+    @left_alone
     def clone(
         self,
         first_order: bool | None = None,

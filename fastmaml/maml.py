@@ -24,6 +24,7 @@ from fastmaml import checks, fused
 from fastmaml.backends.native import is_large
 from fastmaml.base_learner import BaseLearner
 from fastmaml.chunks import in_chunks
+from fastmaml.compilation import left_alone
 from fastmaml.data.episodes import EpisodeSampler
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.fused import Adapted
@@ -115,6 +116,7 @@ class MAML(BaseLearner):
 
     # --- doors 1 and 2 ------------------------------------------------------------------------
 
+    @left_alone
     def clone(
         self,
         first_order: bool | None = None,
@@ -173,6 +175,7 @@ class MAML(BaseLearner):
         with twice_differentiable(self.module) if is_clone(self.module) else nullcontext():
             return super().forward(*args, **kwargs)
 
+    @left_alone
     def adapt(
         self,
         loss: Tensor,
@@ -254,6 +257,7 @@ class MAML(BaseLearner):
 
     # --- door 3 -------------------------------------------------------------------------------
 
+    @left_alone
     def meta_loss(
         self,
         batch: TaskBatch | EpisodeSampler,
@@ -297,6 +301,7 @@ class MAML(BaseLearner):
             return in_chunks(self, batch, chunk, part_loss)
         return fused.meta_loss(self, batch, steps, loss, first_order)
 
+    @left_alone
     def adapted(
         self, batch: TaskBatch, steps: int = 1, loss: TaskLoss = F.cross_entropy
     ) -> Adapted:

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import Function, forward_ad
 
+from fastmaml.compilation import left_alone
+
 _older, _batched = _functorch.is_legacy_batchedtensor, _functorch.is_batchedtensor
 Gradients = tuple[Tensor | None, ...]
 
@@ -67,9 +69,10 @@ class NativeFunction(Function):
                 return one_by_one(partial(backward, ctx), cotangents)
             return backward(ctx, *cotangents)
 
-        cls.backward = staticmethod(one_at_a_time)  # type: ignore[method-assign]
+        cls.backward = staticmethod(left_alone(one_at_a_time))  # type: ignore[method-assign]
 
     @classmethod
+    @left_alone
     def apply(cls, *args: Any) -> Any:
         """The node's outputs.
 
