@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <exception>
+#include <numeric>
 #include <utility>
 
 #include "cpu/openmp_team.h"
@@ -100,7 +101,8 @@ ThreadPool::~ThreadPool() {
 
 void ThreadPool::run(int threads, const std::function<void(int)>& body) {
   if (threads <= 1) return body(0);
-  team_seconds().spared += call_all(threads, body).worked * (threads - 1);
+  const Worked worked = call_all(threads, body);
+  team_seconds().spared += std::min(worked.caller * (threads - 1), worked.others);
 }
 
 void ThreadPool::run_units(int threads, Index units, const std::function<void(int, Index)>& body) {
@@ -113,21 +115,21 @@ void ThreadPool::run_units(int threads, Index units, const std::function<void(in
     }
   };
   if (threads <= 1) return take_units(0);
-  const Spent spent = call_all(threads, take_units);
-  // a caller to which no unit was left came late itself
-  team_seconds().spared += own > 0 ? spent.worked * (units - own) / own : spent.waited;
+  const Worked worked = call_all(threads, take_units);
+  const double at_own_speed = own > 0 ? worked.caller * (units - own) / own : worked.others;
+  team_seconds().spared += std::min(at_own_speed, worked.others);
 }
 
-ThreadPool::Spent ThreadPool::call_all(int threads, const std::function<void(int)>& body) {
+ThreadPool::Worked ThreadPool::call_all(int threads, const std::function<void(int)>& body) {
   std::lock_guard<std::mutex> lock(run_mutex_);
-  const double started = seconds_now();
+  const double started = seconds_now(), waited_before = team_seconds().waited;
   body_ = &body;
+  worked_.assign(threads, 0.0);
   if (!run_on_openmp(threads, [this](int index) { call(index); })) run_on_workers(threads);
   body_ = nullptr;
-  const Spent spent{caller_worked_, seconds_now() - started - caller_worked_};
-  team_seconds().waited += spent.waited;
+  team_seconds().waited = waited_before + seconds_now() - started - worked_[0];
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
-  return spent;
+  return {worked_[0], std::accumulate(worked_.begin() + 1, worked_.end(), 0.0)};
 }
 
 void ThreadPool::run_on_workers(int threads) {
@@ -166,7 +168,7 @@ void ThreadPool::work(Worker& worker, int index) {
 }
 
 void ThreadPool::call(int index) {
-  const double started = index == 0 ? seconds_now() : 0;
+  const double started = seconds_now(), waited_before = team_seconds().waited;
   try {
     (*body_)(index);
   } catch (const TeamAborted&) {
@@ -175,7 +177,7 @@ void ThreadPool::call(int index) {
     std::lock_guard<std::mutex> lock(error_mutex_);
     if (!error_) error_ = std::current_exception();
   }
-  if (index == 0) caller_worked_ = seconds_now() - started;
+  worked_[index] = seconds_now() - started - (team_seconds().waited - waited_before);
 }
 
 void ThreadPool::finish_one() {

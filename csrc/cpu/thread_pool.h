@@ -32,11 +32,11 @@ class ThreadPool {
 
  private:
   struct Worker;
-  struct Spent {
-    double worked, waited;  // seconds of the caller
+  struct Worked {
+    double caller, others;  // seconds
   };
 
-  Spent call_all(int threads, const std::function<void(int)>& body);
+  Worked call_all(int threads, const std::function<void(int)>& body);
 
   void run_on_workers(int threads);
   void start_workers(int count);
@@ -46,7 +46,7 @@ class ThreadPool {
   void wait_for_workers();
 
   std::mutex run_mutex_;
-  double caller_worked_ = 0;  // seconds
+  std::vector<double> worked_;  // seconds of each thread, its waits at barriers left out
   std::vector<std::unique_ptr<Worker>> workers_;
   const std::function<void(int)>* body_ = nullptr;
 
@@ -61,7 +61,8 @@ class ThreadPool {
 double seconds_now();
 
 // The calling thread's seconds in all its calls: waiting for others, and what their work would
-// have taken it, by the speed of its own.
+// have taken it, by the speed of its own or by theirs: the system may have kept either from
+// running.
 struct TeamSeconds {
   double waited = 0;
   double spared = 0;

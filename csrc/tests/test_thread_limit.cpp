@@ -116,12 +116,20 @@ void check_waits_are_told() {
     member.sync();
   });
   check(at_barrier.waited() > 0.1, "waited at a barrier");
-  const Difference own;
+  check(at_barrier.spared() < 0.1, "waiting at a barrier was taken for work");
+}
+
+void check_work_of_others_is_told() {
+  const Difference alike;
+  ThreadPool::instance().run(2, [](int) { sleep_for(0.2); });
+  check(alike.waited() < 0.1, "its own work was taken for waiting");
+  check(alike.spared() > 0.1, "half of the work was the other's");
+  const Difference interrupted;
   ThreadPool::instance().run(2, [](int index) {
     if (index == 0) sleep_for(0.2);
   });
-  check(own.waited() < 0.1, "its own work was taken for waiting");
-  check(own.spared() > 0.2, "half of the work was the other's");
+  check(interrupted.waited() < 0.1, "its own work was taken for waiting");
+  check(interrupted.spared() < 0.1, "the other did nothing for that long");
 }
 
 void check_units_of_others_are_counted() {
@@ -156,6 +164,7 @@ int main() {
   check_threads_come_back();
   check_small_calls_do_not_count();
   check_waits_are_told();
+  check_work_of_others_is_told();
   check_units_of_others_are_counted();
   check_calls_of_the_process();
   return report("thread_limit");
