@@ -3,6 +3,9 @@
 ``import fastmaml as l2l`` keeps learn2learn code as it is.
 """
 
+from importlib import import_module
+from typing import Any
+
 try:
     from fastmaml import _core  # noqa: F401  (first: all the others need it)
 except ImportError as error:
@@ -38,3 +41,10 @@ __all__ = [  # without nn and optim: a star import is not to replace torch's
     "utils",
     "vision",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``gym`` needs Gymnasium, which is optional: not before it is asked for."""
+    if name != "gym":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module("fastmaml.gym")

@@ -75,6 +75,11 @@ LEARN2LEARN = {  # version 0.2.1
         download_file(source, destination, size=None)
         download_file_from_google_drive(id, destination)
     """,
+    ".gym": """
+        AsyncVectorEnv(env_fns, env=None)
+        MetaEnv(task=None)
+    """,
+    ".gym.envs": "Particles2DEnv(task=None)",
     ".nn": """
         Flatten()
         KroneckerLSTM(n, m, bias=True, sigma=None)
