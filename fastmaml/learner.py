@@ -262,9 +262,9 @@ class Learner(BaseLearner):
 
     def _note_unused(self, used: Set[str], lenient: bool, frozen: Set[str] = frozenset()) -> None:
         unused = [name for name in self._held.layout.adapted_names if name not in used]
-        self.__dict__["unused"] = frozenset(unused)
         if not lenient:
             checks.all_used([name for name in unused if name not in frozen])
+        self.__dict__["unused"] = frozenset(unused)
 
     @property
     def layout(self) -> ParameterLayout:

@@ -117,6 +117,7 @@ def test_a_loss_may_depend_on_no_parameter_at_all(hidden, tasks, looked, given) 
     with pytest.raises(RuntimeError, match="none is in its graph"):
         learner.adapt(other.sum(), allow_unused=False)
     assert learner.steps_taken == 3
+    assert learner.unused == frozenset()
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
