@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from rule_cases import CASES, Case
 from rule_checks import Problem
 from torch import Tensor
@@ -269,3 +272,29 @@ def test_precisions() -> None:
         ValueError, match=r"precision must be one of ieee, tf32x3, tf32, bf16, got 'fp8'"
     ):
         precision("fp8").__enter__()
+
+
+def test_convolutions_in_groups_are_as_precise_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever PyTorch's own switch says, by which of its names it was ever set."""
+    switch = getattr(torch.backends.cudnn, "conv", None)
+    if not hasattr(switch, "fp32_precision"):
+        pytest.skip("needs torch 2.9 or later")
+    case, convolve, seen = CASES["grouped_conv2d"][0], torch.conv2d, []
+    p = Problem(case, 2, 3, torch.float32)
+    params, inputs = p.split([leaf.detach().to(DEVICE) for leaf in p.leaves])
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(convolution_precision())
+        return convolve(*args, **kwargs)
+
+    monkeypatch.setattr(F, "conv2d", watched)
+    before = switch.fp32_precision
+    try:
+        for own, chosen in product(("ieee", "tf32"), repeat=2):
+            switch.fp32_precision = own
+            rule = triton_rules(chosen, "ieee")["grouped_conv2d"]
+            rule.forward(case.op, case.out_shape, params, [], inputs)
+            assert switch.fp32_precision == own
+    finally:
+        switch.fp32_precision = before
+    assert seen == ["ieee", "tf32"] * 2

@@ -6,9 +6,10 @@ one launch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -228,7 +229,19 @@ class GroupedConv2d(conv2d.Conv2d):
         with self._precision():
             return super().weight_grad(op, x, w, gy)
 
-    def _precision(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
         own = torch.backends.cudnn
-        names = ("enabled", "benchmark", "benchmark_limit", "deterministic")
-        return own.flags(**{name: getattr(own, name) for name in names}, allow_tf32=self._tf32)
+        conv: Any = getattr(own, "conv", None)
+        if not hasattr(conv, "fp32_precision"):
+            names = ("enabled", "benchmark", "benchmark_limit", "deterministic")
+            given = {name: getattr(own, name) for name in names}
+            with own.flags(**given, allow_tf32=self._tf32):
+                yield
+            return
+        # since torch 2.9; the switch above may refuse to be read
+        before, conv.fp32_precision = conv.fp32_precision, "tf32" if self._tf32 else "ieee"
+        try:
+            yield
+        finally:
+            conv.fp32_precision = before
