@@ -96,12 +96,15 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "of examples": (lambda: between(lambda x: stochastic_depth(x, len(x))), (4,)),
     "of all examples": (lambda: between(lambda x: stochastic_depth(x, 1)), (4,)),
     "fused": (lambda: between(lambda x: torch.native_dropout(x, 0.4, True)[0]), (4,)),
+    "fused of noise": (
+        lambda: between(lambda x: x * torch.native_dropout(torch.rand_like(x), 0.4, True)[0]), (4,),
+    ),
     "examples in parts": (InHeads, (4,)),
     "noise": (lambda: between(noisy), (4,)),
     "mask": (lambda: between(masked), (4,)),
     "written to": (lambda: between(written_to), (4,)),
     "beside": (lambda: between(drawn_beside), (4,)),
-}
+}  # fmt: skip
 
 
 def _batch(shape: tuple[int, ...], tasks: int = 3, support: int = 5, query: int = 4) -> TaskBatch:

@@ -79,6 +79,8 @@ class Recording:
     ) -> None:
         self._random |= torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         args = tuple(args)
+        if func is torch.ops.aten.native_dropout.default and self._has_a_stand_in(args[0]):
+            func = _dropout_of_dense
         if any(isinstance(item, (list, tuple)) and _tensors(item) for item in args):
             func, args = partial(_nested, func, [_size(item) for item in args]), _flattened(args)
         given = [(i, self._place_of(a)) for i, a in enumerate(args) if self._is_made(a)]
@@ -148,10 +150,13 @@ class Recording:
             return item
         if self.follows(item):
             return None
-        if item.is_contiguous():  # without memory for each element
+        if self._has_a_stand_in(item):  # without memory for each element
             return item.new_empty(1).expand(item.shape)
         shape, stride = item.shape, item.stride()
         return torch.empty_strided(shape, stride, dtype=item.dtype, device=item.device)
+
+    def _has_a_stand_in(self, item: Tensor) -> bool:
+        return item.is_contiguous() and not self.follows(item)
 
     def _placed(self, result: Tensor, places: dict[int, int]) -> int:
         if id(result) not in places:
@@ -162,6 +167,12 @@ class Recording:
 
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _dropout_of_dense(like: Tensor, *given: Any) -> Any:
+    """Of memory without gaps, which a GPU goes through in another order than a stand-in's."""
+    x = torch.empty_like(like, memory_format=torch.contiguous_format)
+    return torch.ops.aten.native_dropout.default(x, *given)
 
 
 def _rows(tensor: Tensor, examples: int, *_: Any) -> Tensor:

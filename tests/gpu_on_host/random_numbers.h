@@ -20,11 +20,13 @@ inline at::Generator generator_of_call(at::Device device, const c10::IValue& giv
   return at::detail::createCPUGenerator(own.current_seed() ^ (offset * 0x9e3779b97f4a7c15u));
 }
 
-// Whose kernel on the host would take numbers from the host's generator.
+// Whose kernel on the host would take numbers from the host's generator. As on a GPU, other ones
+// where x has gaps.
 inline std::tuple<at::Tensor, at::Tensor> dropout(const at::Tensor& x, double p,
                                                   std::optional<bool> train) {
   if (!train.value_or(true)) return {x.clone(), at::ones_like(x, x.options().dtype(at::kBool))};
-  const at::Tensor kept = at::empty_like(x, x.options().dtype(at::kBool)).bernoulli_(1 - p);
+  at::Tensor kept = at::empty_like(x, x.options().dtype(at::kBool)).bernoulli_(1 - p);
+  if (!x.is_non_overlapping_and_dense()) kept = kept.flip(0);
   return {x * kept * (p < 1 ? 1 / (1 - p) : 0.0), kept};
 }
 
