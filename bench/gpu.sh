@@ -3,7 +3,8 @@
 # nvcc, and a python3 that has what pyproject.toml asks for to build and to test.
 # Stops before nine minutes are over. What there was no time for can be named the next time: with
 # arguments, parts of these names alone are run, in the tree that `build` has left.
-# Results go to $OUT (default: bench/results): timings as JSONL, all that was printed to gpu.log.
+# Results go to $OUT (default: bench/results): timings as JSONL, all that was printed to gpu.log. Few
+# files, for who lends a machine may give back few.
 # With OMNIGLOT=DIR, the folder that holds omniglot-py, up to five of the minutes go to the 60,000
 # meta-updates of the MAML paper.
 set -uo pipefail
@@ -35,9 +36,12 @@ part() {
   fi
   timeout --signal=INT --kill-after=10 "$limit" bash -c "$3" 2>&1 | tee -a "$out/gpu.log" | tail -n 40
   [ "${PIPESTATUS[0]}" -eq 0 ] || failed+=("$2")
+  [ ! -e "$timings" ] || cat "$timings" >>"$out/cuda.jsonl"
+  rm -f "$timings"
 }
 
 tests=$(mktemp -d)
+timings=$tests/timings.jsonl
 trap 'rm -rf "$tests"' EXIT
 cp tests/*.py "$tests"
 pytest="cd '$tests' && python3 -m pytest -q --tb=short -p no:cacheprovider"
@@ -67,17 +71,17 @@ else
   say "NOT CHECKED: training on Omniglot, whose folder OMNIGLOT=DIR would name"
 fi
 part 120 bench-omniglot "$bench --cases omni51 --rounds 3 --budget 0.5 \
-  --against door3,door2,door1,eager,vmap-norm --output '$out/cuda-omniglot.jsonl'"
+  --against door3,door2,door1,eager,vmap-norm --output '$timings'"
 part 120 bench-small "$bench --cases sine,sine5 --rounds 4 --budget 0.3 \
-  --against door3,door2,door1,eager,vmap-norm --output '$out/cuda-small.jsonl'"
+  --against door3,door2,door1,eager,vmap-norm --output '$timings'"
 part 90 bench-variants "$bench --cases sine,omni51 --rounds 3 --budget 0.3 \
-  --against door3,door3-in-graph,door3-tf32x3 --output '$out/cuda-variants.jsonl'"
+  --against door3,door3-in-graph,door3-tf32x3 --output '$timings'"
 part 60 bench-mini "$bench --cases mini51 --rounds 2 --budget 0.5 \
-  --against door3,door3-tf32x3,eager --output '$out/cuda-mini.jsonl'"
+  --against door3,door3-tf32x3,eager --output '$timings'"
 part 40 launches "python3 -m bench launches --device cuda --cases omni51,mini51 \
   --output '$out/cuda-launches.jsonl'"
 part 60 bench-tf32 "$bench --cases omni51 --tf32 --rounds 3 --budget 0.5 \
-  --against door3,vmap-norm --output '$out/cuda-omniglot-tf32.jsonl'"
+  --against door3,vmap-norm --output '$timings'"
 part 120 tests-doors "$pytest $workers test_graphs.py test_sampler_in_graph.py \
   test_doors_on_gpu.py test_algorithms_on_gpu.py test_training_on_gpu.py test_draws.py \
   test_losses.py test_embedding.py test_of_input.py test_spellings.py"
@@ -98,10 +102,10 @@ else
 fi
 part 150 tests-networks "$pytest $workers test_gpu.py"
 part 90 bench-compiled "$bench --cases sine --rounds 3 --budget 0.3 \
-  --against door3,compile-graphs,jax --output '$out/cuda-compiled.jsonl'"
+  --against door3,compile-graphs,jax --output '$timings'"
 
 part 60 bench-encoder "$bench --cases encoder --rounds 2 --budget 0.5 \
-  --against door3,door2,eager,vmap-norm --output '$out/cuda-encoder.jsonl'"
+  --against door3,door2,eager,vmap-norm --output '$timings'"
 
 say "failed: ${failed[*]:-nothing}"
 [ "${#failed[@]}" -eq 0 ]
