@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from fastmaml.program.ir import Op, Shape
 from fastmaml.rules.base import Rule
 from fastmaml.rules.transposable import LinearMapRule
 
-_KEPT = 64  # tables
+_KEPT = 64  # tables on the CPU
 
 
 class Take(LinearMapRule):
@@ -32,10 +32,17 @@ class Take(LinearMapRule):
         return [sums[..., :-1].view_as(x)]
 
 
-@lru_cache(_KEPT)
-@torch.inference_mode(False)
 def _places(places: tuple[int, ...], device: torch.device) -> Tensor:
+    return (_recent if device.type == "cpu" else _lasting)(places, device)
+
+
+@torch.inference_mode(False)
+def _made(places: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(places, device=device)
+
+
+_recent = lru_cache(_KEPT)(_made)
+_lasting = cache(_made)  # a CUDA graph reads its tables, and does not keep them
 
 
 RULES: dict[str, Rule] = {"take": Take()}
