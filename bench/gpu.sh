@@ -3,8 +3,8 @@
 # nvcc, and a python3 that has what pyproject.toml asks for to build and to test.
 # Stops before nine minutes are over. What there was no time for can be named the next time: with
 # arguments, parts of these names alone are run, in the tree that `build` has left.
-# Results go to $OUT (default: bench/results): timings as JSONL, all that was printed to gpu.log. Few
-# files, for who lends a machine may give back few.
+# Results go to $OUT (default: bench/results): timings as JSONL, all that was printed to gpu.log; in
+# few files, for who lends a machine may give back few.
 # With OMNIGLOT=DIR, the folder that holds omniglot-py, up to five of the minutes go to the 60,000
 # meta-updates of the MAML paper.
 set -uo pipefail
@@ -84,7 +84,8 @@ part 60 bench-tf32 "$bench --cases omni51 --tf32 --rounds 3 --budget 0.5 \
   --against door3,vmap-norm --output '$timings'"
 part 120 tests-doors "$pytest $workers test_graphs.py test_sampler_in_graph.py \
   test_doors_on_gpu.py test_algorithms_on_gpu.py test_training_on_gpu.py test_draws.py \
-  test_losses.py test_embedding.py test_take.py test_of_input.py test_spellings.py"
+  test_losses.py test_attention.py test_embedding.py test_take.py test_of_input.py \
+  test_spellings.py"
 part 120 tests-rules "$pytest $workers test_triton_rules.py test_kernel_order.py \
   test_captured_operations.py"
 if command -v compute-sanitizer >/dev/null; then

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ import torch.nn.functional as F
 from doors import check_native
 from networks import episodes, gradients
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmaml
 from fastmaml import TaskBatch
 from fastmaml.program.capture import capture
+from fastmaml.program.examples_in_front import ExamplesInFront
 from fastmaml.program.trace import NotCovered
 from fastmaml.testing import relative_error, sequential_maml
 
@@ -190,12 +194,56 @@ ENCODERS: dict[str, tuple[Callable[..., Tensor], Callable[[], list[nn.Module]]]]
 DRAWING = ("dropout of weights", "a layer", "a decoder")
 
 
+def _encoded(name: str) -> nn.Module:
+    f, parts = ENCODERS[name]
+    return Encoded(f, *parts())
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_attention_of_pytorchs_modules(name: str) -> None:
     torch.manual_seed(1)
-    f, parts = ENCODERS[name]
-    module, doors = Encoded(f, *parts()).double(), (1, 3) if name in DRAWING else (1, 2, 3)
+    module, doors = _encoded(name).double(), (1, 3) if name in DRAWING else (1, 2, 3)
     check_native(module, _episodes(), 0.3, doors).adapted(_episodes())
+
+
+class WhileDrawing(TorchDispatchMode):
+    """Whether PyTorch might take another kernel of attention than that in parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.bernoulli_.float:
+            self.found.append(torch.backends.cuda.mem_efficient_sdp_enabled())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["with dropout", "a layer"])
+def test_attention_with_dropout_is_seen_in_parts(name: str) -> None:
+    """On a GPU it would be one call, which is no op, and of other random numbers."""
+    module = _encoded(name) if name in ENCODERS else Attention(ATTEND[name])
+    with WhileDrawing() as kernels, ExamplesInFront():
+        module(torch.randn(3, PLACES, WIDTH))
+    assert not kernels.found[0]
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+@pytest.mark.gpu
+def test_dropout_of_attention_on_a_gpu() -> None:
+    torch.manual_seed(1)
+    layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.2, batch_first=True)
+    module = nn.Sequential(layer, nn.Flatten(), nn.Linear(8 * PLACES, 3)).cuda()
+    tasks = episodes((PLACES, 8), support=4, query=3).to("cuda")
+    tasks = TaskBatch(*(t.float() if t.is_floating_point() else t for t in tasks))
+    torch.manual_seed(2)
+    with sdpa_kernel(SDPBackend.MATH):
+        _, expected = sequential_maml(module, tasks, 0.1)
+    maml = fastmaml.MAML(module, 0.1)
+    torch.manual_seed(2)
+    maml.meta_loss(tasks).backward()
+    assert not maml.programs.found_none
+    assert relative_error(gradients(module), expected) < 1e-3
 
 
 def test_attention_that_sees_examples_as_places_is_left_to_pytorch() -> None:

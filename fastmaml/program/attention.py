@@ -9,11 +9,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastmaml.program.settings import MATH_ATTENTION
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 Result = tuple[Tensor, Tensor | None]
@@ -25,6 +28,15 @@ def attention(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Result | None:
     given = _SIGNATURE.bind(*args, **kwargs)
     given.apply_defaults()
     return _attention(**given.arguments) if _is_usual(given.arguments) else None
+
+
+def scaled_dot_product(*args: Any, **kwargs: Any) -> Tensor:
+    """PyTorch's; with dropout call by call, as programs have it: what a GPU has for all of it in
+    one draws other numbers than a loop over tasks, which is differentiated twice.
+    """
+    rate = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+    with MATH_ATTENTION if rate > 0 else nullcontext():
+        return F.scaled_dot_product_attention(*args, **kwargs)
 
 
 def _is_usual(a: dict[str, Any]) -> bool:
@@ -60,7 +72,7 @@ def _attention(**a: Any) -> Result:
         weights = shares.mean(1) if a["average_attn_weights"] else shares
     else:
         causal = bool(a["is_causal"]) and padding is None
-        y = F.scaled_dot_product_attention(q, k, v, None if causal else mask, rate, causal)
+        y = scaled_dot_product(q, k, v, None if causal else mask, rate, causal)
     y = F.linear(y.transpose(1, 2).flatten(2), a["out_proj_weight"], a["out_proj_bias"])
     # laid out as PyTorch's, by which random numbers come in another order
     return y.transpose(0, 1).contiguous(), weights

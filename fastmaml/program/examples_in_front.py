@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastmaml.program.attention import attention
+from fastmaml.program.attention import attention, scaled_dot_product
 from fastmaml.program.recurrent import CELLS, LAYERS, cell, recurrent
 from fastmaml.program.written_out import WRITTEN_OUT
 
@@ -31,6 +31,8 @@ class ExamplesInFront(TorchFunctionMode):
         result: Any = None
         if func is F.multi_head_attention_forward:
             result = attention(args, kwargs or {})
+        elif func is F.scaled_dot_product_attention:
+            result = scaled_dot_product(*args, **(kwargs or {}))
         elif func in WRITTEN_OUT:
             result = WRITTEN_OUT[func](*args, **(kwargs or {}))
         elif func in LAYERS and not kwargs:

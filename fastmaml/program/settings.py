@@ -47,7 +47,7 @@ class Settings:
 
 
 # as by torch.nn.attention.sdpa_kernel(), which takes a third of a small network's forward
-_MATH_ATTENTION = Settings(
+MATH_ATTENTION = Settings(
     Switch(cuda.math_sdp_enabled, cuda.enable_math_sdp, True),
     Switch(cuda.flash_sdp_enabled, cuda.enable_flash_sdp, False),
     Switch(cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp, False),
@@ -63,10 +63,10 @@ def twice_differentiable(module: nn.Module) -> AbstractContextManager[None]:
     # is_available() may ask the driver each time; before CUDA is initialised no tensor is there
     if torch.cuda.is_initialized() and any(isinstance(m, nn.RNNBase) for m in module.modules()):
         return _math_attention_without_cudnn()
-    return _MATH_ATTENTION
+    return MATH_ATTENTION
 
 
 @contextmanager
 def _math_attention_without_cudnn() -> Iterator[None]:
-    with _MATH_ATTENTION, _NO_CUDNN:
+    with MATH_ATTENTION, _NO_CUDNN:
         yield
