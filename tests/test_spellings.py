@@ -97,6 +97,7 @@ LINES: dict[str, Callable[[Spelled, Tensor], Tensor]] = {
     "logsumexp": lambda m, h: h.logsumexp(1) * torch.logsumexp(h, (1, 2))[:, None],
     "variance": lambda m, h: h.var(1) + h.var((1, 2), unbiased=False)[:, None],
     "deviation": _standardised,
+    "rms norms": lambda m, h: F.rms_norm(h, (LENGTH,), m.v) * F.rms_norm(h, h.shape[1:], eps=0.1),
     "variance and mean": lambda m, h: torch.cat(torch.var_mean(h, 1), 1),
     "norms": lambda m, h: h.norm(dim=(1, 2))[:, None] + h.norm(math.inf, 1) + h.norm(1, 1),
     "flipped": lambda m, h: h.flip(1, 2) * h.roll(2, 2),
@@ -201,6 +202,7 @@ ON_A_GPU = [
     (3, "chosen"),
     (3, "cosines"),
     (3, "max"),
+    (3, "rms norms"),
     (3, "transposed"),
     (3, "upsampled"),
 ]
