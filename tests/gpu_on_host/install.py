@@ -18,8 +18,9 @@ def install() -> None:
         warnings.filterwarnings("ignore", message=".*Overriding a previously registered kernel")
         operators.install()
     torch.backends.cudnn.enabled = False
-    from gpu_on_host import core_kernels, triton_kernels
+    from gpu_on_host import attention, core_kernels, triton_kernels
 
+    attention.install()
     core_kernels.install(operators)
     triton_kernels.install(operators)
 
