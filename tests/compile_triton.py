@@ -128,6 +128,11 @@ def functions() -> None:
             rule.backward_tangent(op, [], [x], None, x, [], [dx], None, dgy)
 
 
+def masks() -> None:
+    x = torch.randn(1, 2, 40)
+    rules("ieee", "ieee")["masked_fill"].filled(x, x, -1.0)
+
+
 class Launch:
     """A kernel with all that decides how it is compiled, specialised as the launcher does."""
 
@@ -247,6 +252,7 @@ def compile_all(capability: int) -> None:
             meta_step(*gated())
             meta_step(*sequences())
             functions()
+            masks()
     for name, stack in done.values():
         sys.stdout.write(f"{name} {stack}\n")
 

@@ -27,6 +27,7 @@ KERNELS = {
     "group_norm_backward_tangent_kernel",
     "pointwise_kernel",
     "multiply_kernel",
+    "fill_kernel",
     "softmax_kernel",
     "softmax_product_kernel",
     "softmax_backward_tangent_kernel",
