@@ -317,6 +317,11 @@ class Learner(BaseLearner):
         """Every parameter as it is now, ``[*shape]``, or ``[T, *shape]`` for T tasks."""
         return self._held.values()
 
+    @left_alone
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        """As of any module, from :meth:`named_parameters`."""
+        return iter(list(super().parameters(recurse)))
+
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Any]]:

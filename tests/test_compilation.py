@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastmaml
-from fastmaml.algorithms import GBML, MetaSGD
+from fastmaml.algorithms import GBML, IMAML, MAMLPlusPlus, MetaSGD, Reptile
 
 # which the compiler itself sets off where it looks at tensors
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
@@ -71,6 +71,12 @@ WRAPPERS = {
     "meta-sgd": lambda net: MetaSGD(net, lr=0.1),
     "gbml": lambda net: GBML(net, fastmaml.optim.MetaCurvatureTransform, lr=0.1).double(),
     "adam": lambda net: fastmaml.MAML(net, inner=fastmaml.inner.Adam(lr=0.01)),
+    "maml++": lambda net: MAMLPlusPlus(net, lr=0.1, steps=2),
+}
+FUSED_WRAPPERS = {
+    "maml++": WRAPPERS["maml++"],
+    "imaml": lambda net: IMAML(net, lr=0.1, strength=1.0),
+    "reptile": lambda net: Reptile(net, lr=0.1),
 }
 
 
@@ -86,6 +92,14 @@ def test_a_compiled_step_of_every_algorithm(wrapper: str) -> None:
     maml = WRAPPERS[wrapper](_net())
     expected = _gradients(_one_task, maml)
     found = _gradients(torch.compile(_one_task, backend="eager"), maml)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("wrapper", FUSED_WRAPPERS)
+def test_a_compiled_fused_step_of_every_algorithm(wrapper: str) -> None:
+    maml = FUSED_WRAPPERS[wrapper](_net())
+    expected = _gradients(_fused, maml)
+    found = _gradients(torch.compile(_fused, backend="eager"), maml)
     torch.testing.assert_close(found, expected)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaml import checks
+from fastmaml.compilation import left_alone
 from fastmaml.fused_call import FusedRates
 from fastmaml.learner import Learner
 from fastmaml.maml import MAML
@@ -37,6 +38,7 @@ class GBMLearner(Learner):
         """A step of this learner's rate."""
         return DifferentiableSGD(self.lr)
 
+    @left_alone
     def adapt(  # type: ignore[override]  # learn2learn's order, which differs from MAML's
         self,
         loss: Tensor,
@@ -64,6 +66,7 @@ class GBMLearner(Learner):
             raise
         self.__dict__["_moved"] = True
 
+    @left_alone
     def clone(
         self,
         first_order: bool | None = None,
@@ -155,6 +158,7 @@ class GBML(MAML):
         """A step of the wrapper's rate."""
         return DifferentiableSGD(self.lr)
 
+    @left_alone
     def clone(
         self,
         first_order: bool | None = None,
@@ -179,6 +183,7 @@ class GBML(MAML):
         learner.__dict__.update(_state(self.compute_update, adapt))
         return learner
 
+    @left_alone
     def adapt(  # type: ignore[override]  # learn2learn's order, which differs from MAML's
         self,
         loss: Tensor,

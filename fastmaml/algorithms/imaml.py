@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastmaml import checks
 from fastmaml.chunks import in_chunks
+from fastmaml.compilation import left_alone
 from fastmaml.data.episodes import EpisodeSampler, next_batch
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.fused_call import FusedRates
@@ -64,6 +65,7 @@ class IMAML(MAML):
         """None: the inner step has the proximal term."""
         return None
 
+    @left_alone
     def meta_loss(
         self,
         batch: TaskBatch | EpisodeSampler,

@@ -21,6 +21,7 @@ from fastmaml.algorithms.per_step_norms import (
     affine_names,
 )
 from fastmaml.chunks import in_chunks
+from fastmaml.compilation import left_alone
 from fastmaml.data.episodes import EpisodeSampler, next_batch
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.fused import Adapted
@@ -83,6 +84,7 @@ class MAMLPlusPlus(MAML):
         like = next(module.parameters(), torch.empty(0))
         self.lrs = nn.Parameter(like.new_full((max(steps, 1), count), float(lr)))
 
+    @left_alone
     def clone(self, *args: Any, **kwargs: Any) -> Learner:
         """See :meth:`fastmaml.MAML.clone`."""
         learner = super().clone(*args, **kwargs)
@@ -111,6 +113,7 @@ class MAMLPlusPlus(MAML):
         rates = zip(self.lrs[step], slots, strict=True)
         return [rate.expand(slot.shape) for rate, slot in rates if slot.adapted]
 
+    @left_alone
     def meta_loss(
         self,
         batch: TaskBatch | EpisodeSampler,
@@ -161,6 +164,7 @@ class MAMLPlusPlus(MAML):
         checks.finite_loss(total)
         return total
 
+    @left_alone
     def adapted(
         self, batch: TaskBatch, steps: int | None = None, loss: TaskLoss = F.cross_entropy
     ) -> Adapted:

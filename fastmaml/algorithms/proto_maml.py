@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaml import checks
+from fastmaml.compilation import left_alone
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.inner import InnerOptimizer
 from fastmaml.learner import Learner
@@ -71,6 +72,7 @@ class ProtoMAML(MAML):
         # past nn.Module's bookkeeping: its parameters are those of self.module
         self.__dict__["_embedder"] = MAML(features, 0.0)
 
+    @left_alone
     def clone(
         self,
         first_order: bool | None = None,

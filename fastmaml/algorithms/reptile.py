@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmaml import checks
 from fastmaml.chunks import in_chunks
+from fastmaml.compilation import left_alone
 from fastmaml.data.episodes import EpisodeSampler, next_batch
 from fastmaml.data.task_batch import TaskBatch
 from fastmaml.losses import TaskLoss, per_task
@@ -29,6 +30,7 @@ class Reptile(MAML):
     only. Arguments and errors: see :class:`fastmaml.MAML`.
     """
 
+    @left_alone
     def meta_loss(
         self,
         batch: TaskBatch | EpisodeSampler,
