@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from fastmaml import _core
@@ -22,8 +24,9 @@ class MlpKernel:
     """Runs the meta-steps of one program, as ``Executor.meta_step`` does."""
 
     def __init__(self, layers: list[_Layer], layout: ParameterLayout, dtype: torch.dtype) -> None:
-        self._layers, self._layout, self._dtype = layers, layout, dtype
-        self._work = layout.theta_size
+        self._outputs, self._work = layers[-1][1], layout.theta_size
+        network = dtype_name(dtype), layers, layout.theta_size
+        self._network = cache(lambda kernels: _core.Mlp(kernels, *network))
 
     @classmethod
     def of(cls, graph: Graph, layout: ParameterLayout, dtype: torch.dtype) -> MlpKernel | None:
@@ -69,7 +72,7 @@ class MlpKernel:
         else:
             result.adapted = theta.new_empty(tasks, len(theta))
             if call.query_x is not None:
-                result.predictions = theta.new_empty(tasks, query, self._layers[-1][1])
+                result.predictions = theta.new_empty(tasks, query, self._outputs)
         network = self._network(kernels)
         scratch = torch.empty(
             network.scratch_bytes(
@@ -95,9 +98,6 @@ class MlpKernel:
             stream=stream_on(theta.device, emulated_threads),
         )
         return result
-
-    def _network(self, kernels: _core.DeviceKernels) -> _core.Mlp:
-        return _core.Mlp(kernels, dtype_name(self._dtype), self._layers, self._layout.theta_size)
 
 
 def _chain(graph: Graph, layout: ParameterLayout) -> list[_Layer] | None:
