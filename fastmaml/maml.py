@@ -341,13 +341,16 @@ class MAML(BaseLearner):
     def layout(self) -> ParameterLayout:
         """Where each parameter of the module as it is now lives."""
         with LOCK:
-            signature = module_signature(self.module)
-            if self._layout is None or self._layout[0].structure != signature.structure:
-                self._layout = (signature, ParameterLayout(self.module, self.adapt_filter))
-                if not self.programs.serves(self.module):
-                    self.programs = ProgramCache.of(self.module)
-            self._layout = (signature, self._layout[1])
-            return self._layout[1]
+            module, known = self.module, self._layout
+            signature = module_signature(module)
+            if known is None or known[0].structure != signature.structure:
+                layout = ParameterLayout(module, self.adapt_filter)
+                if not self.programs.serves(module):
+                    self.programs = ProgramCache.of(module)
+            else:
+                layout = known[1]
+            self.__dict__["_layout"] = (signature, layout)  # past nn.Module's slow __setattr__
+            return layout
 
     def current_program(self, layout: ParameterLayout, x: Tensor) -> Program:
         """The program for ``x [T, N, ...]``; ``layout``: :meth:`layout`'s, just taken."""
