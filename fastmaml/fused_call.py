@@ -154,6 +154,8 @@ def runner(program: Program, batch: TaskBatch, known: BuiltIn | None) -> Runner 
     """What takes meta-steps of batches like this (checked) one, if ``program`` and the loss can."""
     if not isinstance(program, NativeProgram) or known is None:
         return None
+    if program.graph.parts is not None:
+        return None  # which losses of PyTorch's take none of
     behind = not _has_kernel(program, batch, known)
     if behind and known.kind not in TERMS:
         return None

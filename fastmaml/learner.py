@@ -122,7 +122,10 @@ class Learner(BaseLearner):
             else:
                 flat = held.now(program.used)
             held.used.update(program.used)
-            y, statistics = program.run(flat.theta, flat.phi, x, one_task=self.tasks is None)
+            one_task = self.tasks is None
+            y, statistics = program.run(
+                flat.theta, flat.phi, x, one_task=one_task, met=held.in_losses
+            )
             self._record(program, statistics)
             return y
         if self.tasks is None:
@@ -232,7 +235,7 @@ class Learner(BaseLearner):
             by = [held.flat.theta.root, *views.values()]
             gradient, *parts = gradients_by(loss, by, second_order, lenient)
         seen = {name for name, part in zip(views, parts, strict=True) if part is not None}
-        self._note_unused(set() if gradient is None else seen | held.used, lenient)
+        self._note_unused(set() if gradient is None else seen | held.in_losses, lenient)
         if self.unused and held.clone.handed_out():
             held.clone.build()  # where those that this step leaves alone are kept
         return gradient

@@ -36,6 +36,7 @@ class ParametersState:
     tasks: int | None
     start: Flat | Parts
     used: frozenset[str]
+    in_losses: frozenset[str]
     clone: CloneState | None
     own: Parts
 
@@ -146,6 +147,7 @@ class LearnerParameters:
         self.layout = layout
         self.tasks = tasks
         self.used: set[str] = set()  # by native programs, as they are now
+        self.in_losses: set[str] = set()  # of these, those that a loss may depend on
         pairs = zip(layout.slots, layout.parameters, strict=True)
         frozen = frozenset(name for name, p in pairs if not p.requires_grad)
         self.views = TaskParameters(frozen)  # that others have run all tasks with since
@@ -229,6 +231,8 @@ class LearnerParameters:
     def _moved_to(self, flat: Flat | None) -> None:
         self._flat = flat
         self.used.difference_update(self.layout.adapted_names)
+        # another set: backward passes through what came before are not done
+        self.in_losses = self.in_losses.difference(self.layout.adapted_names)
         self.views.clear()
 
     def _renew(self, names: Iterable[str]) -> None:
@@ -247,6 +251,7 @@ class LearnerParameters:
             detach_tensors(self.parts.module, keep_requires_grad)
             self._moved_to(None)
             self.used.clear()
+            self.in_losses = set()
             return
         theta, phi = self.flat.theta, self.flat.phi
 
@@ -271,6 +276,7 @@ class LearnerParameters:
         else:
             theta, phi = self.flat.theta, self.flat.phi
             self.used.update(self.layout.slots)  # a loss of the other learner uses them all
+            self.in_losses.update(self.layout.slots)
             start = Flat(theta.moved(theta.root.clone()), phi.clone())
         twin = LearnerParameters(self.layout, self.tasks, start)
         twin.views.own.update({name: own.clone() for name, own in self.views.own.items()})
@@ -290,14 +296,16 @@ class LearnerParameters:
             root = _leaf_as(self._flat.theta.root, now.theta.root)
             start = Flat(now.theta.moved(root).unpacked(), _leaf_as(self._flat.phi, now.phi))
         clone = None if built is None else built.state()
-        used, own = frozenset(self.used), dict(self.views.own)
-        return ParametersState(self.layout, self.tasks, start, used, clone, own)
+        used, in_losses = frozenset(self.used), frozenset(self.in_losses)
+        own = dict(self.views.own)
+        return ParametersState(self.layout, self.tasks, start, used, in_losses, clone, own)
 
     @classmethod
     def of_state(cls, state: ParametersState) -> LearnerParameters:
         """The copy."""
         made = cls(state.layout, state.tasks, state.start)
         made.used.update(state.used)
+        made.in_losses.update(state.in_losses)
         made.views.own.update(state.own)
         if state.clone is not None:
             made.clone.build().set_state(state.clone)

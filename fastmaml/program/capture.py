@@ -19,6 +19,7 @@ from fastmaml.program.draws import Tape
 from fastmaml.program.examples_in_front import ExamplesInFront
 from fastmaml.program.ir import Graph, Op, freeze
 from fastmaml.program.lowering import TABLE
+from fastmaml.program.outputs import returned
 from fastmaml.program.random_states import random_states
 from fastmaml.program.substitute import call_with
 from fastmaml.program.trace import NotCovered, Trace
@@ -228,17 +229,14 @@ def _run(module: nn.Module, tensors: dict[str, Tensor], rows: Tensor) -> Any:
 
 
 def _graph(trace: Trace, output: object) -> Graph:
-    if not isinstance(output, Tensor):
-        raise NotCovered(f"an output of type {type(output).__name__}, not one tensor")
-    known = trace.value(output)
-    if known.merged:
-        raise NotCovered("an output whose first axis is not the examples")
+    value, parts = returned(trace, output)
     whole = Graph(
         tuple(trace.values),
         tuple(trace.ops),
         tuple(trace.parameters),
         tuple(trace.buffers),
-        known.id,
+        value.id,
+        parts=parts,
         cuts_input=trace.cuts_input,
     )
     if len(trace.sources) > 1:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch.utils._pytree import TreeSpec
 
 Shape = tuple[int, ...]
 MOVES = ("view", "permute", "narrow", "cat", "expand")  # kinds of ops that compute nothing
@@ -57,11 +58,25 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """The tensors that a module returns, where it does not return one by itself, and what they are
+    in.
+
+    ``shapes``: of each tensor; ``leaves``: which of them the leaves of ``structure`` are.
+    """
+
+    shapes: tuple[Shape, ...]
+    leaves: tuple[int, ...]
+    structure: TreeSpec = field(hash=False)
+
+
+@dataclass(frozen=True)
 class Graph:
     """What capture finds in a module: ops over values, and the tensors they read.
 
     ``drawn``: how many values go in behind each example's own, see :mod:`fastmaml.program.draws`;
-    ``cuts_input``: the module may have derivatives by its input that this has not.
+    ``cuts_input``: the module may have derivatives by its input that this has not; ``parts``: what
+    is joined in the output, behind one another and flat, or is all of it.
     """
 
     values: tuple[Shape, ...]
@@ -70,8 +85,15 @@ class Graph:
     buffers: tuple[str, ...]
     output: int
     drawn: int = 0
+    parts: Parts | None = None
     cuts_input: bool = field(default=False, compare=False)  # as seen while gradients were asked for
 
     def tracking_ops(self) -> tuple[Op, ...]:
         """The batch norms whose batch statistics feed running statistics, in op order."""
         return tuple(op for op in self.ops if op.attrs.get("tracking"))
+
+    def returned(self) -> tuple[int, ...]:
+        """The values that the module returns."""
+        if self.parts is None or len(self.parts.shapes) == 1:
+            return (self.output,)
+        return next(op.inputs for op in self.ops if op.output == self.output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,13 @@ from fastmaml.program.functional import FunctionalProgram
 from fastmaml.program.ir import Graph, Shape
 from fastmaml.program.layout import ParameterLayout
 from fastmaml.program.loss_program import LossProgram
+from fastmaml.program.outputs import taken_apart
+from fastmaml.program.reach import Reached, reached
 from fastmaml.program.statistics import RunningStatistics
 from fastmaml.program.substitute import LOCK, Modes, modes_set
 from fastmaml.program.theta import Theta
 from fastmaml.program.trace import NotCovered
-from fastmaml.program.transforms import outside
+from fastmaml.program.transforms import outside, transformed
 from fastmaml.program.whole_numbers import WholeNumbers
 
 _LOSSES = 8  # kept behind a program, of those that differ in a number among their ops
@@ -64,6 +67,10 @@ class NativeProgram:
             prod(graph.values[op.inputs[0]][1:])
             for op in graph.ops
             if op.kind == "batch_norm" and op.attrs["training"]
+        ]
+        self._reached = [
+            Reached({layout.aliases[name] for name in names}, by_input)
+            for names, by_input in (reached(graph, value) for value in graph.returned())
         ]
 
     @property
@@ -181,11 +188,19 @@ class NativeProgram:
         return rows
 
     def run(
-        self, theta: Theta, phi: Tensor, x: Tensor, *, one_task: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        theta: Theta,
+        phi: Tensor,
+        x: Tensor,
+        *,
+        one_task: bool = False,
+        met: set[str] | None = None,
+    ) -> tuple[Any, Tensor | None]:
         """``(y [T, N, ...], statistics [T, S])``; y is differentiable in theta, phi and x.
 
-        ``one_task``: x and y are ``[N, ...]``.
+        Of several tensors y is what the module returns of them. ``one_task``: x and y are
+        ``[N, ...]``; ``met`` is given the names of the parameters that a loss of y depends on, of
+        several tensors in the backward pass.
         """
         for parameters in (theta.root, phi):  # which may have been converted since the capture
             if parameters.numel():
@@ -200,7 +215,26 @@ class NativeProgram:
         keep = torch.is_grad_enabled()
         run = Run(executor, self._reference, self.buffers(), keep, one_task)
         y, _ = ProgramForward.apply(run, rows, phi, x, start)
-        return y, run.statistics
+        return self._returned(y, given.requires_grad, set() if met is None else met), run.statistics
+
+    def _returned(self, y: Tensor, by_input: bool, met: set[str]) -> Any:
+        parts = self.graph.parts
+        if parts is None:
+            met |= self._reached[0].parameters
+            return y
+
+        def each(place: int, tensor: Tensor) -> Tensor:
+            """As the module's: only what follows from parameters, or the input, has a gradient."""
+            names = self._reached[place].parameters
+            if not names and not (by_input and self._reached[place].input):
+                return tensor.detach()
+            if transformed() or not tensor.requires_grad:
+                met.update(names)
+            else:
+                tensor.register_hook(lambda _: met.update(names))
+            return tensor
+
+        return taken_apart(parts, y, each)
 
 
 Program = NativeProgram | FunctionalProgram
