@@ -20,7 +20,7 @@ struct Storage {
   Index size = 0;           // elements per example, of the value and of its tangent
   Index gradient_size = 0;  // of its gradient: the input's has padding that the input has not
   Sources depends = 0;      // what the value is a function of
-  bool live = false;        // the output depends on it
+  bool live = false;        // the output has a derivative by it
   // Whoever writes its gradient is the last to read the value, element by element: the gradient may
   // take its place.
   bool gives_way = false;

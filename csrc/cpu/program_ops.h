@@ -81,6 +81,8 @@ class OpReader {
   // Nothing but this op reads the input, and its backward pass can write over it.
   virtual void give_way(const Place& place) = 0;
   virtual int produce(const Layout& layout) = 0;
+  // An output without derivatives.
+  virtual int produce_constant(const Layout& layout) = 0;
   // The output takes the memory of an input, and whoever wrote it must leave it alone.
   virtual int produce_in_place(const Place& place) = 0;
 
@@ -124,6 +126,8 @@ template <typename T>
 std::unique_ptr<Op<T>> make_softmax(OpReader& reader);
 template <typename T>
 std::unique_ptr<Op<T>> make_scale(OpReader& reader);
+template <typename T>
+std::unique_ptr<Op<T>> make_detach(OpReader& reader);
 template <typename T>
 std::unique_ptr<Op<T>> make_parameter(OpReader& reader);
 template <typename T>

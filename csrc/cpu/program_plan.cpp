@@ -259,7 +259,8 @@ class Planner {
   void mark_live() {
     plan_.storages[plan_.output].live = true;
     for (auto op = plan_.ops.rbegin(); op != plan_.ops.rend(); ++op) {
-      if (!plan_.storages[(*op)->output].live) continue;
+      const Storage& output = plan_.storages[(*op)->output];
+      if (!output.live || output.depends == 0) continue;
       for (int storage : (*op)->inputs) plan_.storages[storage].live = true;
     }
   }
@@ -340,6 +341,11 @@ class Planner<T>::Reader final : public OpReader {
     return storage;
   }
 
+  int produce_constant(const Layout& layout) override {
+    depends_ = 0;
+    return produce(layout);
+  }
+
   int produce_in_place(const Place& place) override {
     keep(place);
     planner_.values_[op().output] = place;
@@ -395,6 +401,7 @@ int Planner<T>::add_op(int index) {
       {"take", make_take<T>},
       {"expand", make_expand<T>},
       {"scale", make_scale<T>},
+      {"detach", make_detach<T>},
   };
   Reader reader(*this, index);
   const OpSpec& op = reader.op();

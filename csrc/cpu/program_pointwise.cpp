@@ -1,4 +1,5 @@
-// Activations, sums, products, scalings and masks: ops on elements, in whatever layout they find.
+// Activations, sums, products, scalings, masks and constants: ops on elements, in whatever layout
+// they find.
 #include <algorithm>
 #include <utility>
 
@@ -22,6 +23,10 @@ bool is_singular(Activation function) {
          function == Activation::kLog;
 }
 
+bool is_step(Activation function) {
+  return function == Activation::kIsPositive || function == Activation::kIsZero;
+}
+
 template <typename T>
 class ActivationOp final : public Op<T> {
  public:
@@ -40,7 +45,9 @@ class ActivationOp final : public Op<T> {
     this->inputs = {place.storage};
     // The sign of its output is all that a ReLU needs to know of its input.
     in_place_ = function_ == Activation::kRelu && reader.may_overwrite(0, place);
-    this->output = in_place_ ? reader.produce_in_place(place) : reader.produce(place.layout);
+    this->output = in_place_            ? reader.produce_in_place(place)
+                   : is_step(function_) ? reader.produce_constant(place.layout)
+                                        : reader.produce(place.layout);
   }
 
   void forward(Run<T>& run) const override {
@@ -301,6 +308,31 @@ class ScaleOp final : public LinearOp<T> {
   Index size_ = 0;
 };
 
+// The input as a constant: no pass over gradients or tangents comes here.
+template <typename T>
+class DetachOp final : public Op<T> {
+ public:
+  explicit DetachOp(OpReader& reader) {
+    reader.expect_output(reader.input(0));
+    const Place place = reader.need_any(0);
+    size_ = place.layout.size();
+    this->inputs = {place.storage};
+    this->output = reader.produce_constant(place.layout);
+  }
+
+  void forward(Run<T>& run) const override {
+    const T* x = run.value(this->inputs[0]);
+    const Range part = split(run.examples() * size_, run.share);
+    std::copy(x + part.begin, x + part.end, run.value_out(this->output) + part.begin);
+  }
+  void backward(Run<T>&, Flow<T>&) const override {}
+  void tangent(Run<T>&) const override {}
+  void backward_tangent(Run<T>&) const override {}
+
+ private:
+  Index size_ = 0;
+};
+
 }  // namespace
 
 template <typename T>
@@ -323,11 +355,16 @@ template <typename T>
 std::unique_ptr<Op<T>> make_scale(OpReader& reader) {
   return std::make_unique<ScaleOp<T>>(reader);
 }
+template <typename T>
+std::unique_ptr<Op<T>> make_detach(OpReader& reader) {
+  return std::make_unique<DetachOp<T>>(reader);
+}
 
 FASTMAML_INSTANTIATE_OP(make_activation)
 FASTMAML_INSTANTIATE_OP(make_add)
 FASTMAML_INSTANTIATE_OP(make_mul)
 FASTMAML_INSTANTIATE_OP(make_masked_fill)
 FASTMAML_INSTANTIATE_OP(make_scale)
+FASTMAML_INSTANTIATE_OP(make_detach)
 
 }  // namespace fastmaml

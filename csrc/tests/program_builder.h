@@ -161,6 +161,7 @@ class ProgramBuilder {
   int masked_fill(int x, int mask, double value) {
     return op("masked_fill", {x, mask}, shape(x), {}, {{"value", value}});
   }
+  int detach(int x) { return op("detach", {x}, shape(x), {}, {}); }
   int bmm(int a, int b) {
     Shape output = shape(a);
     output.back() = shape(b).back();

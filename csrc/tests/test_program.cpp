@@ -240,6 +240,27 @@ void check_in_place(const ProgramSpec& relu, const ProgramSpec& clamp) {
   check(got.theta == expected.theta && got.x == expected.x, "in place: gradients");
 }
 
+// A product with itself, one factor of which is a constant, or not: then everything is twice that.
+ProgramSpec squared(bool detached) {
+  ProgramBuilder p({3, 4, 5});
+  const int h = p.activation(p.conv2d(0, 17), "tanh");
+  p.linear(p.flatten(p.mul(h, detached ? p.detach(h) : h)), 3);
+  return p.spec();
+}
+
+void check_detached() {
+  generator().seed(1);
+  const Setup half({"detached", squared(true)});
+  generator().seed(1);
+  const Setup whole({"squared", squared(false)});
+  const Point at = whole.random_point();
+  Gradients got = half.gradients(at);
+  const Gradients expected = whole.gradients(at);
+  check(half.output(at) == whole.output(at), "detached: output");
+  for (double& g : got.x) g *= 2;
+  check_close(got.x, expected.x, 100, "detached: x");
+}
+
 void check_error(ProgramSpec spec, const std::string& message) {
   try {
     make_program(spec);
@@ -318,6 +339,7 @@ int main() {
   check_in_place(strided_convnet("relu", false, true, true),
                  strided_convnet("hardtanh", false, true, true));
   check_swapped();
+  check_detached();
   check_errors();
   check_shape_errors();
   return report("program");

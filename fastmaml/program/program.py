@@ -218,23 +218,19 @@ class NativeProgram:
         return self._returned(y, given.requires_grad, set() if met is None else met), run.statistics
 
     def _returned(self, y: Tensor, by_input: bool, met: set[str]) -> Any:
-        parts = self.graph.parts
-        if parts is None:
-            met |= self._reached[0].parameters
-            return y
-
         def each(place: int, tensor: Tensor) -> Tensor:
             """As the module's: only what follows from parameters, or the input, has a gradient."""
             names = self._reached[place].parameters
             if not names and not (by_input and self._reached[place].input):
                 return tensor.detach()
-            if transformed() or not tensor.requires_grad:
+            if parts is None or transformed() or not tensor.requires_grad:
                 met.update(names)
             else:
                 tensor.register_hook(lambda _: met.update(names))
             return tensor
 
-        return taken_apart(parts, y, each)
+        parts = self.graph.parts
+        return each(0, y) if parts is None else taken_apart(parts, y, each)
 
 
 Program = NativeProgram | FunctionalProgram

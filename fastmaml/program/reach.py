@@ -28,7 +28,7 @@ def reached(graph: Graph, value: int) -> Reached:
 
 
 def _is_flat(op: Op) -> bool:
-    return op.kind == "activation" and op.attrs["function"] in _FLAT
+    return op.kind == "detach" or (op.kind == "activation" and op.attrs["function"] in _FLAT)
 
 
 def _differentiated(op: Op) -> tuple[int, ...]:

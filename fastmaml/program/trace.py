@@ -26,10 +26,7 @@ Lowering = Callable[["Trace", Mapping[str, Any], Any], Any]
 
 
 class Trace(Tracked, TorchDispatchMode):
-    """Records ``ops`` while active.
-
-    ``gradients``: whether the module is called with gradients, which it must then not cut.
-    """
+    """Records ``ops`` while active. ``gradients``: whether the module is called with them."""
 
     def __init__(
         self,
@@ -72,14 +69,12 @@ class Trace(Tracked, TorchDispatchMode):
                 self._know(tensor, Drawn())
 
     def detach(self, result: Tensor, source: Tensor) -> None:
-        """Autograd detaches what it saves: only a use of ``result`` tells of a cut gradient.
-
-        Some releases (2.5 among them) dispatch one ``detach`` as two, one of the other's result.
-        """
+        """Some releases (2.5 among them) dispatch one as two, one of the other's result."""
         self._know(result, self._known[id(source)])
-        if self._is_buffer(source):
-            return
-        self.refuse(result, self._refused.get(id(source), "a detached tensor"))
+        if id(source) in self._refused:
+            self.refuse(result, self._refused[id(source)])
+        elif not self._is_buffer(source):
+            self.cut(result)
 
     def check(self) -> None:
         """Raise NotCovered where an op was refused, or a value has hooks, which would not run, or a
@@ -205,13 +200,18 @@ class Trace(Tracked, TorchDispatchMode):
         lowering = self._table.get(name.removesuffix("_"))
         if lowering is None:
             raise NotCovered
-        if self._gradients and not torch.is_grad_enabled():
-            if not of_input:
-                raise NotCovered("without gradient: in torch.no_grad() or an autograd.Function")
-            self.cuts_input = True
+        cuts = self._gradients and not torch.is_grad_enabled()
+        self.cuts_input |= cuts and of_input
         if name.endswith("_"):
+            if cuts and arguments["self"].requires_grad:
+                raise NotCovered("a value with a gradient that is changed in place without one")
             self._change_in_place(arguments["self"])
         lowering(self, arguments, result)
+        if (cuts and not of_input) or _learns(arguments):
+            mark = self.cut if cuts else self.graded
+            for tensor in flat({"results": result}):
+                if id(tensor) in self._known and not self._is_buffer(tensor):
+                    mark(tensor)
 
     def _touches_known(self, arguments: Mapping[str, Any]) -> bool:
         return any(id(item) in self._known for item in flat(arguments))
@@ -234,3 +234,9 @@ class Trace(Tracked, TorchDispatchMode):
                 raise NotCovered("the network's input changed in place")
             if shares and other is not target:
                 self.refuse(other, "a view that was changed in place through another")
+
+
+def _learns(arguments: Mapping[str, Any]) -> bool:
+    """Whether results of a call have gradients."""
+    given = (item for item in flat(arguments) if isinstance(item, Tensor))
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)

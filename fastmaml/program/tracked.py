@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,9 @@ class Tracked:
         self._broadcast: dict[tuple[int | None, ...], Value] = {}  # parameters, by slot and shape
         self._alive: list[Tensor] = []  # an id is only unique while its tensor lives
         self._refused: dict[int, str] = {}  # why an op that reads this tensor is not covered
+        self._cut: set[int] = set()  # without a gradient, of values that may have one
+        self._graded: set[int] = set()  # values that had one when they were made
+        self._memory: dict[int, Any] = {}  # of values
         self._named = parameters
         for name, tensor in parameters.items():
             self._know(tensor, Read(name, is_buffer=False))
@@ -56,11 +60,51 @@ class Tracked:
         if not isinstance(what, Drawn):
             self.draws.forget(tensor)
         self._known[id(tensor)] = what
+        self._cut.discard(id(tensor))
+        self._graded.discard(id(tensor))
+        if isinstance(what, Value):
+            self._memory[id(tensor)] = tensor.untyped_storage()
 
     def lookup(self, tensor: object) -> Known | None:
         if id(tensor) in self._refused:
             raise NotCovered(self._refused[id(tensor)])
+        if isinstance(tensor, Tensor) and id(tensor) in self._known:
+            self._look_for_what_no_call_tells(tensor)
         return self._known.get(id(tensor))
+
+    def _look_for_what_no_call_tells(self, tensor: Tensor) -> None:
+        memory = self._memory.get(id(tensor))
+        if memory is not None and memory._cdata != tensor.untyped_storage()._cdata:
+            raise NotCovered("a tensor whose .data was replaced")
+        if torch.is_grad_enabled():
+            detached = id(tensor) in self._graded and not tensor.requires_grad  # in place
+            if detached or id(tensor) in self._cut:
+                self._detach(tensor)
+
+    def cut(self, tensor: Tensor) -> None:
+        """``tensor``, which is known, stands for that without a gradient.
+
+        An op says so where it is read with gradients: autograd detaches what it saves as well.
+        """
+        if _has_derivatives(tensor):
+            self._cut.add(id(tensor))
+
+    def graded(self, tensor: Tensor) -> None:
+        """``tensor``, which is known, has a gradient, for as long as nothing detaches it."""
+        if _has_derivatives(tensor):
+            self._graded.add(id(tensor))
+
+    def _detach(self, tensor: Tensor) -> None:
+        if tensor.grad_fn is not None:
+            raise NotCovered("a gradient of an autograd.Function's own")
+        known = self._known[id(tensor)]
+        if isinstance(known, Value):
+            self.emit("detach", tensor, (known,))
+        elif isinstance(known, (Shared, SideBySide, Turned)):
+            value = self.emitted("detach", (known.value,), known.value.shape)
+            self._know(tensor, replace(known, value=value))
+        else:
+            raise NotCovered("a parameter without its gradient: detached, or in torch.no_grad()")
 
     def value(self, tensor: Any) -> Value:
         """The value behind ``tensor``; raises :class:`NotCovered` for anything else."""
