@@ -17,6 +17,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import fastmaml
 from fastmaml import TaskBatch
+from fastmaml.program.capture import capture
+from fastmaml.program.trace import NotCovered
 from fastmaml.testing import relative_error, sequential_maml
 
 CHANNELS, LENGTH = 4, 6
@@ -110,6 +112,8 @@ LINES: dict[str, Callable[[Spelled, Tensor], Tensor]] = {
     "diagonal": lambda m, h: (h @ h.mT).diagonal(dim1=1, dim2=2),
     "reflected": lambda m, h: F.pad(h, (2, 1), mode="reflect") + F.pad(h, (1, 2), mode="replicate"),
     "stretched": lambda m, h: F.interpolate(h, scale_factor=2),
+    "resized": lambda m, h: F.interpolate(h, scale_factor=1.7, mode="linear"),
+    "resized to its ends": lambda m, h: F.interpolate(h, 4, mode="linear", align_corners=True),
     "matrix": lambda m, h: h @ m.w,
     "matrix and bias": lambda m, h: torch.addmm(m.v, h[:, 0], m.first.weight),
     "vector": _attention_pooled,
@@ -139,6 +143,12 @@ IMAGES: dict[str, Callable[[Spelled, Tensor], Tensor]] = {
     "transposed without bias": lambda m, h: m.turned(h),
     "upsampled": lambda m, h: F.interpolate(h, scale_factor=(2, 1.5), mode="nearest"),
     "upsampled exactly": lambda m, h: F.interpolate(h, size=(4, 9), mode="nearest-exact"),
+    "bilinear": lambda m, h: F.interpolate(h, scale_factor=(2, 1.3), mode="bilinear"),
+    "bilinear to corners": lambda m, h: F.interpolate(
+        h, size=(9, 4), mode="bilinear", align_corners=True
+    ),
+    "bicubic": lambda m, h: F.interpolate(h, size=(4, 9), mode="bicubic"),
+    "areas": lambda m, h: F.interpolate(h, size=(4, 9), mode="area"),
     "pixels to channels": lambda m, h: F.pixel_unshuffle(h, 3),
     "shuffled channels": lambda m, h: F.channel_shuffle(h, 2),
     "pixel shuffle": lambda m, h: F.pixel_shuffle(h.repeat(1, 4, 1, 1), 2),
@@ -188,6 +198,20 @@ def test_weight_norm(door: int) -> None:
     assert relative_error(gradients(module), expected) < 1e-11
 
 
+def test_a_scale_is_taken_as_it_is_given() -> None:
+    torch.manual_seed(1)
+    for recomputed in (False, True):
+        given = {"scale_factor": 1.45, "mode": "bilinear", "recompute_scale_factor": recomputed}
+        module = Spelled(lambda m, h, given=given: F.interpolate(h, **given), (2, SIDE, SIDE))
+        check_native(module.double(), _episodes((2, SIDE, SIDE)), 0.3, doors=(3,))
+
+
+def test_long_axes_are_resized_by_pytorch() -> None:
+    module = Spelled(lambda m, h: F.interpolate(h, 2000, mode="linear"), (CHANNELS, 9))
+    with pytest.raises(NotCovered, match="more than 16384 weights of an axis to resize"):
+        capture(module, torch.randn(4, CHANNELS, 9))
+
+
 @pytest.mark.parametrize("name", IMAGES)
 def test_images(name: str) -> None:
     torch.manual_seed(1)
@@ -205,6 +229,7 @@ ON_A_GPU = [
     (3, "rms norms"),
     (3, "transposed"),
     (3, "upsampled"),
+    (3, "bilinear"),
 ]
 
 

@@ -22,6 +22,7 @@ from fastmaml.program.lowering_moves import MOVES_TABLE, lower_move, unless_of_v
 from fastmaml.program.lowering_pointwise import POINTWISE_TABLE, lower_add, lower_multiply
 from fastmaml.program.lowering_products import PRODUCTS_TABLE
 from fastmaml.program.lowering_reductions import REDUCTIONS_TABLE
+from fastmaml.program.lowering_resizing import RESIZING_TABLE
 from fastmaml.program.lowering_rows import ROWS_TABLE
 from fastmaml.program.lowering_shape import SHAPE_TABLE, Arguments, lower_view
 from fastmaml.program.trace import Lowering, NotCovered, Trace
@@ -257,6 +258,7 @@ TABLE: Mapping[str, Lowering] = {
     **REDUCTIONS_TABLE,
     **ROWS_TABLE,
     **MOVES_TABLE,
+    **RESIZING_TABLE,
     "repeat": _repeat,
     "max_pool2d_with_indices": _max_pool,
     "avg_pool2d": _avg_pool,

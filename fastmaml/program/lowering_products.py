@@ -79,11 +79,11 @@ def _emit_rows(trace: Trace, x: Value, weight: Tensor, result: Tensor, *, swappe
         trace.emit("permute", turned, (matrix,), dims=(1, 0))
         matrix = trace.value(turned)
     product = torch.empty_like(result, device="meta")
-    trace.reshape(product, _rows_times(trace, x, matrix))
+    trace.reshape(product, rows_times(trace, x, matrix))
     return product
 
 
-def _rows_times(trace: Trace, x: Value, matrix: Value) -> Value:
+def rows_times(trace: Trace, x: Value, matrix: Value) -> Value:
     """The rows of ``x`` times each example's matrix ``[in, out]``."""
     inner, columns = matrix.shape
     count = prod(x.shape) // inner
@@ -101,7 +101,7 @@ def add_bias(trace: Trace, product: Tensor, bias: Tensor | None, result: Tensor)
 def _matrix_vector(trace: Trace, a: Arguments, result: Tensor) -> None:
     x, vector = trace.value(a["self"]), a["vec"]
     column = trace.viewed(trace.operand(vector, trace.rows(vector.shape)), (len(vector), 1))
-    trace.reshape(result, _rows_times(trace, x, column))
+    trace.reshape(result, rows_times(trace, x, column))
 
 
 def _batched(trace: Trace, a: Arguments, result: Tensor) -> None:
