@@ -218,19 +218,27 @@ class NativeProgram:
         return self._returned(y, given.requires_grad, set() if met is None else met), run.statistics
 
     def _returned(self, y: Tensor, by_input: bool, met: set[str]) -> Any:
+        parts = self.graph.parts
+        if parts is None:
+            met |= self._reached[0].parameters
+            return y if self._has_gradient(0, by_input) else y.detach()
+
         def each(place: int, tensor: Tensor) -> Tensor:
             """As the module's: only what follows from parameters, or the input, has a gradient."""
             names = self._reached[place].parameters
-            if not names and not (by_input and self._reached[place].input):
+            if not self._has_gradient(place, by_input):
                 return tensor.detach()
-            if parts is None or transformed() or not tensor.requires_grad:
+            if transformed() or not tensor.requires_grad:
                 met.update(names)
             else:
                 tensor.register_hook(lambda _: met.update(names))
             return tensor
 
-        parts = self.graph.parts
-        return each(0, y) if parts is None else taken_apart(parts, y, each)
+        return taken_apart(parts, y, each)
+
+    def _has_gradient(self, place: int, by_input: bool) -> bool:
+        names, of_input = self._reached[place]
+        return bool(names) or (by_input and of_input)
 
 
 Program = NativeProgram | FunctionalProgram
