@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,10 @@ class Learned(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.f(x * self.scale)
+
+
+def _by_numpy(x: Tensor) -> Tensor:
+    return torch.from_numpy(np.tanh(np.asarray(x.detach())))
 
 
 def kinds(module: nn.Module, x: Tensor) -> list[str]:
@@ -151,7 +156,9 @@ def test_batch_norm_knows_its_buffers() -> None:
         (Lambda(lambda x: x if x.sum() > 0 else -x), (3,), "a value that is read off a tensor"),
         (Lambda(lambda x: x * x.nonzero().shape[0]), (3,), "nonzero"),
         (Lambda(lambda x: torch.cat([x, x])), (3,), "whose first axis is not the examples"),
-        (Lambda(lambda x: x * float(x.numpy().max())), (3,), "examples or their values"),
+        (Lambda(lambda x: x * float(x.numpy().max())), (3,), r"read off a tensor \(Tensor.numpy"),
+        (Learned(lambda x: x + _by_numpy(x)), (3,), r"read off a tensor \(Tensor.__array__"),
+        (Learned(lambda x: x * x.detach().tolist()[0][0]), (3,), r"\(Tensor.tolist"),
         (Lambda(lambda x: x * x.shape[0]), (3,), "number of examples"),
         (
             Lambda(lambda x: x.as_strided((len(x), 3), (1, len(x)))),

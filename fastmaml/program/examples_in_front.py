@@ -13,7 +13,11 @@ from torch.overrides import TorchFunctionMode
 
 from fastmaml.program.attention import attention, scaled_dot_product
 from fastmaml.program.recurrent import CELLS, LAYERS, cell, recurrent
+from fastmaml.program.tracked import NotCovered
 from fastmaml.program.written_out import WRITTEN_OUT
+
+# after which nobody knows what becomes of the values
+_READ_OFF = frozenset((Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__))
 
 
 class ExamplesInFront(TorchFunctionMode):
@@ -29,6 +33,8 @@ class ExamplesInFront(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result: Any = None
+        if func in _READ_OFF:
+            raise NotCovered(f"values read off a tensor (Tensor.{func.__name__})")
         if func is F.multi_head_attention_forward:
             result = attention(args, kwargs or {})
         elif func is F.scaled_dot_product_attention:
