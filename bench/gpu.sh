@@ -84,7 +84,7 @@ part 60 bench-tf32 "$bench --cases omni51 --tf32 --rounds 3 --budget 0.5 \
   --against door3,vmap-norm --output '$timings'"
 part 120 tests-doors "$pytest $workers test_graphs.py test_sampler_in_graph.py \
   test_doors_on_gpu.py test_algorithms_on_gpu.py test_training_on_gpu.py test_draws.py \
-  test_losses.py test_attention.py test_embedding.py test_take.py test_of_input.py \
+  test_losses.py test_attention.py test_detach.py test_embedding.py test_take.py test_of_input.py \
   test_spellings.py"
 part 120 tests-rules "$pytest $workers test_triton_rules.py test_kernel_order.py \
   test_captured_operations.py"
