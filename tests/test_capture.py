@@ -166,7 +166,7 @@ def test_batch_norm_knows_its_buffers() -> None:
             "by their place in memory",
         ),
         (Lambda(lambda x: x.flatten()), (3,), "whose first axis is not the examples"),
-        (Lambda(lambda x: (x, 1)), (3,), "an output of int, not of tensors alone"),
+        (Lambda(lambda x: (x, {1})), (3,), "an output of set, not of tensors"),
         (Learned(lambda x: x @ torch.ones(3, 3000)), (3,), "a weight that is not a parameter"),
         (Lambda(lambda x: x.undefined), (3,), "a forward that fails on a sample"),
     ],

@@ -133,6 +133,19 @@ def test_values(form: str, training: bool) -> None:
     assert not maml.programs.found_none
 
 
+@pytest.mark.parametrize("tasks", [None, 2])
+def test_what_is_no_tensor_is_returned_as_it_is(tasks: int | None) -> None:
+    module = Returning(lambda x, h, y: {"y": y, "state": None, "more": (True, 0.5, "h", h)})
+    x = torch.rand(*(() if tasks is None else (tasks,)), 5, 4, 3)
+    maml = fastmaml.MAML(module, 0.2)
+    outputs = maml.clone(tasks=tasks)(x)
+    assert outputs["state"] is None
+    assert outputs["more"][:3] == (True, 0.5, "h")
+    assert outputs["y"].shape == (*x.shape[:-2], 3)
+    assert outputs["more"][3].shape == (*x.shape[:-2], 6)
+    assert not maml.programs.found_none
+
+
 def test_the_same_tensor_is_the_same() -> None:
     one, other, _, again = fastmaml.MAML(Returning(FORMS["twice"]), 0.2).clone()(
         torch.rand(5, 4, 3)
@@ -195,9 +208,10 @@ def test_the_fused_meta_step_takes_one_tensor() -> None:
 @pytest.mark.parametrize(
     ("f", "reason"),
     [
-        (lambda x, h, y: (y, None), "an output of NoneType"),
-        (lambda x, h, y: {"y": y, "n": 3}, "an output of int"),
-        (lambda x, h, y: (), "an output of nothing"),
+        (lambda x, h, y: (y, len(x)), "depends on the number of examples"),
+        (lambda x, h, y: (y, slice(3)), "an output of slice"),
+        (lambda x, h, y: (), "an output of no tensor"),
+        (lambda x, h, y: None, "an output of no tensor"),
         (lambda x, h, y: (y, h > 0), r"an output of torch\.bool"),
         (lambda x, h, y: h > 0, r"an output of torch\.bool"),
         (lambda x, h, y: (y, x.argmax(1)), r"an output of torch\.int64"),

@@ -58,15 +58,22 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a tensor is among those that a module returns."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Parts:
     """The tensors that a module returns, where it does not return one by itself, and what they are
     in.
 
-    ``shapes``: of each tensor; ``leaves``: which of them the leaves of ``structure`` are.
+    ``shapes``: of each tensor; ``leaves``: those of ``structure``, tensors by their places.
     """
 
     shapes: tuple[Shape, ...]
-    leaves: tuple[int, ...]
+    leaves: tuple[Place | float | str | None, ...]
     structure: TreeSpec = field(hash=False)
 
 

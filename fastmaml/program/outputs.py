@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastmaml.program.ir import Parts
+from fastmaml.program.ir import Parts, Place
 from fastmaml.program.known import Value
 from fastmaml.program.trace import NotCovered, Trace
+
+_PLAIN = (type(None), bool, int, float, str)  # that may be beside tensors, always the same
 
 
 def returned(trace: Trace, output: object) -> tuple[Value, Parts | None]:
@@ -20,15 +22,15 @@ def returned(trace: Trace, output: object) -> tuple[Value, Parts | None]:
     if isinstance(output, Tensor):
         return _of_examples(trace, output), None
     leaves, structure = pytree.tree_flatten(output)
-    others = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)]
-    if others or not leaves:
-        raise NotCovered(f"an output of {others[0] if others else 'nothing'}, not of tensors alone")
-    tensors = list({id(leaf): leaf for leaf in leaves}.values())
-    places = {id(tensor): place for place, tensor in enumerate(tensors)}
+    tensors = list({id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values())
+    others = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, (Tensor, *_PLAIN))]
+    if others or not tensors:
+        raise NotCovered(f"an output of {others[0] if others else 'no tensor'}, not of tensors")
+    places = {id(tensor): Place(place) for place, tensor in enumerate(tensors)}
     values = [_of_examples(trace, tensor) for tensor in tensors]
     parts = Parts(
         tuple(value.shape for value in values),
-        tuple(places[id(leaf)] for leaf in leaves),
+        tuple(places.get(id(leaf), leaf) for leaf in leaves),
         structure,
     )
     return _joined(trace, values), parts
@@ -69,4 +71,5 @@ def taken_apart(parts: Parts, y: Tensor, each: Callable[[int, Tensor], Tensor]) 
             for row, shape in zip(rows, parts.shapes, strict=True)
         ]
     tensors = [each(place, tensor) for place, tensor in enumerate(found)]
-    return pytree.tree_unflatten([tensors[place] for place in parts.leaves], parts.structure)
+    leaves = [tensors[leaf.number] if isinstance(leaf, Place) else leaf for leaf in parts.leaves]
+    return pytree.tree_unflatten(leaves, parts.structure)
