@@ -69,6 +69,21 @@ struct ConvGeometry {
 // geometry, n and the lanes of the table that made it. Immutable, shared by threads.
 struct ConvPlan;
 
+// `count` elements of an example that come to lie side by side from `to` on, `apart` where they
+// come from; behind them are `gap` places that none comes to.
+struct Stretch {
+  std::int32_t to, count, gap, from, apart;
+};
+// Where an example's elements go in another layout.
+struct Rearrangement {
+  Index from_size = 0, to_size = 0;  // of an example
+  std::vector<Stretch> stretches;    // in the order of `to`, all places
+
+  bool empty() const { return to_size == 0; }
+};
+// What happens at the places where elements come to. Gaps are made zero, or left alone.
+enum class Moving { kWrite, kWriteLeavingGaps, kAdd };
+
 // A weight along one axis of a kernel, and the place that it multiplies.
 struct GroupedTap {
   std::int32_t tap, source;
@@ -381,9 +396,10 @@ struct Kernels {
                             T* gx, bool accumulate, Share share);
 
   // --- rearranging -------------------------------------------------------------------------------
-  // out[i] = in[map[i]] per example, or 0 where map[i] < 0.
-  void (*gather)(Index examples, Index in_size, Index out_size, const std::int32_t* map,
-                 const T* in, T* out, bool accumulate, Share share);
+  // Every share does all that happens to its part of `out`, in calls with other rearrangements,
+  // too.
+  void (*rearrange)(Index examples, const Rearrangement& arranged, const T* in, T* out, Moving how,
+                    Share share);
   // out[i] = (accumulate ? out[i] : 0) + the sum of in at places[starts[i]] to places[starts[i +
   // 1]], for each example.
   void (*gather_sums)(Index examples, Index in_size, Index out_size, const std::int32_t* starts,

@@ -165,8 +165,7 @@ void load_input(Run<T>& run, const T* x, T* out) {
     const Range part = split(run.examples() * plan.input_size, run.share);
     std::copy(x + part.begin, x + part.end, out + part.begin);
   } else {
-    run.kernels.gather(run.examples(), plan.input_size, plan.storages[0].size,
-                       plan.input_from_torch.data(), x, out, false, run.share);
+    run.kernels.rearrange(run.examples(), plan.input_from_torch, x, out, Moving::kWrite, run.share);
   }
   run.sync();
 }
@@ -179,8 +178,7 @@ void store_output(Run<T>& run, const T* from, T* y) {
     const Range part = split(size, run.share);
     std::fill(y + part.begin, y + part.end, T(0));
   } else {
-    run.kernels.gather(run.examples(), plan.storages[plan.output].size, plan.output_size,
-                       plan.output_to_torch.data(), from, y, false, run.share);
+    run.kernels.rearrange(run.examples(), plan.output_to_torch, from, y, Moving::kWrite, run.share);
   }
 }
 
@@ -194,8 +192,8 @@ T* begin_flow(Run<T>& run, Flow<T>& flow) {
 template <typename T>
 void load_output_gradient(Run<T>& run, Flow<T>& flow, const T* gy) {
   const Plan<T>& plan = run.plan;
-  run.kernels.gather(run.examples(), plan.output_size, plan.storages[plan.output].gradient_size,
-                     plan.output_from_torch.data(), gy, begin_flow(run, flow), false, run.share);
+  run.kernels.rearrange(run.examples(), plan.output_from_torch, gy, begin_flow(run, flow),
+                        Moving::kWrite, run.share);
   run.sync();
 }
 

@@ -135,8 +135,8 @@ class GradientOutput {
       std::fill(gx + part.begin, gx + part.end, T(0));
       return;
     }
-    run.kernels.gather(examples_, plan_.storages[0].gradient_size, plan_.input_size,
-                       plan_.input_gradient_to_torch.data(), from, gx, false, run.share);
+    run.kernels.rearrange(examples_, plan_.input_gradient_to_torch, from, gx, Moving::kWrite,
+                          run.share);
   }
 
   // Null: the group has no slots, and its gradient is zero.

@@ -124,10 +124,38 @@ Layout permuted(const Layout& layout, const Shape& shape, const std::vector<Inde
   return result;
 }
 
-std::vector<std::int32_t> gather_map(const Layout& from, const Layout& to) {
+namespace {
+
+// The first elements from `at` on that are equally far apart, or none, and the gap that follows.
+Stretch stretch_at(const std::vector<std::int32_t>& map, std::size_t at) {
+  const auto holds = [&](std::size_t i) { return i < map.size() && map[i] >= 0; };
+  const std::int32_t apart = holds(at) && holds(at + 1) ? map[at + 1] - map[at] : 1;
+  std::size_t end = at + (holds(at) ? 1 : 0);
+  while (end > at && holds(end) && map[end] - map[end - 1] == apart) ++end;
+  std::size_t next = end;
+  while (next < map.size() && !holds(next)) ++next;
+  const auto narrow = [](std::size_t value) { return static_cast<std::int32_t>(value); };
+  return {narrow(at), narrow(end - at), narrow(next - end), holds(at) ? map[at] : 0, apart};
+}
+
+}  // namespace
+
+Rearrangement rearrangement(const std::vector<std::int32_t>& map, Index from_size) {
+  Rearrangement result;
+  result.from_size = from_size;
+  result.to_size = static_cast<Index>(map.size());
+  for (std::size_t at = 0; at < map.size();) {
+    const Stretch stretch = stretch_at(map, at);
+    result.stretches.push_back(stretch);
+    at += static_cast<std::size_t>(stretch.count) + static_cast<std::size_t>(stretch.gap);
+  }
+  return result;
+}
+
+Rearrangement rearrangement(const Layout& from, const Layout& to) {
   std::vector<std::int32_t> map(to.size(), -1);
   for (std::size_t i = 0; i < from.offsets.size(); ++i) map[to.offsets[i]] = from.offsets[i];
-  return map;
+  return rearrangement(map, from.size());
 }
 
 }  // namespace fastmaml

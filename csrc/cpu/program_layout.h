@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/kernels.h"
 #include "fastmaml/core.h"
 
 namespace fastmaml {
@@ -43,7 +44,9 @@ Layout with_ld(const Layout& layout, Index ld);
 Layout narrowed(const Layout& layout, const Shape& shape, Index axis, Index start, Index length);
 Layout permuted(const Layout& layout, const Shape& shape, const std::vector<Index>& dims);
 
-// The map of kernels.gather that turns `from` into `to`: -1 in padding.
-std::vector<std::int32_t> gather_map(const Layout& from, const Layout& to);
+// What turns `from` into `to`: gaps are `to`'s padding.
+Rearrangement rearrangement(const Layout& from, const Layout& to);
+// By place where it comes to, the place where an element comes from; negative: none does.
+Rearrangement rearrangement(const std::vector<std::int32_t>& map, Index from_size);
 
 }  // namespace fastmaml

@@ -46,12 +46,10 @@ struct Plan {
   ProgramSizes sizes;
 
   int output = 0;
-  Index input_size = 0, output_size = 0;       // per example, torch layout
-  Index output_rows = 0, output_columns = 0;   // per example, padded rows
-  std::vector<std::int32_t> input_from_torch;  // empty: torch's layout as it is
-  std::vector<std::int32_t> input_gradient_to_torch;
-  std::vector<std::int32_t> output_to_torch;
-  std::vector<std::int32_t> output_from_torch;
+  Index input_size = 0, output_size = 0;      // per example, torch layout
+  Index output_rows = 0, output_columns = 0;  // per example, padded rows
+  Rearrangement input_from_torch;             // empty: torch's layout as it is
+  Rearrangement input_gradient_to_torch, output_to_torch, output_from_torch;
 };
 
 // Where the pieces of one op lie in the three regions of a frame, and its convolution plan.

@@ -148,8 +148,8 @@ template <typename T>
 std::unique_ptr<Op<T>> make_mean(OpReader& reader);
 // Rearranges a storage; the planner inserts these between layouts.
 template <typename T>
-std::unique_ptr<Op<T>> make_gather(int from, const Layout& from_layout, Index from_gradient_ld,
-                                   int to, const Layout& to_layout);
+std::unique_ptr<Op<T>> make_rearrange(int from, const Layout& from_layout, Index from_gradient_ld,
+                                      int to, const Layout& to_layout);
 
 #define FASTMAML_INSTANTIATE_OP(maker)                                 \
   template std::unique_ptr<Op<float>> maker<float>(OpReader & reader); \

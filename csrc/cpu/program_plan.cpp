@@ -201,8 +201,8 @@ class Planner {
     const Layout dense = dense_layout(spec_.values[0]);
     const Layout gradient = with_ld(layout, padded(layout.channels, lanes()));
     const bool as_it_is = layout.size() == dense.size() && layout.offsets == dense.offsets;
-    if (!as_it_is) plan_.input_from_torch = gather_map(dense, layout);
-    plan_.input_gradient_to_torch = gather_map(gradient, dense);
+    if (!as_it_is) plan_.input_from_torch = rearrangement(dense, layout);
+    plan_.input_gradient_to_torch = rearrangement(gradient, dense);
     plan_.input_size = dense.size();
     plan_.storages.push_back({layout.size(), gradient.size(), kInput});
     kept_.push_back(true);
@@ -217,8 +217,8 @@ class Planner {
     plan_.output_size = dense.size();
     plan_.output_rows = layout.positions;
     plan_.output_columns = layout.channels;
-    plan_.output_to_torch = gather_map(layout, dense);
-    plan_.output_from_torch = gather_map(dense, layout);
+    plan_.output_to_torch = rearrangement(layout, dense);
+    plan_.output_from_torch = rearrangement(dense, layout);
   }
 
   // Returns the last op of the spec that it covers.
@@ -250,8 +250,8 @@ class Planner {
       }
     }
     const Place to{new_storage(layout, plan_.storages[from.storage].depends), layout};
-    add(make_gather<T>(from.storage, from.layout, gradient_ld(from.storage, from.layout),
-                       to.storage, layout));
+    add(make_rearrange<T>(from.storage, from.layout, gradient_ld(from.storage, from.layout),
+                          to.storage, layout));
     gathered_.push_back({from.storage, from.layout.offsets, to});
     return to;
   }

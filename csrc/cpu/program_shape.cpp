@@ -8,15 +8,17 @@ namespace fastmaml {
 namespace {
 
 template <typename T>
-class GatherOp final : public LinearOp<T> {
+Moving moving(const Target<T>& target) {
+  return target.accumulate ? Moving::kAdd : Moving::kWrite;
+}
+
+template <typename T>
+class RearrangeOp final : public LinearOp<T> {
  public:
-  GatherOp(int from, const Layout& from_layout, Index from_gradient_ld, int to,
-           const Layout& to_layout)
-      : map_(gather_map(from_layout, to_layout)) {
-    const Layout gradient = with_ld(from_layout, from_gradient_ld);
-    from_size_ = from_layout.size();
-    gradient_size_ = gradient.size();
-    inverse_ = gather_map(to_layout, gradient);
+  RearrangeOp(int from, const Layout& from_layout, Index from_gradient_ld, int to,
+              const Layout& to_layout)
+      : forth_(rearrangement(from_layout, to_layout)),
+        back_(rearrangement(to_layout, with_ld(from_layout, from_gradient_ld))) {
     this->inputs = {from};
     this->output = to;
   }
@@ -24,20 +26,16 @@ class GatherOp final : public LinearOp<T> {
   void backward(Run<T>& run, Flow<T>& flow) const override {
     const T* gy = run.arrived(flow, this->output);
     const Target<T> gx = run.into(flow, this->inputs[0]);
-    run.kernels.gather(run.examples(), size(), gradient_size_, inverse_.data(), gy, gx.data,
-                       gx.accumulate, run.share);
+    run.kernels.rearrange(run.examples(), back_, gy, gx.data, moving(gx), run.share);
   }
 
  protected:
   void apply(Run<T>& run, const T* x, T* y) const override {
-    run.kernels.gather(run.examples(), from_size_, size(), map_.data(), x, y, false, run.share);
+    run.kernels.rearrange(run.examples(), forth_, x, y, Moving::kWrite, run.share);
   }
 
  private:
-  Index size() const { return static_cast<Index>(map_.size()); }
-
-  std::vector<std::int32_t> map_, inverse_;
-  Index from_size_ = 0, gradient_size_ = 0;
+  Rearrangement forth_, back_;
 };
 
 // One after the other along an axis.
@@ -59,8 +57,8 @@ class CatOp final : public Op<T> {
       const Place place = reader.need_any(i);
       const Layout part = narrowed(out, y, axis, start, expected[axis]);
       this->inputs.push_back(place.storage);
-      forth_.push_back(gather_map(place.layout, part));
-      back_.push_back(gather_map(part, place.layout));
+      forth_.push_back(rearrangement(place.layout, part));
+      back_.push_back(rearrangement(part, place.layout));
       start += expected[axis];
     }
     if (start != y[axis]) {
@@ -81,8 +79,7 @@ class CatOp final : public Op<T> {
     for (std::size_t i = 0; i < back_.size(); ++i) {
       const Target<T> gx = run.into(flow, this->inputs[i]);
       if (!gx) continue;
-      run.kernels.gather(run.examples(), out_size(), size(i), back_[i].data(), gy, gx.data,
-                         gx.accumulate, run.share);
+      run.kernels.rearrange(run.examples(), back_[i], gy, gx.data, moving(gx), run.share);
     }
   }
   void backward_tangent(Run<T>& run) const override {
@@ -90,22 +87,18 @@ class CatOp final : public Op<T> {
   }
 
  private:
-  Index size(std::size_t i) const { return static_cast<Index>(back_[i].size()); }
-  Index out_size() const { return static_cast<Index>(forth_[0].size()); }
-
   template <typename Source>
   void join(Run<T>& run, T* out, Source source) const {
-    bool written = false;
+    Moving how = Moving::kWrite;
     for (std::size_t i = 0; i < forth_.size(); ++i) {
       const T* x = source(this->inputs[i]);
       if (x == nullptr) continue;
-      run.kernels.gather(run.examples(), size(i), out_size(), forth_[i].data(), x, out, written,
-                         run.share);
-      written = true;
+      run.kernels.rearrange(run.examples(), forth_[i], x, out, how, run.share);
+      how = Moving::kWriteLeavingGaps;
     }
   }
 
-  std::vector<std::vector<std::int32_t>> forth_, back_;  // by input
+  std::vector<Rearrangement> forth_, back_;  // by input
 };
 
 // Rows of channels, the axes that are kept; each is repeated at all positions.
@@ -217,7 +210,7 @@ std::unique_ptr<Op<T>> make_narrow(OpReader& reader) {
   const Layout part = narrowed(from.layout, x, axis, start, y[axis]);
   const Layout out = usual_layout(y, reader.lanes());
   const int output = reader.produce(out);
-  return std::make_unique<GatherOp<T>>(from.storage, part, part.ld, output, out);
+  return std::make_unique<RearrangeOp<T>>(from.storage, part, part.ld, output, out);
 }
 
 template <typename T>
@@ -226,18 +219,18 @@ std::unique_ptr<Op<T>> make_expand(OpReader& reader) {
 }
 
 template <typename T>
-std::unique_ptr<Op<T>> make_gather(int from, const Layout& from_layout, Index from_gradient_ld,
-                                   int to, const Layout& to_layout) {
-  return std::make_unique<GatherOp<T>>(from, from_layout, from_gradient_ld, to, to_layout);
+std::unique_ptr<Op<T>> make_rearrange(int from, const Layout& from_layout, Index from_gradient_ld,
+                                      int to, const Layout& to_layout) {
+  return std::make_unique<RearrangeOp<T>>(from, from_layout, from_gradient_ld, to, to_layout);
 }
 
 FASTMAML_INSTANTIATE_OP(make_parameter)
 FASTMAML_INSTANTIATE_OP(make_cat)
 FASTMAML_INSTANTIATE_OP(make_narrow)
 FASTMAML_INSTANTIATE_OP(make_expand)
-template std::unique_ptr<Op<float>> make_gather<float>(int, const Layout&, Index, int,
-                                                       const Layout&);
-template std::unique_ptr<Op<double>> make_gather<double>(int, const Layout&, Index, int,
-                                                         const Layout&);
+template std::unique_ptr<Op<float>> make_rearrange<float>(int, const Layout&, Index, int,
+                                                          const Layout&);
+template std::unique_ptr<Op<double>> make_rearrange<double>(int, const Layout&, Index, int,
+                                                            const Layout&);
 
 }  // namespace fastmaml

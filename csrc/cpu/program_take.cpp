@@ -12,6 +12,7 @@ namespace {
 struct Readers {
   std::vector<std::int32_t> starts, places;
 
+  Readers() = default;
   Readers(const std::vector<std::int32_t>& map, Index size) : starts(size + 1, 0) {
     for (std::int32_t from : map) {
       if (from >= 0) ++starts[from + 1];
@@ -28,22 +29,26 @@ struct Readers {
 template <typename T>
 class TakeOp final : public LinearOp<T> {
  public:
-  explicit TakeOp(OpReader& reader)
-      : from_(reader.need_any(0)), map_(map(reader, from_.layout)), readers_(map_, in_size()) {
-    this->inputs = {from_.storage};
+  explicit TakeOp(OpReader& reader) {
+    const Place from = reader.need_any(0);
+    const std::vector<std::int32_t> places = map(reader, from.layout);
+    forth_ = rearrangement(places, from.layout.size());
+    readers_ = Readers(places, from.layout.size());
+    this->inputs = {from.storage};
     this->output = reader.produce(usual_layout(reader.output(), reader.lanes()));
   }
 
   void backward(Run<T>& run, Flow<T>& flow) const override {
     const T* gy = run.arrived(flow, this->output);
     const Target<T> gx = run.into(flow, this->inputs[0]);
-    run.kernels.gather_sums(run.examples(), out_size(), in_size(), readers_.starts.data(),
-                            readers_.places.data(), gy, gx.data, gx.accumulate, run.share);
+    run.kernels.gather_sums(run.examples(), forth_.to_size, forth_.from_size,
+                            readers_.starts.data(), readers_.places.data(), gy, gx.data,
+                            gx.accumulate, run.share);
   }
 
  protected:
   void apply(Run<T>& run, const T* x, T* y) const override {
-    run.kernels.gather(run.examples(), in_size(), out_size(), map_.data(), x, y, false, run.share);
+    run.kernels.rearrange(run.examples(), forth_, x, y, Moving::kWrite, run.share);
   }
 
  private:
@@ -65,11 +70,7 @@ class TakeOp final : public LinearOp<T> {
     return map;
   }
 
-  Index in_size() const { return from_.layout.size(); }
-  Index out_size() const { return static_cast<Index>(map_.size()); }
-
-  Place from_;
-  std::vector<std::int32_t> map_;
+  Rearrangement forth_;
   Readers readers_;
 };
 

@@ -38,23 +38,57 @@ FASTMAML_INLINE void transpose_block(const T* in, Index ld_in, Index rows, Index
   }
 }
 
-// At most a vector, whose elements are often neighbours.
-template <typename T>
-FASTMAML_INLINE void gather_vector(const std::int32_t* map, Index count, const T* source,
-                                   T* destination, bool accumulate) {
-  const std::int32_t first = map[0];
-  std::int32_t apart = first >= 0 && count == kLanes<T> ? 0 : -1;
-  if (apart == 0) {
-    for (int j = 0; j < kLanes<T>; ++j) apart |= map[j] ^ (first + j);
+// What of a stretch goes to a part of all places.
+FASTMAML_INLINE Stretch clipped(const Stretch& s, Range part) {
+  const Index first = larger(s.to, part.begin), end = s.to + s.count;
+  const Index last = larger(first, smaller(end, part.end));
+  const Index gap = smaller(end + s.gap, part.end) - larger(end, part.begin);
+  const auto narrow = [](Index value) { return static_cast<std::int32_t>(value); };
+  return {narrow(first), narrow(last - first), narrow(larger(gap, 0)),
+          narrow(s.from + (first - s.to) * s.apart), s.apart};
+}
+
+// Neighbours stay neighbours. What is less than a vector is a whole one with zeros behind, where
+// there is a gap: stores of parts of a vector are slow.
+template <typename T, Moving kHow>
+FASTMAML_INLINE void move_neighbours(const Stretch& s, const T* from, T* to) {
+  const Index room = kHow == Moving::kWriteLeavingGaps ? s.count : s.count + s.gap;
+  Index j = 0;
+  for (; j < s.count; j += kLanes<T>) {
+    const Index to_store = room - j;
+    Vec<T> value = load_up_to(from + j, s.count - j);
+    if (kHow == Moving::kAdd) value += load_up_to(to + j, to_store);
+    store_up_to(to + j, value, to_store);
   }
-  if (apart == 0) {
-    Vec<T> value = load(source + first);
-    if (accumulate) value += load(destination);
-    return store(destination, value);
+  if (kHow != Moving::kWrite) return;
+  for (; j < room; j += kLanes<T>) store_up_to(to + j, Vec<T>{}, room - j);
+}
+
+template <typename T, Moving kHow>
+FASTMAML_INLINE void move(const Stretch& s, const T* from, T* to) {
+  if (s.apart == 1) return move_neighbours<T, kHow>(s, from, to);
+  for (Index j = 0; j < s.count; ++j, from += s.apart) {
+    to[j] = kHow == Moving::kAdd ? to[j] + *from : *from;
   }
-  for (Index j = 0; j < count; ++j) {
-    const T value = map[j] < 0 ? T(0) : source[map[j]];
-    destination[j] = accumulate ? destination[j] + value : value;
+  if (kHow != Moving::kWrite) return;
+  for (Index j = s.count; j < s.count + s.gap; ++j) to[j] = 0;
+}
+
+template <typename T, Moving kHow>
+void rearrange_examples(Index examples, const Rearrangement& arranged, const T* in, T* out,
+                        Share share) {
+  const Index size = arranged.to_size;
+  const Range mine = split(examples * size, share);
+  for (Index at = mine.begin; at < mine.end;) {
+    const Index example = at / size, start = example * size;
+    const Range part{at - start, smaller(mine.end - start, size)};
+    const bool whole = part.end - part.begin == size;
+    const T* source = in + example * arranged.from_size;
+    for (const Stretch& s : arranged.stretches) {
+      const Stretch stretch = whole ? s : clipped(s, part);
+      move<T, kHow>(stretch, source + stretch.from, out + start + stretch.to);
+    }
+    at = start + part.end;
   }
 }
 
@@ -75,18 +109,15 @@ void transpose(Index taps, Index k, Index n, const T* in, T* out, Share share) {
 }
 
 template <typename T>
-void gather(Index examples, Index in_size, Index out_size, const std::int32_t* map, const T* in,
-            T* out, bool accumulate, Share share) {
-  const Range mine = split(examples * out_size, share);
-  for (Index row = mine.begin; row < mine.end;) {
-    const Index example = row / out_size, start = example * out_size;
-    const Index last = smaller(mine.end - start, out_size);
-    const T* source = in + example * in_size;
-    T* destination = out + start;
-    for (Index i = row - start; i < last; i += kLanes<T>) {
-      gather_vector(map + i, smaller(last - i, kLanes<T>), source, destination + i, accumulate);
-    }
-    row = start + last;
+void rearrange(Index examples, const Rearrangement& arranged, const T* in, T* out, Moving how,
+               Share share) {
+  switch (how) {
+    case Moving::kWrite:
+      return rearrange_examples<T, Moving::kWrite>(examples, arranged, in, out, share);
+    case Moving::kWriteLeavingGaps:
+      return rearrange_examples<T, Moving::kWriteLeavingGaps>(examples, arranged, in, out, share);
+    case Moving::kAdd:
+      return rearrange_examples<T, Moving::kAdd>(examples, arranged, in, out, share);
   }
 }
 
@@ -132,12 +163,12 @@ void update(Index count, T a, const T* rate, const T* x, const T* g, T* out, Sha
   }
 }
 
-#define FASTMAML_INSTANTIATE(T)                                                                 \
-  template void transpose<T>(Index, Index, Index, const T*, T*, Share);                         \
-  template void gather<T>(Index, Index, Index, const std::int32_t*, const T*, T*, bool, Share); \
-  template void gather_sums<T>(Index, Index, Index, const std::int32_t*, const std::int32_t*,   \
-                               const T*, T*, bool, Share);                                      \
-  template void axpby<T>(Index, T, const T*, T, const T*, T*, bool, Share);                     \
+#define FASTMAML_INSTANTIATE(T)                                                               \
+  template void transpose<T>(Index, Index, Index, const T*, T*, Share);                       \
+  template void rearrange<T>(Index, const Rearrangement&, const T*, T*, Moving, Share);       \
+  template void gather_sums<T>(Index, Index, Index, const std::int32_t*, const std::int32_t*, \
+                               const T*, T*, bool, Share);                                    \
+  template void axpby<T>(Index, T, const T*, T, const T*, T*, bool, Share);                   \
   template void update<T>(Index, T, const T*, const T*, const T*, T*, Share);
 FASTMAML_INSTANTIATE(float)
 FASTMAML_INSTANTIATE(double)

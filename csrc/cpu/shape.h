@@ -9,8 +9,8 @@ namespace FASTMAML_ISA {
 template <typename T>
 void transpose(Index taps, Index k, Index n, const T* in, T* out, Share share);
 template <typename T>
-void gather(Index examples, Index in_size, Index out_size, const std::int32_t* map, const T* in,
-            T* out, bool accumulate, Share share);
+void rearrange(Index examples, const Rearrangement& arranged, const T* in, T* out, Moving how,
+               Share share);
 template <typename T>
 void gather_sums(Index examples, Index in_size, Index out_size, const std::int32_t* starts,
                  const std::int32_t* places, const T* in, T* out, bool accumulate, Share share);

@@ -115,10 +115,19 @@ FASTMAML_INLINE Vec<T> load_first(const T* p, int count) {
 
 #endif
 
+#if FASTMAML_VECTOR_BYTES == 64
+FASTMAML_INLINE void store_first(float* p, Vec<float> v, int count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+}
+FASTMAML_INLINE void store_first(double* p, Vec<double> v, int count) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1), (__m512d)v);
+}
+#else
 template <typename T>
 FASTMAML_INLINE void store_first(T* p, Vec<T> v, int count) {
   for (int i = 0; i < count; ++i) p[i] = v[i];
 }
+#endif
 
 // For the end of an array: a whole vector, or the `count` elements that are left.
 template <typename T>

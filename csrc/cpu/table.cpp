@@ -75,7 +75,7 @@ const Kernels<T>& table() {
       &max_pool_tangent<T>,
       &avg_pool_forward<T>,
       &avg_pool_backward<T>,
-      &gather<T>,
+      &rearrange<T>,
       &gather_sums<T>,
       &lane_products<T>,
       &lane_sums<T>,

@@ -1,37 +1,41 @@
 // Gathering and combining arrays against plain loops.
 #include "check.h"
+#include "cpu/program_layout.h"
 
 namespace {
 
 using namespace fastmaml_test;
+using fastmaml::Moving;
+using fastmaml::Rearrangement;
 
 template <typename T>
-void check_gather(const Kernels<T>& k, Index examples, Index in_size, Index out_size, Index run) {
+void check_rearrange(const Kernels<T>& k, Index examples, Index in_size, Index out_size, Index run,
+                     Index apart) {
   std::vector<std::int32_t> map(out_size);
   for (Index i = 0; i < out_size; ++i) {
-    const Index place = i / run * 37 + i % run;
+    const Index place = 2 * out_size + i / run * 37 + i % run * apart;
     map[i] = i / run % 5 == 4 ? -1 : static_cast<std::int32_t>(place % in_size);
   }
+  const Rearrangement arranged = fastmaml::rearrangement(map, in_size);
   const auto in = random_values<T>(examples * in_size);
   const auto start = random_values<T>(examples * out_size);
-  std::vector<double> expected(start.size()), sum(start.size());
+  std::vector<double> expected(start.size()), kept(start.size()), sum(start.size());
   for (Index i = 0; i < examples * out_size; ++i) {
     const std::int32_t from = map[i % out_size];
     expected[i] = from < 0 ? 0 : in[i / out_size * in_size + from];
+    kept[i] = from < 0 ? start[i] : expected[i];
     sum[i] = static_cast<T>(start[i] + static_cast<T>(expected[i]));
   }
-  const std::string name =
-      std::string(k.isa) + " " + scalar_name<T>() + " gather of " + std::to_string(run);
-  std::vector<T> out = poisoned<T>(examples * out_size);
-  check_shares(&out, name, [&](Share s) {
-    k.gather(examples, in_size, out_size, map.data(), in.data(), out.data(), false, s);
-  });
-  check_close(out, expected, 0, name);
-  out = start;
-  check_shares(&out, name, [&](Share s) {
-    k.gather(examples, in_size, out_size, map.data(), in.data(), out.data(), true, s);
-  });
-  check_close(out, sum, 0, name + " added");
+  const std::string name = std::string(k.isa) + " " + scalar_name<T>() + " rearranging of " +
+                           std::to_string(run) + " by " + std::to_string(apart);
+  const auto check = [&](std::vector<T> out, Moving how, const std::vector<double>& results) {
+    check_shares(&out, name,
+                 [&](Share s) { k.rearrange(examples, arranged, in.data(), out.data(), how, s); });
+    check_close(out, results, 0, name);
+  };
+  check(poisoned<T>(examples * out_size), Moving::kWrite, expected);
+  check(start, Moving::kWriteLeavingGaps, kept);
+  check(start, Moving::kAdd, sum);
 }
 
 template <typename T>
@@ -102,7 +106,9 @@ struct TestShape {
   template <typename T>
   void operator()(const Kernels<T>& k) const {
     for (const Index examples : {1, 3, 5}) {
-      for (const Index run : {1, 16, 21}) check_gather(k, examples, 48, 83, run);
+      for (const Index run : {1, 3, 16, 21}) {
+        for (const Index apart : {1, 5, -2}) check_rearrange(k, examples, 48, 83, run, apart);
+      }
       check_gather_sums(k, examples, 48, 83);
     }
     for (const Index count : {1, 15, 16, 64, 777}) check_combinations(k, count);
