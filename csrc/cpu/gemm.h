@@ -94,6 +94,9 @@ template <typename T>
 void matmul_tn(Index rows, Index k, Index n, const T* a, Index lda, const T* b, const T* a2,
                Index lda2, const T* b2, T* c, bool accumulate, Share share);
 template <typename T>
+void matmul_nt(Index rows, Index k, Index n, const T* a, Index lda, const T* b, Index ldb, T* c,
+               Share share);
+template <typename T>
 void column_sums(Index rows, Index n, const T* a, T* out, bool accumulate, Share share);
 
 }  // namespace FASTMAML_ISA

@@ -168,7 +168,66 @@ TailTile<T> pick_tail_tile(int tail, Index vectors, std::integer_sequence<int, I
   return kTiles[(tail - 1) * kTailVectors + vectors - 1];
 }
 
+// A tile of rows of a against rows of b: all its sums fit one vector in the end.
+template <typename T>
+constexpr int kDotColumns = kLanes<T> >= 16 ? 4 : 2;
+template <typename T>
+constexpr int kDotRows = kLanes<T> / kDotColumns<T>;
+
+// Of the tile's rows and columns `rows` and `columns` exist; others repeat the last.
+template <typename T>
+FASTMAML_INLINE void rows_tile(Index k, const T* a, Index lda, Index rows, const T* b, Index ldb,
+                               Index columns, T* c, Index ldc) {
+  constexpr int R = kDotRows<T>, C = kDotColumns<T>;
+  const T *left[R], *right[C];
+  for (int r = 0; r < R; ++r) left[r] = a + smaller(r, rows - 1) * lda;
+  for (int i = 0; i < C; ++i) right[i] = b + smaller(i, columns - 1) * ldb;
+  Vec<T> sum[R * C] = {};
+  const auto add = [&](auto load_at) __attribute__((always_inline)) {
+    Vec<T> values[C];
+#pragma GCC unroll 4
+    for (int i = 0; i < C; ++i) values[i] = load_at(right[i]);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> x = load_at(left[r]);
+#pragma GCC unroll 4
+      for (int i = 0; i < C; ++i) sum[r * C + i] = fma(x, values[i], sum[r * C + i]);
+    }
+  };
+  Index at = 0;
+  for (; at + kLanes<T> <= k; at += kLanes<T>) {
+    add([at](const T* p) __attribute__((always_inline)) { return load(p + at); });
+  }
+  if (const int left_over = static_cast<int>(k - at)) {
+    add([at, left_over](const T* p)
+            __attribute__((always_inline)) { return load_first(p + at, left_over); });
+  }
+  T sums[kLanes<T>];
+  store(sums, lane_sums_of<T>(sum));
+  for (Index r = 0; r < rows; ++r) {
+    for (Index i = 0; i < columns; ++i) c[r * ldc + i] = sums[r * C + i];
+  }
+}
+
 }  // namespace
+
+template <typename T>
+void matmul_nt(Index rows, Index k, Index n, const T* a, Index lda, const T* b, Index ldb, T* c,
+               Share share) {
+  constexpr int R = kDotRows<T>, C = kDotColumns<T>;
+  const Index ldc = padded_to_lanes<T>(n);
+  const Range mine = split(divide_up(rows, R), share);
+  for (Index tile = mine.begin; tile < mine.end; ++tile) {
+    const Index first = tile * R, count = smaller(rows - first, R);
+    for (Index j = 0; j < n; j += C) {
+      rows_tile(k, a + first * lda, lda, count, b + j * ldb, ldb, smaller(n - j, C),
+                c + first * ldc + j, ldc);
+    }
+    for (Index r = first; r < first + count; ++r) {
+      for (Index j = n; j < ldc; ++j) c[r * ldc + j] = 0;
+    }
+  }
+}
 
 template <typename T>
 void gather_tails(ProductTerm<T>* terms, int term_count, Index rows, Index n, int tail, T* buffer) {
@@ -198,10 +257,11 @@ void multiply_tail_outer(const OuterProduct<T>& product, const Offsets* offsets,
   run(product, offsets, k, column);
 }
 
-#define FASTMAML_INSTANTIATE(T)                                                  \
-  template void gather_tails<T>(ProductTerm<T>*, int, Index, Index, int, T*);    \
-  template void multiply_tail_rows<T>(const RowProduct<T>&, const std::int32_t*, \
-                                      const std::int32_t*, Index, Index);        \
+#define FASTMAML_INSTANTIATE(T)                                                                 \
+  template void matmul_nt<T>(Index, Index, Index, const T*, Index, const T*, Index, T*, Share); \
+  template void gather_tails<T>(ProductTerm<T>*, int, Index, Index, int, T*);                   \
+  template void multiply_tail_rows<T>(const RowProduct<T>&, const std::int32_t*,                \
+                                      const std::int32_t*, Index, Index);                       \
   template void multiply_tail_outer<T>(const OuterProduct<T>&, const Offsets*, Range, Index, int);
 FASTMAML_INSTANTIATE(float)
 FASTMAML_INSTANTIATE(double)

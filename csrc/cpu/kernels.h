@@ -245,6 +245,9 @@ struct Kernels {
   // c[k][padded(n)] = (accumulate ? c : 0) + sum over rows of a[row][k] b[row][n] (+ a2 b2).
   void (*matmul_tn)(Index rows, Index k, Index n, const T* a, Index lda, const T* b, const T* a2,
                     Index lda2, const T* b2, T* c, bool accumulate, Share share);
+  // c[rows][padded(n)] = a[rows][k] b[n][k]^T, for few rows of both; padding is written as zero.
+  void (*matmul_nt)(Index rows, Index k, Index n, const T* a, Index lda, const T* b, Index ldb,
+                    T* c, Share share);
   // out[padded(n)] = (accumulate ? out : 0) + column sums of a[rows][padded(n)].
   void (*column_sums)(Index rows, Index n, const T* a, T* out, bool accumulate, Share share);
   // taps matrices [k][padded(n)] -> [n][padded(k)]; both sides' padding is written as zero.

@@ -22,11 +22,15 @@ TaskGroups::TaskGroups(Index tasks, Index sum_bytes) : tasks_(tasks) {
 }
 
 template <typename T>
-const T* GroupSums<T>::total(const Kernels<T>& kernels, int threads) const {
+T* GroupSums<T>::total(const Kernels<T>& kernels, int threads,
+                       const std::vector<Range>& parts) const {
   if (width_ == 0) return nullptr;
-  ThreadPool::instance().run(threads, [&](int part) {
+  ThreadPool::instance().run(threads, [&](int thread) {
     for (Index group = 1; group < groups_; ++group) {
-      kernels.axpby(width_, T(1), row(group), T(0), nullptr, row(0), true, Share{part, threads});
+      for (const Range part : parts) {
+        kernels.axpby(part.end - part.begin, T(1), row(group) + part.begin, T(0), nullptr,
+                      row(0) + part.begin, true, Share{thread, threads});
+      }
     }
   });
   return row(0);

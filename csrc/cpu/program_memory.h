@@ -8,8 +8,10 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/thread_pool.h"
 
 namespace fastmaml {
 
@@ -61,8 +63,11 @@ class GroupSums {
 
   T* row(Index group) const { return rows_.get() + group * width_; }
   void clear() const { std::fill(row(0), row(groups_), T(0)); }
-  // Adds all rows to the first.
-  const T* total(const Kernels<T>& kernels, int threads) const;
+  // Adds all rows to the first; or these parts of them.
+  T* total(const Kernels<T>& kernels, int threads) const {
+    return total(kernels, threads, {{0, width_}});
+  }
+  T* total(const Kernels<T>& kernels, int threads, const std::vector<Range>& parts) const;
 
  private:
   Index groups_ = 0, width_ = 0;

@@ -32,12 +32,13 @@ Index MetaStep<T>::step_bytes() const {
   const Index gradients = keeps_gradients() ? theta_size_ : 0;
   return static_cast<Index>(sizeof(T)) *
          (support_batch_->value_size + gradient_region_size(plan_, *support_batch_, outer_) +
-          plan_.theta.transposed_size() + gradients);
+          plan_.theta.transposed_size() - factored_->transposed_size() + gradients);
 }
 
 template <typename T>
 void MetaStep<T>::allocate() {
   ArenaPool& memory = program_.memory();
+  factored_.emplace(plan_, memory, args_, teams_);
   if (args_.update != nullptr) updates_.emplace(plan_, memory, args_, groups_.count());
   const Index affordable =
       static_cast<Index>(args_.memory_budget_bytes) / (teams_ * std::max<Index>(1, step_bytes()));
@@ -125,10 +126,8 @@ void MetaStep<T>::run() {
     }
   });
   const T mean = T(1) / static_cast<T>(args_.tasks);
-  const auto store = [&](const ParameterGroup& group, const GroupSums<T>& sums, Index rows,
-                         void* out) {
+  const auto store = [&](const ParameterGroup& group, const T* total, Index rows, void* out) {
     if (out == nullptr) return;
-    const T* total = sums.total(kernels_, args_.threads);
     ThreadPool::instance().run(args_.threads, [&](int part) {
       for (Index row = 0; row < rows; ++row) {
         group.unpack(total + row * group.packed_size(), mean,
@@ -136,9 +135,13 @@ void MetaStep<T>::run() {
       }
     });
   };
-  if (!gradient_by_task()) store(plan_.theta, theta_sums_, 1, args_.gtheta);
-  store(plan_.phi, phi_sums_, 1, args_.gshared);
-  store(plan_.theta, rates_sums_, args_.rate_steps, args_.grates);
+  if (!gradient_by_task()) {
+    T* total = theta_sums_.total(kernels_, args_.threads, factored_->others());
+    factored_->store(total, args_.threads);
+    store(plan_.theta, total, 1, args_.gtheta);
+  }
+  store(plan_.phi, phi_sums_.total(kernels_, args_.threads), 1, args_.gshared);
+  store(plan_.theta, rates_sums_.total(kernels_, args_.threads), args_.rate_steps, args_.grates);
   if (updates_) updates_->store_gradients(args_.threads);
 }
 

@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "cpu/program_factors.h"
 #include "cpu/program_inner.h"
 
 namespace fastmaml {
@@ -48,9 +49,14 @@ class MetaStep {
   struct Member {
     Member(const MetaStep& step, const TeamMember& member)
         : support(step.plan_, *step.support_batch_, member),
-          query(step.plan_, *step.query_batch_, member) {}
+          query(step.plan_, *step.query_batch_, member),
+          factors(step.factored_->view(step.start_.of(0))) {
+      if (!step.factored_->empty()) support.factors = query.factors = &factors.in_factors;
+    }
+    Member(const Member&) = delete;
 
     Run<T> support, query;
+    typename FactoredWeights<T>::View factors;
     Workspace* work = nullptr;
     Index task = 0, group = 0;
     Index loaded = -1;  // the support set that `support` reads
@@ -74,6 +80,11 @@ class MetaStep {
   void finish_task(Member& member, bool pending) const;
 
   void bind(Member& member, Index k) const;
+  // body(begin, count) of what is not in factors, in packed theta.
+  template <typename Body>
+  void for_others(const Body& body) const {
+    for (const Range part : factored_->others()) body(part.begin, part.end - part.begin);
+  }
   T loss(Run<T>& run, const void* targets, Index set) const;
   // Which of all sets of support examples a task's step takes.
   Index support_set(const Member& member, Index k) const {
@@ -125,6 +136,7 @@ class MetaStep {
   PackedParameters<T> start_;
   std::shared_ptr<T> buffers_, rates_;
   std::optional<InnerUpdates<T>> updates_;
+  std::optional<FactoredWeights<T>> factored_;
   std::vector<Workspace> workspaces_;
   GroupSums<T> theta_sums_, phi_sums_, rates_sums_;
 };

@@ -6,6 +6,7 @@ namespace fastmaml {
 template <typename T>
 void MetaStep<T>::run_task(Member& member) const {
   member.loaded = -1;
+  std::fill(member.factors.adjoint_rows.begin(), member.factors.adjoint_rows.end(), 0);
   if (args_.query_examples > 0) {
     load(member.query, args_.query_x, member.task, member.work->query_input.get());
   }
@@ -56,6 +57,7 @@ void MetaStep<T>::bind(Member& member, Index k) const {
   run.weights = start_.of(member.task);
   run.weights.theta = theta_at(member, k);
   if (own_theta(k)) run.weights.theta_transposed = memory.transposed.get();
+  factored_->bind(member.factors, run.member.team, member.task, k);
   run.first.region = memory.gradients.get();
   run.first.sources = kTheta;
   run.first.theta = step_gradient(member, k);
@@ -87,7 +89,8 @@ void MetaStep<T>::replay(Member& member, Index k) const {
   Run<T>& run = member.support;
   if (own_theta(k)) {
     plan_.theta.transpose(kernels_, theta_at(member, k), outer_,
-                          step_memory(*member.work, k).transposed.get(), run.share);
+                          step_memory(*member.work, k).transposed.get(), run.share,
+                          factored_->offsets());
     run.sync();
   }
   run_forward(run);
@@ -105,8 +108,13 @@ void MetaStep<T>::inner_step(Member& member, Index k) const {
   if (updates_) {
     updates_->step(run, member.work->inner, k, theta, gradient, next);
   } else {
-    kernels_.update(theta_size_, -rate_, rates_at(k), theta, gradient, next, run.share);
+    const T* rates = rates_at(k);
+    for_others([&](Index at, Index count) {
+      kernels_.update(count, -rate_, rates == nullptr ? nullptr : rates + at, theta + at,
+                      gradient + at, next + at, run.share);
+    });
   }
+  factored_->add_step(run, k, -rate_);
   run.sync();
 }
 
@@ -118,6 +126,7 @@ void MetaStep<T>::query(Member& member) const {
   run.weights = start_.of(member.task);
   run.weights.theta = theta_at(member, args_.steps);
   if (own_theta(args_.steps)) run.weights.theta_transposed = work.query.transposed.get();
+  factored_->bind(member.factors, run.member.team, member.task, args_.steps);
   run_forward(run);
   store_stats(run, stats_row(member.task, args_.steps));
   if (args_.predictions != nullptr) {
@@ -135,13 +144,14 @@ void MetaStep<T>::query(Member& member) const {
   if (!wants_gradient()) return;
   if (own_theta(args_.steps)) {
     plan_.theta.transpose(kernels_, run.weights.theta, outer_, work.query.transposed.get(),
-                          run.share);
+                          run.share, factored_->offsets());
     run.sync();
   }
   run.first.sources = outer_;
   run.first.theta = work.adjoint.get();
   run.first.phi = work.phi.get();
   run_backward(run, run.first);
+  factored_->add_adjoint(run, run.first, member.factors, member.task, T(1));
   if ((outer_ & kPhi) != 0) {
     kernels_.axpby(phi_size_, T(1), work.phi.get(), T(0), nullptr, phi_sums_.row(member.group),
                    !member.first_in_group, run.share);
@@ -184,7 +194,7 @@ void MetaStep<T>::adjoint_step(Member& member, Index k) const {
   run.tangent_sources = kTheta;
   run.directions = {direction(member, k), work.direction_transposed.get(), nullptr, nullptr};
   plan_.theta.transpose(kernels_, run.directions.theta, outer_, work.direction_transposed.get(),
-                        run.share);
+                        run.share, factored_->offsets());
   run.sync();
   run_tangent(run);
   run.second.region = work.second_gradients.get();
@@ -201,13 +211,17 @@ void MetaStep<T>::adjoint_step(Member& member, Index k) const {
     run.sync();
   }
   run_backward_tangent(run);
+  factored_->add_adjoint(run, run.second, member.factors, member.task, -rate_);
   if ((outer_ & kPhi) != 0) {
     kernels_.axpby(phi_size_, -rate_, work.phi.get(), T(0), nullptr, phi_sums_.row(member.group),
                    true, run.share);
   }
   if (k > 0) {
-    kernels_.update(theta_size_, -rate_, nullptr, work.adjoint.get(), work.product.get(),
-                    work.adjoint.get(), run.share);
+    T* adjoint = work.adjoint.get();
+    for_others([&](Index at, Index count) {
+      kernels_.update(count, -rate_, nullptr, adjoint + at, work.product.get() + at, adjoint + at,
+                      run.share);
+    });
   }
   run.sync();
 }
@@ -217,9 +231,12 @@ void MetaStep<T>::finish_task(Member& member, bool pending) const {
   if (args_.gtheta == nullptr || (theta_size_ == 0 && !gradient_by_task())) return;
   const Workspace& work = *member.work;
   T* sum = gradient_by_task() ? work.adjoint.get() : theta_sums_.row(member.group);
-  kernels_.axpby(theta_size_, T(1), work.adjoint.get(), -rate_,
-                 pending ? work.product.get() : nullptr, sum,
-                 !gradient_by_task() && !member.first_in_group, member.support.share);
+  factored_->finish(member.support, member.factors, member.task);
+  for_others([&](Index at, Index count) {
+    kernels_.axpby(count, T(1), work.adjoint.get() + at, -rate_,
+                   pending ? work.product.get() + at : nullptr, sum + at,
+                   !gradient_by_task() && !member.first_in_group, member.support.share);
+  });
   member.support.sync();
   if (!gradient_by_task()) return;
   auto* out = static_cast<T*>(args_.gtheta) + member.task * plan_.theta.size();

@@ -6,6 +6,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/program_layout.h"
+#include "cpu/program_pairs.h"
 #include "cpu/program_parameters.h"
 #include "cpu/thread_pool.h"
 #include "fastmaml/core.h"
@@ -95,6 +96,30 @@ struct Target {
   explicit operator bool() const { return data != nullptr; }
 };
 
+// An op that multiplies rows of its input, `positions` for each example and lda apart, by a weight
+// of its own [in][out].
+struct ProductShape {
+  Index positions = 0, in = 0, out = 0, lda = 0;  // no positions: it is another kind of op
+};
+
+// The matrix [in][out] that is left^T right, of rows [rows][padded(in)] and [rows][padded(out)].
+template <typename T>
+struct Factors {
+  const T* left = nullptr;
+  const T* right = nullptr;
+  Index rows = 0;
+};
+
+// Of a task's weights that are kept in factors, by slot: what the task has beside the weight that
+// all tasks share, and the directions in their space. See program_factors.h.
+template <typename T>
+struct InFactors {
+  Weights<T> shared;
+  std::vector<char> has;
+  std::vector<Factors<T>> moved, directions;
+  std::vector<T> products;  // between the two factors, of one thread
+};
+
 // Gradients on their way back through the program: of the loss, or (second order) their derivative
 // along the tangent. Each thread of a team keeps its own, with the same contents.
 template <typename T>
@@ -106,6 +131,7 @@ struct Flow {
   Sources sources = 0;  // what the gradient is taken with respect to
   std::vector<char> value_written;
   std::vector<char> slot_written;
+  std::vector<Pairs<T>> noted;  // by slot, of weights in factors: those of the gradient
 };
 
 // One task's run through the program, as one thread of its team sees it.
@@ -134,6 +160,8 @@ class Run {
   Flow<T> first;   // gradients
   Flow<T> second;  // their tangents
 
+  InFactors<T>* factors = nullptr;  // null: no weight is kept in factors
+
   bool far = false;  // what other passes left has gone from the core's cache meanwhile
 
   Index examples() const { return batch.examples; }
@@ -143,8 +171,14 @@ class Run {
   const T* value(int storage) const { return storage == 0 ? input : values + batch.value[storage]; }
   T* value_out(int storage) const { return values + batch.value[storage]; }
 
-  const T* weight(int slot) const { return slot < 0 ? nullptr : weights.value(plan.slots[slot]); }
-  const T* transposed(int slot) const { return weights.transposed(plan.slots[slot]); }
+  // One that is kept in factors is the one that tasks share.
+  const T* weight(int slot) const {
+    return slot < 0 ? nullptr : weights_of(slot).value(plan.slots[slot]);
+  }
+  const T* transposed(int slot) const { return weights_of(slot).transposed(plan.slots[slot]); }
+  bool in_factors(int slot) const {
+    return factors != nullptr && slot >= 0 && factors->has[slot] != 0;
+  }
 
   // Brings a value, or what has its layout, into the core's cache before a kernel takes it in small
   // pieces. By loads: prefetch instructions had no effect where a page, too, had gone.
@@ -168,7 +202,7 @@ class Run {
   T* tangent_out(int storage) const { return tangents + batch.tangent[storage]; }
 
   const T* direction(int slot) const {
-    return slot < 0 ? nullptr : directions.value(plan.slots[slot]);
+    return slot < 0 || in_factors(slot) ? nullptr : directions.value(plan.slots[slot]);
   }
   const T* direction_transposed(int slot) const {
     return direction(slot) == nullptr ? nullptr : directions.transposed(plan.slots[slot]);
@@ -177,7 +211,12 @@ class Run {
   // --- gradients ------------------------------------------------------------------------------
   void reset(Flow<T>& flow) const {
     flow.value_written.assign(plan.storages.size(), 0);
-    flow.slot_written.assign(plan.slots.size(), 0);
+    if (factors == nullptr) {
+      flow.slot_written.assign(plan.slots.size(), 0);
+    } else {
+      flow.slot_written = factors->has;
+      flow.noted.assign(plan.slots.size(), {});
+    }
   }
   // The gradient that has arrived at a value; null where none has (zero).
   const T* arrived(const Flow<T>& flow, int storage) const {
@@ -205,6 +244,11 @@ class Run {
     return {(plan.slots[slot].adapted ? flow.theta : flow.phi) + plan.slots[slot].packed,
             accumulate};
   }
+
+ private:
+  const Weights<T>& weights_of(int slot) const {
+    return in_factors(slot) ? factors->shared : weights;
+  }
 };
 
 // An op reads and writes storages. Its four functions are called by every thread of the team, with
@@ -223,6 +267,8 @@ class Op {
   virtual void tangent(Run<T>& run) const = 0;
   // As above, and run.first holds what backward left; the output's second gradient may be zero.
   virtual void backward_tangent(Run<T>& run) const = 0;
+  // Of the op's first slot, where it is such an op.
+  virtual ProductShape product_shape() const { return {}; }
   // Of a forward pass, per example: where the time goes.
   virtual Index multiplications() const { return 0; }
   // Elements of a statistics row (2 * channels for a tracking norm), and how to fill it.

@@ -10,6 +10,7 @@ struct Pairs {
   const T* b[2] = {nullptr, nullptr};
   int count = 0;
 
+  Pairs() = default;
   Pairs(const T* a1, const T* b1, const T* a2, const T* b2) {
     add(a1, b1);
     add(a2, b2);

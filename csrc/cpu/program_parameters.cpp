@@ -180,23 +180,26 @@ void ParameterGroup::copy_uncovered(const T* from, T* to) const {
 
 template <typename T>
 void ParameterGroup::transpose(const Kernels<T>& kernels, const T* packed, Sources sources,
-                               T* transposed, Share share) const {
+                               T* transposed, Share share,
+                               const std::vector<Index>& left_out) const {
   for (const PackedSlot& slot : slots_) {
     if ((slot.transposed_for & sources) == 0) continue;
+    if (std::find(left_out.begin(), left_out.end(), slot.packed) != left_out.end()) continue;
     kernels.transpose(slot.taps, slot.in, slot.out, packed + slot.packed,
                       transposed + slot.transposed, share);
   }
 }
 
-#define FASTMAML_INSTANTIATE(T)                                           \
-  template void ParameterGroup::pack<T>(const T*, T*, Share) const;       \
-  template void ParameterGroup::unpack<T>(const T*, T, T*, Share) const;  \
-  template void ParameterGroup::pack_row<T>(const T*, T*, Share) const;   \
-  template void ParameterGroup::unpack_row<T>(const T*, T*, Share) const; \
-  template void ParameterGroup::clear_gaps<T>(T*) const;                  \
-  template void ParameterGroup::clear_unused<T>(T*) const;                \
-  template void ParameterGroup::copy_uncovered<T>(const T*, T*) const;    \
-  template void ParameterGroup::transpose<T>(const Kernels<T>&, const T*, Sources, T*, Share) const;
+#define FASTMAML_INSTANTIATE(T)                                                               \
+  template void ParameterGroup::pack<T>(const T*, T*, Share) const;                           \
+  template void ParameterGroup::unpack<T>(const T*, T, T*, Share) const;                      \
+  template void ParameterGroup::pack_row<T>(const T*, T*, Share) const;                       \
+  template void ParameterGroup::unpack_row<T>(const T*, T*, Share) const;                     \
+  template void ParameterGroup::clear_gaps<T>(T*) const;                                      \
+  template void ParameterGroup::clear_unused<T>(T*) const;                                    \
+  template void ParameterGroup::copy_uncovered<T>(const T*, T*) const;                        \
+  template void ParameterGroup::transpose<T>(const Kernels<T>&, const T*, Sources, T*, Share, \
+                                             const std::vector<Index>&) const;
 FASTMAML_INSTANTIATE(float)
 FASTMAML_INSTANTIATE(double)
 #undef FASTMAML_INSTANTIATE

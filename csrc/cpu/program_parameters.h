@@ -82,10 +82,10 @@ class ParameterGroup {
   // Copies what no slot covers.
   template <typename T>
   void copy_uncovered(const T* from, T* to) const;
-  // The transposes that differentiating `sources` reads.
+  // The transposes that differentiating `sources` reads, but for the slots at some offsets.
   template <typename T>
   void transpose(const Kernels<T>& kernels, const T* packed, Sources sources, T* transposed,
-                 Share share) const;
+                 Share share, const std::vector<Index>& left_out = {}) const;
 
  private:
   void find_gaps();

@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "cpu/grouped_conv_plan.h"
+#include "cpu/program_factors.h"
 #include "cpu/program_ops.h"
 #include "cpu/program_pairs.h"
 
@@ -15,6 +16,12 @@ template <typename T>
 void broadcast_row(Index rows, Index ld, const T* row, T* out, Share share) {
   const Range part = split(rows, share);
   for (Index r = part.begin; r < part.end; ++r) std::copy(row, row + ld, out + r * ld);
+}
+
+template <typename T>
+void clear_rows(Index rows, Index ld, T* out, Share share) {
+  const Range part = split(rows * ld, share);
+  std::fill(out + part.begin, out + part.end, T(0));
 }
 
 // The four passes in terms of three products, which linear and convolution each define.
@@ -102,7 +109,8 @@ class WeightedOp : public Op<T> {
   bool bias_cancels_ = false;
 
   void weight_gradient(Run<T>& run, Flow<T>& flow, const Pairs<T>& pairs) const {
-    if (!pairs) return;
+    if (run.in_factors(weight())) flow.noted[weight()] = pairs;
+    if (!pairs || run.in_factors(weight())) return;
     if (const Target<T> target = run.into_slot(flow, weight())) weight_product(run, pairs, target);
   }
 
@@ -132,6 +140,57 @@ class LinearLayerOp final : public WeightedOp<T> {
 
   Index multiplications() const override { return positions_ * in_channels_ * this->out_channels_; }
 
+  ProductShape product_shape() const override {
+    return {positions_, in_channels_, this->out_channels_, this->ldx_};
+  }
+
+  void forward(Run<T>& run) const override {
+    WeightedOp<T>::forward(run);
+    if (!run.in_factors(this->weight())) return;
+    add_product(run, product_shape(), moved(run), run.value(this->input()), this->ldx_,
+                run.value_out(this->output));
+  }
+
+  void backward(Run<T>& run, Flow<T>& flow) const override {
+    WeightedOp<T>::backward(run, flow);
+    if (!run.in_factors(this->weight()) || !run.wanted(flow, this->input())) return;
+    add_transposed_product(run, product_shape(), moved(run), run.arrived(flow, this->output),
+                           run.place(flow, this->input()));
+  }
+
+  void tangent(Run<T>& run) const override {
+    if (!run.in_factors(this->weight())) return WeightedOp<T>::tangent(run);
+    const T *dx = run.tangent(this->input()), *bias_direction = run.direction(this->bias());
+    T* dy = run.tangent_out(this->output);
+    if (dx != nullptr) {
+      product(run, {dx, run.weight(this->weight()), nullptr, nullptr}, bias_direction, dy);
+      add_product(run, product_shape(), moved(run), dx, this->ldx_, dy);
+    } else if (bias_direction != nullptr) {
+      this->broadcast_bias(run, bias_direction, dy);
+      run.sync();
+    } else {
+      clear_rows(rows(run), padded(this->out_channels_, run.kernels.lanes), dy, run.share);
+      run.sync();
+    }
+    add_product(run, product_shape(), direction(run), run.value(this->input()), this->ldx_, dy);
+  }
+
+  void backward_tangent(Run<T>& run) const override {
+    const T* dgy = run.arrived(run.second, this->output);
+    const bool begun = run.second.value_written[this->input()] != 0;
+    WeightedOp<T>::backward_tangent(run);
+    if (!run.in_factors(this->weight()) || !run.wanted(run.second, this->input())) return;
+    const Target<T> dgx = run.into(run.second, this->input());
+    if (dgy != nullptr) {
+      add_transposed_product(run, product_shape(), moved(run), dgy, dgx.data);
+    } else if (!begun) {
+      clear_rows(rows(run), padded(in_channels_, run.kernels.lanes), dgx.data, run.share);
+      run.sync();
+    }
+    add_transposed_product(run, product_shape(), direction(run), run.gradient(this->output),
+                           dgx.data);
+  }
+
  protected:
   Index rows(const Run<T>& run) const override { return run.examples() * positions_; }
 
@@ -151,6 +210,11 @@ class LinearLayerOp final : public WeightedOp<T> {
   }
 
  private:
+  const Factors<T>& moved(const Run<T>& run) const { return run.factors->moved[this->weight()]; }
+  const Factors<T>& direction(const Run<T>& run) const {
+    return run.factors->directions[this->weight()];
+  }
+
   Index in_channels_ = 0;
   Index positions_ = 1;
 };

@@ -30,6 +30,7 @@ const Kernels<T>& table() {
       kLanes<T>,
       &matmul<T>,
       &matmul_tn<T>,
+      &matmul_nt<T>,
       &column_sums<T>,
       &transpose<T>,
       &conv_plan<T>,

@@ -39,6 +39,26 @@ void check_matmul(const Kernels<T>& kernels, Index rows, Index k, Index n, bool 
 }
 
 template <typename T>
+void check_matmul_nt(const Kernels<T>& kernels, Index rows, Index k, Index n) {
+  const Index ld = padded(n, kernels.lanes), lda = k + 3, ldb = k + 1;
+  const auto a = random_rows<T>(rows, k, lda, true), b = random_rows<T>(n, k, ldb, true);
+  std::vector<T> c = poisoned<T>(rows * ld);
+  std::vector<double> expected(c.size(), 0);
+  for (Index i = 0; i < rows; ++i) {
+    for (Index j = 0; j < n; ++j) {
+      for (Index p = 0; p < k; ++p) {
+        expected[i * ld + j] += static_cast<double>(a[i * lda + p]) * b[j * ldb + p];
+      }
+    }
+  }
+  const std::string name = title(kernels, "matmul_nt", rows, k, n);
+  check_shares(&c, name, [&](Share share) {
+    kernels.matmul_nt(rows, k, n, a.data(), lda, b.data(), ldb, c.data(), share);
+  });
+  check_close(c, expected, 40, name, std::sqrt(static_cast<double>(k)));
+}
+
+template <typename T>
 void check_matmul_tn(const Kernels<T>& kernels, Index rows, Index k, Index n, bool dual) {
   const Index ld = padded(n, kernels.lanes), lda = k + 2, lda2 = k;
   const auto a = random_rows<T>(rows, k, lda, true), a2 = random_rows<T>(rows, k, lda2, true);
@@ -107,6 +127,7 @@ struct TestGemm {
             check_matmul(kernels, rows, k, n, dual);
             check_matmul_tn(kernels, rows, k, n, dual);
           }
+          check_matmul_nt(kernels, rows, k, n);
         }
       }
       for (const Index n : {1, 17, 100}) {
