@@ -6,10 +6,12 @@ namespace fastmaml {
 
 namespace {
 
-// How many multiplications a pass over a weight in memory is worth: there are some ten of them in
-// an inner step and its adjoint.
+// Of a weight's own copies, transposes and updates in an inner step and its adjoint: as many
+// multiplications as they cost for each element, where the weight outgrows the core's cache.
 constexpr Index kPassesOfAStep = 10;
-constexpr Index kWorthAnElement = 6;
+constexpr Index kCostOfAPass = 6;
+constexpr Index kCachedElements = 80'000;
+constexpr double kSafeShare = 0.6;  // of what is saved, at most, for products with factors
 constexpr Index kMostRowBytes = Index{256} << 20;  // of all tasks' adjoints
 
 // a [rows][depth] times inner^T [depth][count], times outer [count][columns], added to `out`.
@@ -25,14 +27,14 @@ void add_through(Run<T>& run, Index rows, Index depth, const T* a, Index lda, co
                      out, true, run.share);
 }
 
-// The passes over a weight that its own copies, transposes and updates would take, against the
-// products with factors; see FactoredWeights for the numbers of rows.
+// Whether the products with factors are less than what they save.
 bool pays(const ProductShape& shape, Index step_rows, Index query_rows, Index task_rows,
           Index steps) {
-  const Index moved = step_rows * steps;
-  const Index size = shape.in * shape.out;
-  const Index saved = size * (3 * moved + kPassesOfAStep * kWorthAnElement * steps);
-  return 2 * (shape.in + shape.out) * moved * (query_rows + moved + task_rows) < saved;
+  const Index moved = step_rows * steps, size = shape.in * shape.out;
+  const Index saved = size * (3 * moved + kPassesOfAStep * kCostOfAPass * steps);
+  const Index spent = 2 * (shape.in + shape.out) * moved * (query_rows + moved + task_rows);
+  const double outgrown = static_cast<double>(std::min(size, kCachedElements)) / kCachedElements;
+  return static_cast<double>(spent) < kSafeShare * outgrown * static_cast<double>(saved);
 }
 
 template <typename T>
