@@ -30,6 +30,19 @@ class Sequence(nn.Module):
         return self.head(h) + self.frozen(x).sum((1, 2), keepdim=True)[:, 0]
 
 
+class Detached(nn.Module):
+    """Its first weight counts, but no gradient reaches it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.still = nn.Linear(300, 220)
+        self.moves = nn.Linear(300, 220)
+        self.head = nn.Linear(220, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.still(x).detach() + self.moves(x)))
+
+
 def omniglot_fc() -> nn.Module:
     return fastmaml.vision.models.OmniglotFC(28 * 28, 5)
 
@@ -46,6 +59,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "omniglot_fc": (omniglot_fc, (1, 28, 28)),
     "unpadded": (unpadded, (301,)),
     "sequence": (Sequence, (2, 300)),
+    "detached": (Detached, (300,)),
 }
 
 
@@ -118,4 +132,17 @@ def test_mini_batches_and_chunks() -> None:
         maml.zero_grad()
         maml.memory_budget = budget
         maml.meta_loss(batch, steps=3, chunk=chunk).backward()
+        assert relative_error(gradients(net), expected) < 1e-12
+
+
+def test_what_no_gradient_reaches_stays() -> None:
+    """Whatever lies in the memory of the calls before."""
+    torch.manual_seed(0)
+    net = Detached().double()
+    batch = tasks((300,), 7, 3, 9)
+    maml = fastmaml.MAML(net, lr=0.2)
+    for steps in (3, 2, 3, 2, 3, 2):
+        _, expected = sequential_maml(net, batch, 0.2, steps)
+        maml.zero_grad()
+        maml.meta_loss(batch, steps=steps).backward()
         assert relative_error(gradients(net), expected) < 1e-12

@@ -27,16 +27,6 @@ void add_through(Run<T>& run, Index rows, Index depth, const T* a, Index lda, co
                      out, true, run.share);
 }
 
-// Whether the products with factors are less than what they save.
-bool pays(const ProductShape& shape, Index step_rows, Index query_rows, Index task_rows,
-          Index steps) {
-  const Index moved = step_rows * steps, size = shape.in * shape.out;
-  const Index saved = size * (3 * moved + kPassesOfAStep * kCostOfAPass * steps);
-  const Index spent = 2 * (shape.in + shape.out) * moved * (query_rows + moved + task_rows);
-  const double outgrown = static_cast<double>(std::min(size, kCachedElements)) / kCachedElements;
-  return static_cast<double>(spent) < kSafeShare * outgrown * static_cast<double>(saved);
-}
-
 template <typename T>
 int uses_of(const Plan<T>& plan, int slot) {
   int uses = 0;
@@ -49,11 +39,10 @@ int uses_of(const Plan<T>& plan, int slot) {
 }  // namespace
 
 template <typename T>
-void add_product(Run<T>& run, const ProductShape& shape, const Factors<T>& w, const T* a, Index lda,
-                 T* y) {
+void add_product(Run<T>& run, const ProductShape& shape, const Factors<T>& w, const T* x, T* y) {
   if (w.rows == 0) return;
-  add_through(run, run.examples() * shape.positions, shape.in, a, lda, w.left, w.rows, w.right,
-              shape.out, y);
+  add_through(run, run.examples() * shape.positions, shape.in, x, shape.lda, w.left, w.rows,
+              w.right, shape.out, y);
 }
 
 template <typename T>
@@ -71,32 +60,49 @@ FactoredWeights<T>::FactoredWeights(const Plan<T>& plan, ArenaPool& memory,
   // Where nothing but these rows is asked for.
   const bool plain = args.rates == nullptr && args.update == nullptr && args.theta_stride == 0;
   const bool wanted = args.gtheta != nullptr && args.query_examples > 0 && args.adapted == nullptr;
-  const int none = plain && wanted && args.steps > 0 ? 0 : static_cast<int>(plan.ops.size());
-  for (int i = none; i < static_cast<int>(plan.ops.size()); ++i) {
-    const Op<T>& op = *plan.ops[i];
-    Weight weight;
-    weight.shape = op.product_shape();
-    if (weight.shape.positions == 0) continue;
-    weight.slot = op.slots[0];
-    const PackedSlot& slot = plan.slots[weight.slot];
-    const bool moves = (plan.storages[op.inputs[0]].depends & kTheta) != 0;
-    const Index query_rows = args.query_examples * weight.shape.positions;
-    weight.step_rows = args.support_examples * weight.shape.positions;
-    weight.task_rows = query_rows;
-    if (!args.first_order) weight.task_rows += args.steps * weight.step_rows * (moves ? 2 : 1);
-    weight.lda = weight.shape.lda;
-    weight.offset = slot.packed;
-    const Index bytes = args.tasks * weight.task_rows * (left_ld(weight) + right_ld(weight)) *
-                        static_cast<Index>(sizeof(T));
-    if (!slot.adapted || uses_of(plan, weight.slot) != 1 || bytes > kMostRowBytes) continue;
-    if (!pays(weight.shape, weight.step_rows, query_rows, weight.task_rows, args.steps)) continue;
-    for (int team = 0; team < teams; ++team) {
-      weight.moved.push_back(take(memory, weight, args.steps * weight.step_rows));
+  if (plain && wanted && args.steps > 0) {
+    for (const auto& op : plan.ops) {
+      Weight weight = weight_of(*op);
+      if (!pays(weight)) continue;
+      for (int team = 0; team < teams; ++team) {
+        weight.moved.push_back(take(memory, weight, args.steps * weight.step_rows));
+      }
+      weight.adjoint = take(memory, weight, args.tasks * weight.task_rows);
+      weights_.push_back(std::move(weight));
     }
-    weight.adjoint = take(memory, weight, args.tasks * weight.task_rows);
-    weights_.push_back(std::move(weight));
   }
   find_others();
+}
+
+// Without rows, where the op has no weight that could be kept in factors.
+template <typename T>
+typename FactoredWeights<T>::Weight FactoredWeights<T>::weight_of(const Op<T>& op) const {
+  Weight weight;
+  weight.shape = op.product_shape();
+  if (weight.shape.positions == 0) return weight;
+  weight.slot = op.slots[0];
+  const PackedSlot& slot = plan_.slots[weight.slot];
+  if (!slot.adapted || uses_of(plan_, weight.slot) != 1) return weight;
+  weight.offset = slot.packed;
+  weight.step_rows = args_.support_examples * weight.shape.positions;
+  weight.query_rows = args_.query_examples * weight.shape.positions;
+  weight.task_rows = weight.query_rows;
+  if (args_.first_order) return weight;
+  const bool input_moves = (plan_.storages[op.inputs[0]].depends & kTheta) != 0;
+  weight.task_rows += args_.steps * weight.step_rows * (input_moves ? 2 : 1);
+  return weight;
+}
+
+// Whether products with factors are less than the passes over the weight that they save.
+template <typename T>
+bool FactoredWeights<T>::pays(const Weight& w) const {
+  const Index bytes = args_.tasks * w.task_rows * (left_ld(w) + right_ld(w)) * Index{sizeof(T)};
+  if (w.step_rows == 0 || bytes > kMostRowBytes) return false;
+  const Index moved = w.step_rows * args_.steps, size = w.shape.in * w.shape.out;
+  const Index saved = size * (3 * moved + kPassesOfAStep * kCostOfAPass * args_.steps);
+  const Index spent = 2 * (w.shape.in + w.shape.out) * moved * (w.query_rows + moved + w.task_rows);
+  const double outgrown = static_cast<double>(std::min(size, kCachedElements)) / kCachedElements;
+  return static_cast<double>(spent) < kSafeShare * outgrown * static_cast<double>(saved);
 }
 
 template <typename T>
@@ -157,7 +163,7 @@ void FactoredWeights<T>::append(Run<T>& run, const Weight& weight, const Rows& t
   const Range mine = split(run.examples() * weight.shape.positions, run.share);
   for (Index row = mine.begin; row < mine.end; ++row) {
     T* a = to.left.get() + (at + row) * left;
-    std::copy(x + row * weight.lda, x + row * weight.lda + in, a);
+    std::copy(x + row * weight.shape.lda, x + row * weight.shape.lda + in, a);
     std::fill(a + in, a + left, T(0));
     T* b = to.right.get() + (at + row) * right;
     for (Index i = 0; i < right; ++i) b[i] = scale * gy[row * right + i];
@@ -167,12 +173,24 @@ void FactoredWeights<T>::append(Run<T>& run, const Weight& weight, const Rows& t
 template <typename T>
 void FactoredWeights<T>::add_step(Run<T>& run, Index k, T scale) const {
   for (const Weight& weight : weights_) {
+    const Rows& rows = weight.moved[run.member.team];
+    const Index at = k * weight.step_rows;
     const Pairs<T>& noted = run.first.noted[weight.slot];
     if (noted) {
-      append(run, weight, weight.moved[run.member.team], k * weight.step_rows, noted.a[0],
-             noted.b[0], scale);
+      append(run, weight, rows, at, noted.a[0], noted.b[0], scale);
+    } else if (run.share.part == 0) {
+      clear(weight, rows, at, at + weight.step_rows);
     }
   }
+}
+
+template <typename T>
+void FactoredWeights<T>::clear(const Weight& weight, const Rows& rows, Index begin,
+                               Index end) const {
+  std::fill(rows.left.get() + begin * left_ld(weight), rows.left.get() + end * left_ld(weight),
+            T(0));
+  std::fill(rows.right.get() + begin * right_ld(weight), rows.right.get() + end * right_ld(weight),
+            T(0));
 }
 
 template <typename T>
@@ -195,10 +213,8 @@ void FactoredWeights<T>::finish(Run<T>& run, const View& view, Index task) const
   if (run.share.part != 0) return;
   for (std::size_t i = 0; i < weights_.size(); ++i) {
     const Weight& weight = weights_[i];
-    const Index begin = task * weight.task_rows + view.adjoint_rows[i];
-    const Index end = (task + 1) * weight.task_rows;
-    T* right = weight.adjoint.right.get();
-    std::fill(right + begin * right_ld(weight), right + end * right_ld(weight), T(0));
+    clear(weight, weight.adjoint, task * weight.task_rows + view.adjoint_rows[i],
+          (task + 1) * weight.task_rows);
   }
 }
 
@@ -214,11 +230,10 @@ void FactoredWeights<T>::store(T* theta, int threads) const {
   });
 }
 
-#define FASTMAML_INSTANTIATE(T)                                                                  \
-  template void add_product<T>(Run<T>&, const ProductShape&, const Factors<T>&, const T*, Index, \
-                               T*);                                                              \
-  template void add_transposed_product<T>(Run<T>&, const ProductShape&, const Factors<T>&,       \
-                                          const T*, T*);                                         \
+#define FASTMAML_INSTANTIATE(T)                                                                \
+  template void add_product<T>(Run<T>&, const ProductShape&, const Factors<T>&, const T*, T*); \
+  template void add_transposed_product<T>(Run<T>&, const ProductShape&, const Factors<T>&,     \
+                                          const T*, T*);                                       \
   template class FactoredWeights<T>;
 FASTMAML_INSTANTIATE(float)
 FASTMAML_INSTANTIATE(double)

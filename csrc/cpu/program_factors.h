@@ -12,10 +12,9 @@
 
 namespace fastmaml {
 
-// y += a w, and gx += gy w^T, of factors with w [in][out], rows of `a` being lda apart.
+// y += x w, and gx += gy w^T, where w [in][out] are factors.
 template <typename T>
-void add_product(Run<T>& run, const ProductShape& shape, const Factors<T>& w, const T* a, Index lda,
-                 T* y);
+void add_product(Run<T>& run, const ProductShape& shape, const Factors<T>& w, const T* x, T* y);
 template <typename T>
 void add_transposed_product(Run<T>& run, const ProductShape& shape, const Factors<T>& w,
                             const T* gy, T* gx);
@@ -58,17 +57,20 @@ class FactoredWeights {
   struct Weight {
     int slot = 0;
     ProductShape shape;
-    Index lda = 0, offset = 0;
-    Index step_rows = 0, task_rows = 0;
-    std::vector<Rows> moved;  // by team
+    Index offset = 0;
+    Index step_rows = 0, query_rows = 0, task_rows = 0;  // task_rows: of the whole adjoint
+    std::vector<Rows> moved;                             // by team
     Rows adjoint;
   };
 
   Index left_ld(const Weight& w) const { return padded(w.shape.in, plan_.kernels->lanes); }
   Index right_ld(const Weight& w) const { return padded(w.shape.out, plan_.kernels->lanes); }
+  Weight weight_of(const Op<T>& op) const;
+  bool pays(const Weight& w) const;
   Rows take(ArenaPool& memory, const Weight& weight, Index rows) const;
   void append(Run<T>& run, const Weight& weight, const Rows& to, Index at, const T* x, const T* gy,
               T scale) const;
+  void clear(const Weight& weight, const Rows& rows, Index begin, Index end) const;
   Factors<T> part(const Weight& weight, const Rows& rows, Index first, Index count) const;
   void find_others();
 

@@ -147,7 +147,7 @@ class LinearLayerOp final : public WeightedOp<T> {
   void forward(Run<T>& run) const override {
     WeightedOp<T>::forward(run);
     if (!run.in_factors(this->weight())) return;
-    add_product(run, product_shape(), moved(run), run.value(this->input()), this->ldx_,
+    add_product(run, product_shape(), moved(run), run.value(this->input()),
                 run.value_out(this->output));
   }
 
@@ -164,7 +164,7 @@ class LinearLayerOp final : public WeightedOp<T> {
     T* dy = run.tangent_out(this->output);
     if (dx != nullptr) {
       product(run, {dx, run.weight(this->weight()), nullptr, nullptr}, bias_direction, dy);
-      add_product(run, product_shape(), moved(run), dx, this->ldx_, dy);
+      add_product(run, product_shape(), moved(run), dx, dy);
     } else if (bias_direction != nullptr) {
       this->broadcast_bias(run, bias_direction, dy);
       run.sync();
@@ -172,7 +172,7 @@ class LinearLayerOp final : public WeightedOp<T> {
       clear_rows(rows(run), padded(this->out_channels_, run.kernels.lanes), dy, run.share);
       run.sync();
     }
-    add_product(run, product_shape(), direction(run), run.value(this->input()), this->ldx_, dy);
+    add_product(run, product_shape(), direction(run), run.value(this->input()), dy);
   }
 
   void backward_tangent(Run<T>& run) const override {
