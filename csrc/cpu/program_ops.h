@@ -15,6 +15,7 @@ namespace fastmaml {
 struct Place {
   int storage = 0;
   Layout layout;
+  bool is_part = false;  // `layout` names some of the storage's elements only
 };
 
 enum class Padding {
@@ -134,8 +135,6 @@ template <typename T>
 std::unique_ptr<Op<T>> make_embedding(OpReader& reader);
 template <typename T>
 std::unique_ptr<Op<T>> make_cat(OpReader& reader);
-template <typename T>
-std::unique_ptr<Op<T>> make_narrow(OpReader& reader);
 template <typename T>
 std::unique_ptr<Op<T>> make_expand(OpReader& reader);
 template <typename T>

@@ -86,6 +86,7 @@ void rearrange_examples(Index examples, const Rearrangement& arranged, const T* 
     const T* source = in + example * arranged.from_size;
     for (const Stretch& s : arranged.stretches) {
       const Stretch stretch = whole ? s : clipped(s, part);
+      if (stretch.count + stretch.gap == 0) continue;
       move<T, kHow>(stretch, source + stretch.from, out + start + stretch.to);
     }
     at = start + part.end;
