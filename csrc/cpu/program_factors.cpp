@@ -136,6 +136,7 @@ Factors<T> FactoredWeights<T>::part(const Weight& weight, const Rows& rows, Inde
 template <typename T>
 typename FactoredWeights<T>::View FactoredWeights<T>::view(const Weights<T>& shared) const {
   View view;
+  if (empty()) return view;
   view.in_factors.shared = shared;
   view.in_factors.has.resize(plan_.slots.size());
   view.in_factors.moved.resize(plan_.slots.size());

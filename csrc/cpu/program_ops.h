@@ -15,7 +15,6 @@ namespace fastmaml {
 struct Place {
   int storage = 0;
   Layout layout;
-  bool is_part = false;  // `layout` names some of the storage's elements only
 };
 
 enum class Padding {
@@ -135,6 +134,8 @@ template <typename T>
 std::unique_ptr<Op<T>> make_embedding(OpReader& reader);
 template <typename T>
 std::unique_ptr<Op<T>> make_cat(OpReader& reader);
+template <typename T>
+std::unique_ptr<Op<T>> make_narrow(OpReader& reader);
 template <typename T>
 std::unique_ptr<Op<T>> make_expand(OpReader& reader);
 template <typename T>

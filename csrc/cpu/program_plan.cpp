@@ -236,10 +236,10 @@ class Planner {
   }
 
   Place arranged(const Place& from, const Layout& layout, Padding padding) {
-    if (!from.is_part && from.layout.same_as(layout)) return from;
+    if (from.layout.same_as(layout)) return from;
     const bool alike =
         from.layout.positions == layout.positions && from.layout.channels == layout.channels;
-    if (padding == Padding::kOptional && from.storage == 0 && !from.is_part && alike &&
+    if (padding == Padding::kOptional && from.storage == 0 && alike &&
         with_ld(from.layout, layout.ld).same_as(layout)) {
       return from;
     }
@@ -312,11 +312,9 @@ class Planner<T>::Reader final : public OpReader {
   }
 
   Place need_any(int input) override {
-    const Place& from = value(input);
-    const Layout layout = from.is_part
-                              ? usual_layout(spec_.values[op().inputs[input]], lanes())
-                              : with_ld(from.layout, padded(from.layout.channels, lanes()));
-    return used(planner_.arranged(from, layout, Padding::kRequired));
+    const Layout& layout = value(input).layout;
+    const Layout with_padding = with_ld(layout, padded(layout.channels, lanes()));
+    return used(planner_.arranged(value(input), with_padding, Padding::kRequired));
   }
 
   bool may_overwrite(int input, const Place& place) const override {
@@ -377,19 +375,6 @@ Layout permuted_output(const OpReader& reader, const Layout& layout) {
   return permuted(layout, reader.input(0), dims);
 }
 
-// Whoever reads the part rearranges it as it is wanted.
-Place part_of(const OpReader& reader, const Place& from) {
-  const Shape &x = reader.input(0), &y = reader.output();
-  const Index axis = reader.axis("dim"), start = reader.integer("start", 0);
-  Shape expected = x;
-  if (x.size() == y.size()) expected[axis] = y[axis];
-  if (y != expected || start + y[axis] > x[axis]) {
-    reader.fail("output must be a part of the input " + to_string(x) + ", got " + to_string(y) +
-                " from " + std::to_string(start));
-  }
-  return {from.storage, narrowed(from.layout, x, axis, start, y[axis]), true};
-}
-
 template <typename T>
 int Planner<T>::add_op(int index) {
   using Maker = std::unique_ptr<Op<T>> (*)(OpReader&);
@@ -412,6 +397,7 @@ int Planner<T>::add_op(int index) {
       {"parameter", make_parameter<T>},
       {"embedding", make_embedding<T>},
       {"cat", make_cat<T>},
+      {"narrow", make_narrow<T>},
       {"take", make_take<T>},
       {"expand", make_expand<T>},
       {"scale", make_scale<T>},
@@ -427,13 +413,8 @@ int Planner<T>::add_op(int index) {
       reader.fail("output must have as many elements as the input " + to_string(reader.input(0)) +
                   ", got " + to_string(reader.output()));
     }
-    Place to = from;
-    if (op.kind == "permute") to.layout = permuted_output(reader, from.layout);
-    values_[op.output] = to;
-    return index;
-  }
-  if (op.kind == "narrow") {
-    values_[op.output] = part_of(reader, values_[op.inputs[0]]);
+    values_[op.output] =
+        op.kind == "view" ? from : Place{from.storage, permuted_output(reader, from.layout)};
     return index;
   }
   const auto maker = makers.find(op.kind);

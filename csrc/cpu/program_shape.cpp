@@ -197,6 +197,23 @@ std::unique_ptr<Op<T>> make_cat(OpReader& reader) {
 }
 
 template <typename T>
+std::unique_ptr<Op<T>> make_narrow(OpReader& reader) {
+  const Shape &x = reader.input(0), &y = reader.output();
+  const Index axis = reader.axis("dim"), start = reader.integer("start", 0);
+  Shape expected = x;
+  if (x.size() == y.size()) expected[axis] = y[axis];
+  if (y != expected || start + y[axis] > x[axis]) {
+    reader.fail("output must be a part of the input " + to_string(x) + ", got " + to_string(y) +
+                " from " + std::to_string(start));
+  }
+  const Place from = reader.need_any(0);
+  const Layout part = narrowed(from.layout, x, axis, start, y[axis]);
+  const Layout out = usual_layout(y, reader.lanes());
+  const int output = reader.produce(out);
+  return std::make_unique<RearrangeOp<T>>(from.storage, part, part.ld, output, out);
+}
+
+template <typename T>
 std::unique_ptr<Op<T>> make_expand(OpReader& reader) {
   return std::make_unique<ExpandOp<T>>(reader);
 }
@@ -209,6 +226,7 @@ std::unique_ptr<Op<T>> make_rearrange(int from, const Layout& from_layout, Index
 
 FASTMAML_INSTANTIATE_OP(make_parameter)
 FASTMAML_INSTANTIATE_OP(make_cat)
+FASTMAML_INSTANTIATE_OP(make_narrow)
 FASTMAML_INSTANTIATE_OP(make_expand)
 template std::unique_ptr<Op<float>> make_rearrange<float>(int, const Layout&, Index, int,
                                                           const Layout&);
