@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from native_problems import threads_set
+from networks import episodes, gradients
 from torch import Tensor, nn
 
 import fastmaml
@@ -63,16 +65,6 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def tasks(shape: tuple[int, ...], count: int, support: int, query: int) -> TaskBatch:
-    x = [torch.randn(count, n, *shape, dtype=torch.float64) for n in (support, query)]
-    y = [(torch.arange(n) % 5).repeat(count, 1) for n in (support, query)]
-    return TaskBatch(x[0], y[0], x[1], y[1])
-
-
-def gradients(module: nn.Module) -> dict[str, Tensor]:
-    return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(
     ("count", "support", "query", "steps"), [(3, 5, 5, 1), (7, 3, 9, 3), (1, 6, 2, 2)]
@@ -85,15 +77,11 @@ def test_against_the_oracle(
     torch.manual_seed(0)
     make, shape = NETS[name]
     net = make().double()
-    batch = tasks(shape, count, support, query)
+    batch = episodes(shape, 5, tasks=count, support=support, query=query)
     loss, expected = sequential_maml(net, batch, 0.2, steps, first_order=first_order)
     maml = fastmaml.MAML(net, lr=0.2, first_order=first_order)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads_set(threads):
         got = maml.meta_loss(batch, steps=steps)
-    finally:
-        torch.set_num_threads(before)
     got.backward()
     torch.testing.assert_close(got.detach(), loss)
     assert relative_error(gradients(net), expected) < 1e-12
@@ -102,7 +90,7 @@ def test_against_the_oracle(
 def test_in_single_precision() -> None:
     torch.manual_seed(0)
     net = omniglot_fc()
-    batch = tasks((1, 28, 28), 4, 5, 5)
+    batch = episodes((1, 28, 28), 5, tasks=4, support=5, query=5)
     wide = omniglot_fc().double()
     wide.load_state_dict(net.state_dict())
     _, expected = sequential_maml(wide, batch, 0.1, 2)
@@ -116,7 +104,7 @@ def test_mini_batches_and_chunks() -> None:
     """Each step has other examples; chunks of tasks, and steps that are recomputed."""
     torch.manual_seed(0)
     net = unpadded().double()
-    batch = tasks((301,), 5, 6, 4).split_support(2)
+    batch = episodes((301,), 5, tasks=5, support=9).split_support(3)
     maml = fastmaml.MAML(net, lr=0.1)
     maml.meta_loss(batch, steps=3).backward()
     expected = gradients(net)
@@ -124,7 +112,7 @@ def test_mini_batches_and_chunks() -> None:
     for step in range(3):
         x, y = batch.support(step)
         losses = F.cross_entropy(learner(x).flatten(0, 1), y.flatten(), reduction="none")
-        learner.adapt(losses.view(5, 2).mean(1))
+        learner.adapt(losses.view(5, 3).mean(1))
     maml.zero_grad()
     F.cross_entropy(learner(batch.query_x).flatten(0, 1), batch.query_y.flatten()).backward()
     assert relative_error(gradients(net), expected) < 1e-12
@@ -139,7 +127,7 @@ def test_what_no_gradient_reaches_stays() -> None:
     """Whatever lies in the memory of the calls before."""
     torch.manual_seed(0)
     net = Detached().double()
-    batch = tasks((300,), 7, 3, 9)
+    batch = episodes((300,), 5, tasks=7, support=3, query=9)
     maml = fastmaml.MAML(net, lr=0.2)
     for steps in (3, 2, 3, 2, 3, 2):
         _, expected = sequential_maml(net, batch, 0.2, steps)

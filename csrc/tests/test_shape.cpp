@@ -1,4 +1,4 @@
-// Gathering and combining arrays against plain loops.
+// Rearranging, gathering and combining arrays against plain loops.
 #include "check.h"
 #include "cpu/program_layout.h"
 
